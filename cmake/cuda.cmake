@@ -1,0 +1,11 @@
+# What PYCOMM_CUDA asks for against what this machine has. An impossible request is an error, never a silent fallback.
+if(NOT PYCOMM_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "PYCOMM_CUDA=${PYCOMM_CUDA}: it is one of AUTO, ON, OFF")
+endif()
+if(PYCOMM_CUDA STREQUAL "ON")
+  find_program(PYCOMM_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
+  if(NOT PYCOMM_NVCC)
+    message(FATAL_ERROR "PYCOMM_CUDA=ON needs nvcc, and none was found: put it on PATH, set CUDA_HOME, or build with PYCOMM_CUDA=OFF")
+  endif()
+  message(FATAL_ERROR "PYCOMM_CUDA=ON: this version of pycomm has no CUDA code yet; build with PYCOMM_CUDA=AUTO or OFF")
+endif()

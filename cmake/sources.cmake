@@ -1,0 +1,23 @@
+# Every C++ source of the extension, and the flags of the files that are compiled once per SIMD level.
+file(GLOB PYCOMM_HOST_SOURCES CONFIGURE_DEPENDS csrc/host/*.cpp)
+file(GLOB PYCOMM_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
+
+# Reductions are compiled once per SIMD level and chosen at run time, so one binary serves every processor of an
+# architecture. aarch64 needs no second level: NEON is guaranteed there.
+if(CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
+  set_source_files_properties(csrc/host/reduce_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mf16c")
+  set_source_files_properties(csrc/host/reduce_avx512.cpp PROPERTIES COMPILE_OPTIONS
+    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mf16c")
+endif()
+
+# Ranks compare this hash of all sources when they meet: two builds that differ must not share memory.
+file(GLOB_RECURSE PYCOMM_HASHED_SOURCES CONFIGURE_DEPENDS csrc/*.hpp csrc/*.cpp)
+list(SORT PYCOMM_HASHED_SOURCES)
+set(PYCOMM_SOURCE_HASHES "${PROJECT_VERSION}")
+foreach(source IN LISTS PYCOMM_HASHED_SOURCES)
+  file(SHA256 ${source} hash)
+  string(APPEND PYCOMM_SOURCE_HASHES ${hash})
+endforeach()
+string(SHA256 PYCOMM_SOURCE_HASH "${PYCOMM_SOURCE_HASHES}")
+string(SUBSTRING ${PYCOMM_SOURCE_HASH} 0 15 PYCOMM_BUILD_ID)
+set_source_files_properties(csrc/host/build_id.cpp PROPERTIES COMPILE_DEFINITIONS PYCOMM_BUILD_ID=0x${PYCOMM_BUILD_ID}ULL)

@@ -1,0 +1,106 @@
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.hpp"
+#include "host/communicator.hpp"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+
+namespace {
+
+using host::CallOptions;
+using host::Communicator;
+using host::Listener;
+using host::SymmetricBuffer;
+using host::Work;
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+void* as_pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size, const Listener* listener,
+                                      const std::string& address, double timeout_s) {
+  auto members = host::meet(rank, world_size, listener, address, host::default_tuning(), Deadline::after(timeout_s),
+                            &check_signals);
+  return std::make_unique<Communicator>(std::move(name), std::move(members), &check_signals);
+}
+
+/// Owners that must not run their destructor, which may wait, while holding the GIL.
+struct ReleaseGil {
+  void operator()(Communicator* communicator) const {
+    const py::gil_scoped_release nogil;
+    delete communicator;
+  }
+};
+using CommunicatorHolder = std::unique_ptr<Communicator, ReleaseGil>;
+
+}  // namespace
+
+void bind_communicator(py::module_& module) {
+  module.def("build_id", &host::build_id);
+  module.def("protocol_version", [] { return host::kProtocolVersion; });
+  module.attr("MAX_RANKS") = host::kMaxRanks;
+
+  py::class_<Work, std::shared_ptr<Work>>(module, "Work")
+      .def("done", &Work::done)
+      .def("wait", [](Work& work, std::optional<double> timeout_s) { work.wait(timeout_s, &check_signals); },
+           py::arg("timeout_s") = py::none(), NoGil());
+
+  py::class_<SymmetricBuffer>(module, "SymmetricBuffer", py::buffer_protocol())
+      .def_buffer([](SymmetricBuffer& buffer) {
+        return py::buffer_info(reinterpret_cast<std::uint8_t*>(buffer.data()),
+                               static_cast<py::ssize_t>(buffer.bytes()));
+      });
+
+  py::class_<Listener>(module, "Listener").def(py::init<>()).def_property_readonly("address", &Listener::address);
+
+  py::class_<Communicator, CommunicatorHolder>(module, "HostCommunicator")
+      .def(py::init([](std::string name, int rank, int world_size, const Listener* listener, const std::string& address,
+                       double timeout_s) {
+             const py::gil_scoped_release nogil;
+             return CommunicatorHolder(
+                 connect(std::move(name), rank, world_size, listener, address, timeout_s).release());
+           }),
+           py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("listener"), py::arg("address"),
+           py::arg("timeout_s"))
+      .def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("world_size", &Communicator::world_size)
+      .def_property_readonly("name", &Communicator::name)
+      .def("tuning",
+           [](const Communicator& self) {
+             py::dict tuning;
+             tuning["slice_bytes"] = self.tuning().slice_bytes;
+             tuning["one_shot_bytes"] = self.tuning().one_shot_bytes;
+             return tuning;
+           })
+      .def("all_reduce",
+           [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int op, bool async_op,
+              double timeout_s) {
+             return self.all_reduce(as_pointer(data), count, static_cast<DType>(dtype), static_cast<ReduceOp>(op),
+                                    {timeout_s, async_op});
+           },
+           NoGil())
+      .def("broadcast",
+           [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root, bool async_op,
+              double timeout_s) {
+             return self.broadcast(as_pointer(data), count, static_cast<DType>(dtype), root, {timeout_s, async_op});
+           },
+           NoGil())
+      .def("barrier", [](Communicator& self, bool async_op, double timeout_s) {
+             return self.barrier({timeout_s, async_op});
+           }, NoGil())
+      .def("empty", &Communicator::empty, py::arg("bytes"), py::arg("timeout_s"), NoGil())
+      .def("peer", [](Communicator& self, std::uintptr_t data, std::size_t bytes, int rank) {
+             return self.peer(as_pointer(data), bytes, rank);
+           })
+      .def("is_symmetric", [](Communicator& self, std::uintptr_t data, std::size_t bytes) {
+             return self.is_symmetric(as_pointer(data), bytes);
+           })
+      .def("split", [](Communicator& self, std::optional<std::int64_t> color, std::int64_t key, double timeout_s) {
+             return CommunicatorHolder(self.split(color, key, timeout_s).release());
+           }, NoGil())
+      .def("abort", &Communicator::abort)
+      .def("close", &Communicator::close, py::arg("drain_s"), NoGil());
+}
+
+}  // namespace pycomm::bindings

@@ -1,0 +1,77 @@
+// The reductions as Python functions, for tests and measurements: they take addresses, and whoever calls them answers
+// for the memory behind those.
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.hpp"
+#include "host/reduce.hpp"
+
+namespace py = pybind11;
+
+namespace pycomm::bindings {
+namespace {
+
+template <class Enum>
+Enum parse(const std::string& name, int num_values, const char* what) {
+  std::string known;
+  for (int value = 0; value < num_values; ++value) {
+    const Enum candidate = static_cast<Enum>(value);
+    if (name == name_of(candidate)) return candidate;
+    known += (value == 0 ? "" : ", ") + std::string(name_of(candidate));
+  }
+  throw std::invalid_argument("unknown " + std::string(what) + " \"" + name + "\": it is one of " + known);
+}
+
+template <class Pointer>
+std::vector<Pointer> pointers(const std::vector<std::uintptr_t>& addresses, std::size_t count, const char* what) {
+  if (addresses.empty()) throw std::invalid_argument("reduce: " + std::string(what) + " is empty");
+  std::vector<Pointer> result;
+  for (const std::uintptr_t address : addresses) {
+    if (address == 0 && count > 0)
+      throw std::invalid_argument("reduce: " + std::string(what) + " holds a null pointer");
+    result.push_back(reinterpret_cast<Pointer>(address));
+  }
+  return result;
+}
+
+void reduce(const std::string& dtype_name, const std::string& op_name, const std::vector<std::uintptr_t>& sources,
+            const std::vector<std::uintptr_t>& destinations, std::size_t count) {
+  const DType dtype = parse<DType>(dtype_name, kNumDTypes, "dtype");
+  const ReduceOp op = parse<ReduceOp>(op_name, kNumReduceOps, "reduce op");
+  const host::ReduceFn kernel = host::reduce_kernel(dtype, op);
+  if (kernel == nullptr) {
+    throw std::invalid_argument(
+        "reduce: \"" + op_name + "\" of " + dtype_name +
+        " is not defined: an average of integers is seldom an integer; use a floating-point dtype");
+  }
+  const auto src = pointers<const void*>(sources, count, "sources");
+  const auto dst = pointers<void*>(destinations, count, "destinations");
+  py::gil_scoped_release release;
+  kernel(src.data(), static_cast<int>(src.size()), dst.data(), static_cast<int>(dst.size()), count);
+}
+
+}  // namespace
+
+void bind_reduce(py::module_& module) {
+  module.def("reduce", &reduce, py::arg("dtype"), py::arg("op"), py::arg("sources"), py::arg("destinations"),
+             py::arg("count"),
+             "Reduce `count` elements of `dtype` over the buffers at the addresses `sources`, in order, into each of\n"
+             "`destinations`. A destination is a source or overlaps none. Addresses need no alignment.\n\n"
+             "Raises ValueError: an unknown dtype or op, \"avg\" of integers, an empty list, a null pointer.");
+  module.def(
+      "simd_level", [] { return host::name_of(host::simd_level()); },
+      "The SIMD level that reductions use now: \"baseline\", \"avx2\" or \"avx512\".");
+  module.def(
+      "best_simd_level", [] { return host::name_of(host::best_simd_level()); },
+      "The best SIMD level of this processor, which reductions use unless told otherwise.");
+  module.def(
+      "set_simd_level", [](const std::string& name) { host::set_simd_level(host::parse_simd_level(name)); },
+      py::arg("name"),
+      "Use this SIMD level in the whole process. Raises ValueError: unknown, or not in this processor.");
+}
+
+}  // namespace pycomm::bindings

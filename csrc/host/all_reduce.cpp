@@ -1,0 +1,146 @@
+// All-reduce. n ranks, S bytes.
+//
+// One-shot (n·S up to a threshold): every rank copies its tensor into its call slot, enters, and reduces all slots into its
+// tensor. Steps: 1. Bytes touched a rank: (n+2)·S. No exit barrier: slots alternate (control.hpp).
+//
+// Push two-shot, in slices, double-buffered. Rank r owns part r of each slice:
+//   phase 2k      every rank's slice k can be read (k = 0: the entry)
+//   phase 2k + 1  rank r has reduced its part of slice k from every rank, in rank order, and written it to every rank
+// A symmetric tensor is read and written where it lies; when all are, the whole message is one slice: 2·S bytes touched a
+// rank, whatever n is. An ordinary tensor goes through its rank's staging buffer, except the part that its own rank
+// reduces: 4(n-1)/n·S + S + 2S/n. Both may occur in one call; the bits are the same.
+//
+// Ordering. Only rank r touches part r of anyone's slice k between phases 2k and 2k + 1, so reading and writing in place is
+// safe. Staging buffer (k+1) % 2 was last used by slice k - 1: its readers and writers were done at phase 2(k-1) + 1 of every
+// rank, which this rank has waited for before it copies slice k + 1 in. Nobody writes to a peer after its own phase
+// 2(K-1) + 1, which everybody waits for before returning.
+#include "host/all_reduce.hpp"
+
+#include <algorithm>
+#include <array>
+
+#include "host/reduce.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+using Pointers = std::array<void*, kMaxRanks>;
+
+/// Elements [begin, end) of a slice of `count` elements that `rank` reduces; starts are cache lines apart.
+struct Part {
+  std::size_t begin;
+  std::size_t end;
+};
+Part part_of(std::size_t count, int rank, int world_size, std::size_t element_bytes) {
+  const std::size_t line = kCacheLine / element_bytes;
+  const auto n = static_cast<std::size_t>(world_size);
+  const std::size_t length = ((count + n - 1) / n + line - 1) / line * line;
+  return {std::min(count, length * static_cast<std::size_t>(rank)),
+          std::min(count, length * (static_cast<std::size_t>(rank) + 1))};
+}
+
+class TwoShot {
+ public:
+  TwoShot(Group& group, std::byte* data, const Call& call, bool staged)
+      : group_(group),
+        data_(data),
+        count_(call.count),
+        element_bytes_(size_of(call.dtype)),
+        staged_(staged),
+        reduce_(reduce_kernel(call.dtype, call.reduce_op)) {}
+
+  /// Copy slice k, all but the part that this rank reduces itself, from the tensor to staging or back.
+  void copy_in(std::uint64_t k) { copy(k, true); }
+  void copy_out(std::uint64_t k) { copy(k, false); }
+
+  /// After the entry: where every rank's tensor lies, and so how many slices there are.
+  void find_tensors() {
+    bool all_symmetric = true;
+    for (int r = 0; r < group_.world_size(); ++r) {
+      tensors_[static_cast<std::size_t>(r)] = r == group_.rank() ? data_ : group_.symmetric_data(r);
+      all_symmetric &= r == group_.rank() ? !staged_ : tensors_[static_cast<std::size_t>(r)] != nullptr;
+    }
+    if (all_symmetric) slice_count_ = count_;
+  }
+  std::uint64_t num_slices() const { return (count_ + slice_count_ - 1) / slice_count_; }
+
+  /// Reduce this rank's part of slice k from everyone and write it to everyone.
+  void reduce_and_push(std::uint64_t k) {
+    const Part part = part_of(slice_length(k), group_.rank(), group_.world_size(), element_bytes_);
+    if (part.begin == part.end) return;
+    Pointers parts;
+    for (std::size_t r = 0; r < static_cast<std::size_t>(group_.world_size()); ++r) {
+      std::byte* const tensor = tensors_[r];
+      std::byte* const slice = tensor != nullptr ? tensor + k * slice_count_ * element_bytes_
+                                                 : group_.staging(static_cast<int>(r), k);
+      parts[r] = slice + part.begin * element_bytes_;
+    }
+    reduce_(parts.data(), group_.world_size(), parts.data(), group_.world_size(), part.end - part.begin);
+  }
+
+ private:
+  std::size_t slice_length(std::uint64_t k) const { return std::min(slice_count_, count_ - k * slice_count_); }
+
+  void copy(std::uint64_t k, bool in) {
+    if (!staged_) return;
+    std::byte* const tensor = data_ + k * slice_count_ * element_bytes_;
+    std::byte* const staging = group_.staging(group_.rank(), k);
+    const std::size_t length = slice_length(k);
+    const Part own = part_of(length, group_.rank(), group_.world_size(), element_bytes_);
+    for (const Part part : {Part{0, own.begin}, Part{own.end, length}}) {
+      const std::size_t offset = part.begin * element_bytes_;
+      const std::size_t bytes = (part.end - part.begin) * element_bytes_;
+      std::memcpy(in ? staging + offset : tensor + offset, in ? tensor + offset : staging + offset, bytes);
+    }
+  }
+
+  Group& group_;
+  std::byte* data_;
+  std::size_t count_;
+  std::size_t element_bytes_;
+  bool staged_;
+  ReduceFn reduce_;
+  std::array<std::byte*, kMaxRanks> tensors_;  // nullptr: another rank's ordinary tensor, seen through its staging buffer
+  std::size_t slice_count_ = group_.tuning().slice_bytes / element_bytes_;
+};
+
+void one_shot(Group& group, void* data, const Call& call) {
+  const Entry entry(group, call, {}, [&] { group.put_payload(data, call.bytes()); });
+  Pointers sources;
+  for (int r = 0; r < group.world_size(); ++r) {
+    sources[static_cast<std::size_t>(r)] = group.payload(r, call.bytes());
+  }
+  reduce_kernel(call.dtype, call.reduce_op)(sources.data(), group.world_size(), &data, 1, call.count);
+}
+
+}  // namespace
+
+void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op) {
+  if (reduce_kernel(dtype, op) == nullptr) {
+    throw std::invalid_argument(std::string("all_reduce: ") + name_of(op) + " of " + name_of(dtype) +
+                                " is not defined; sum it and divide, or convert it to a floating-point type");
+  }
+  const Call call{.kind = OpKind::kAllReduce, .dtype = dtype, .reduce_op = op, .count = count};
+  if (call.bytes() * static_cast<std::size_t>(group.world_size()) <= group.tuning().one_shot_bytes) {
+    return one_shot(group, data, call);
+  }
+  const Location location = group.segments().locate(data, call.bytes());
+  TwoShot two_shot(group, static_cast<std::byte*>(data), call, !location.symmetric());
+  const Entry entry(group, call, location, [&] { two_shot.copy_in(0); });
+  two_shot.find_tensors();
+  const std::uint64_t num_slices = two_shot.num_slices();
+  for (std::uint64_t k = 0; k < num_slices; ++k) {
+    if (k > 0) group.wait(2 * k);
+    two_shot.reduce_and_push(k);
+    group.signal(2 * k + 1);
+    if (k + 1 < num_slices) {
+      two_shot.copy_in(k + 1);
+      group.signal(2 * k + 2);
+    }
+    group.wait(2 * k + 1);
+    two_shot.copy_out(k);
+  }
+}
+
+}  // namespace pycomm::host

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "host/group.hpp"
+
+namespace pycomm::host {
+
+/// Reduce `count` elements at `data` over all ranks, in place, in rank order.
+void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op);
+
+}  // namespace pycomm::host

@@ -1,0 +1,76 @@
+// Broadcast. n ranks, S bytes.
+//
+// Up to a threshold the root's tensor rides in its call slot: 1 step, no exit barrier. A symmetric tensor of the root is
+// read where it lies by all others at once: 2 steps, 2·S bytes touched a rank. An ordinary one is copied through the root's
+// two staging buffers in slices: 4·S at the root and 2·S elsewhere, overlapped.
+//   root:   phase 2k      slice k can be read (k = 0: the entry)
+//   others: phase 2k + 1  slice k has been read
+//
+// Ordering. The root overwrites staging (k+1) % 2, and returns to its caller, only after everyone's phase for the slice that
+// lay there.
+#include "host/broadcast.hpp"
+
+#include <algorithm>
+
+namespace pycomm::host {
+
+namespace {
+
+void through_slot(Group& group, void* data, const Call& call) {
+  const bool is_root = group.rank() == call.root;
+  const Entry entry(group, call, {}, [&] { group.put_payload(data, is_root ? call.bytes() : 0); });
+  if (!is_root) std::memcpy(data, group.payload(call.root, call.bytes()), call.bytes());
+}
+
+void copy_in(const Group& group, const std::byte* data, const Call& call, std::uint64_t k) {
+  const std::size_t slice = group.tuning().slice_bytes;
+  std::memcpy(group.staging(group.rank(), k), data + k * slice, std::min<std::size_t>(slice, call.bytes() - k * slice));
+}
+
+void root_in_slices(Group& group, const std::byte* data, const Call& call) {
+  const std::uint64_t num_slices = (call.bytes() + group.tuning().slice_bytes - 1) / group.tuning().slice_bytes;
+  for (std::uint64_t k = 1; k < num_slices; ++k) {
+    if (k >= 2) group.wait(2 * (k - 2) + 1);
+    copy_in(group, data, call, k);
+    group.signal(2 * k);
+  }
+  group.wait(2 * (num_slices - 1) + 1);
+}
+
+void others_in_slices(Group& group, std::byte* data, const Call& call) {
+  const std::size_t slice = group.tuning().slice_bytes;
+  const std::size_t bytes = call.bytes();
+  const std::uint64_t num_slices = (bytes + slice - 1) / slice;
+  for (std::uint64_t k = 0; k < num_slices; ++k) {
+    if (k > 0) group.wait(2 * k, call.root);
+    std::memcpy(data + k * slice, group.staging(call.root, k), std::min(slice, bytes - k * slice));
+    group.signal(2 * k + 1);
+  }
+}
+
+}  // namespace
+
+void broadcast(Group& group, void* data, std::size_t count, DType dtype, int root) {
+  if (root < 0 || root >= group.world_size()) {
+    throw std::invalid_argument("broadcast: root is " + std::to_string(root) + ", it must be 0 to " +
+                                std::to_string(group.world_size() - 1));
+  }
+  const Call call{.kind = OpKind::kBroadcast, .dtype = dtype, .root = root, .count = count};
+  if (call.bytes() * static_cast<std::size_t>(group.world_size()) <= group.tuning().one_shot_bytes) {
+    return through_slot(group, data, call);
+  }
+  auto* const tensor = static_cast<std::byte*>(data);
+  const bool is_root = group.rank() == root;
+  const Location location = is_root ? group.segments().locate(data, call.bytes()) : Location{};
+  const Entry entry(group, call, location, [&] {
+    if (is_root && !location.symmetric()) copy_in(group, tensor, call, 0);
+  });
+  if (const std::byte* const source = group.symmetric_data(root); source != nullptr) {
+    if (is_root) return group.wait(1);
+    std::memcpy(tensor, source, call.bytes());
+    return group.signal(1);
+  }
+  return is_root ? root_in_slices(group, tensor, call) : others_in_slices(group, tensor, call);
+}
+
+}  // namespace pycomm::host

@@ -1,0 +1,160 @@
+#include "host/communicator.hpp"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "host/all_reduce.hpp"
+#include "host/barrier.hpp"
+#include "host/broadcast.hpp"
+#include "host/exchange.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+
+struct SplitChoice {
+  std::int64_t color = 0;
+  std::int64_t key = 0;
+  bool member = false;
+};
+
+struct SplitAddress {
+  std::array<char, 32> text{};
+};
+
+/// The parent's ranks of one color, in the order of the new group.
+std::vector<int> members_of(const std::vector<SplitChoice>& choices, std::int64_t color) {
+  std::vector<int> ranks;
+  for (int r = 0; r < static_cast<int>(choices.size()); ++r) {
+    const SplitChoice& choice = choices[static_cast<std::size_t>(r)];
+    if (choice.member && choice.color == color) ranks.push_back(r);
+  }
+  std::stable_sort(ranks.begin(), ranks.end(), [&](int a, int b) {
+    return choices[static_cast<std::size_t>(a)].key < choices[static_cast<std::size_t>(b)].key;
+  });
+  return ranks;
+}
+
+}  // namespace
+
+Communicator::Communicator(std::string name, Membership members, InterruptCheck interrupt)
+    : interrupt_(interrupt),
+      group_(std::make_unique<Group>(std::move(name), std::move(members))),
+      progress_(std::make_unique<Progress>()),
+      generation_(fork_generation()) {}
+
+Communicator::~Communicator() {
+  close(kNoLimit);
+  // In a forked child the group's flags are the parent's: leave them alone.
+  if (generation_ != fork_generation()) static_cast<void>(group_.release());
+}
+
+void Communicator::on_fork() noexcept {
+  static_cast<void>(progress_.release());  // its thread was not forked; joining or destroying it would end the process
+  group_->members().sockets.clear();
+  group_->members().pidfds.clear();
+}
+
+void Communicator::check_not_forked() const {
+  if (generation_ != fork_generation()) {
+    throw Error(ErrorKind::kGeneral,
+                "communicator '" + group_->name() + "' belongs to the parent of this forked process: call pycomm.init() here");
+  }
+}
+
+template <class Body>
+std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
+  check_not_forked();
+  if (options.async_op) {
+    return progress_->submit([this, timeout_s = options.timeout_s, body = std::move(body)] {
+      const std::lock_guard lock(executing_);
+      group_->set_patient(true);
+      group_->run(timeout_s, nullptr, body);
+    });
+  }
+  if (progress_->busy()) progress_->drain(kNoLimit, interrupt_);  // issue order; each of those has its own deadline
+  const std::lock_guard lock(executing_);
+  group_->set_patient(false);
+  group_->run(options.timeout_s, interrupt_, body);
+  return nullptr;
+}
+
+std::shared_ptr<Work> Communicator::all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op,
+                                               const CallOptions& options) {
+  return run(options, [=](Group& group) { host::all_reduce(group, data, count, dtype, op); });
+}
+
+std::shared_ptr<Work> Communicator::broadcast(void* data, std::size_t count, DType dtype, int root,
+                                              const CallOptions& options) {
+  return run(options, [=](Group& group) { host::broadcast(group, data, count, dtype, root); });
+}
+
+std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
+  return run(options, [](Group& group) { host::barrier(group); });
+}
+
+std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double timeout_s) {
+  std::unique_ptr<SymmetricBuffer> buffer;
+  run({.timeout_s = timeout_s}, [&](Group& group) { buffer = group.segments().allocate(group, bytes); });
+  return buffer;
+}
+
+std::unique_ptr<SymmetricBuffer> Communicator::peer(const void* data, std::size_t bytes, int rank) {
+  check_not_forked();
+  if (rank < 0 || rank >= world_size()) throw std::invalid_argument("no rank " + std::to_string(rank));
+  return group_->segments().peer(data, bytes, rank);
+}
+
+bool Communicator::is_symmetric(const void* data, std::size_t bytes) const {
+  return group_->segments().locate(data, bytes).symmetric();
+}
+
+std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> color, std::int64_t key,
+                                                  double timeout_s) {
+  std::unique_ptr<Communicator> result;
+  run({.timeout_s = timeout_s}, [&](Group& group) {
+    { const Entry entry(group, Call{.kind = OpKind::kSplit}); }
+    const auto choices = exchange(
+        group, SplitChoice{.color = color.value_or(0), .key = key, .member = color.has_value()});
+    const std::vector<int> ranks = color ? members_of(choices, *color) : std::vector<int>{};
+    const bool leads = !ranks.empty() && ranks.front() == group.rank();
+    std::optional<Listener> listener;
+    SplitAddress mine;
+    if (leads) {
+      listener.emplace();
+      std::copy(listener->address().begin(), listener->address().end(), mine.text.begin());
+    }
+    const auto addresses = exchange(group, mine);
+    const std::string suffix = "." + std::to_string(num_splits_++);
+    if (!color) return;
+    const SplitAddress& address = addresses[static_cast<std::size_t>(ranks.front())];
+    const auto rank = std::find(ranks.begin(), ranks.end(), group.rank()) - ranks.begin();
+    Membership members = meet(static_cast<int>(rank), static_cast<int>(ranks.size()), leads ? &*listener : nullptr,
+                              std::string(address.text.begin(), address.text.end()), group.tuning(), group.deadline(),
+                              group.interrupt());
+    result = std::make_unique<Communicator>(group.name() + suffix + "[" + std::to_string(*color) + "]",
+                                            std::move(members), interrupt_);
+  });
+  return result;
+}
+
+void Communicator::abort(const std::string& reason) {
+  check_not_forked();
+  group_->abort(reason);
+}
+
+void Communicator::close(double drain_s) {
+  if (closed_ || generation_ != fork_generation()) return;
+  closed_ = true;
+  if (!progress_->drain(drain_s, nullptr)) {
+    group_->abort("closed with operations that no peer had joined after " + std::to_string(drain_s) + " s");
+  }
+  progress_->stop();
+  const std::lock_guard lock(executing_);
+  group_->close();
+}
+
+}  // namespace pycomm::host

@@ -1,0 +1,63 @@
+// The host transport's communicator: the calls of Python's Communicator over one Group, in issue order, synchronous on the
+// calling thread or asynchronous on the progress thread. Pointers stay valid until the call (or its Work) is done.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "host/fork_guard.hpp"
+#include "host/group.hpp"
+#include "host/progress.hpp"
+
+namespace pycomm::host {
+
+struct CallOptions {
+  double timeout_s = 600;
+  bool async_op = false;
+};
+
+class Communicator final : private ForkAware {
+ public:
+  Communicator(std::string name, Membership members, InterruptCheck interrupt);
+  ~Communicator() override;
+
+  int rank() const { return group_->rank(); }
+  int world_size() const { return group_->world_size(); }
+  const std::string& name() const { return group_->name(); }
+  const Tuning& tuning() const { return group_->tuning(); }
+
+  // Each returns a Work if asynchronous, nullptr otherwise.
+  std::shared_ptr<Work> all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op, const CallOptions& options);
+  std::shared_ptr<Work> broadcast(void* data, std::size_t count, DType dtype, int root, const CallOptions& options);
+  std::shared_ptr<Work> barrier(const CallOptions& options);
+
+  std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
+  /// `rank`'s counterpart of a range of this rank's symmetric memory.
+  std::unique_ptr<SymmetricBuffer> peer(const void* data, std::size_t bytes, int rank);
+  bool is_symmetric(const void* data, std::size_t bytes) const;
+  /// Ranks of equal color form a new communicator, ordered by (key, rank); nullptr where color is empty.
+  std::unique_ptr<Communicator> split(std::optional<std::int64_t> color, std::int64_t key, double timeout_s);
+
+  void abort(const std::string& reason);
+  /// Finish what is queued, tell the peers, give up the sockets. What is not finished after `drain_s` is aborted. Idempotent.
+  void close(double drain_s);
+
+ private:
+  template <class Body>
+  std::shared_ptr<Work> run(const CallOptions& options, Body body);
+  void check_not_forked() const;
+  void on_fork() noexcept override;
+
+  InterruptCheck interrupt_;
+  std::unique_ptr<Group> group_;
+  std::unique_ptr<Progress> progress_;
+  std::mutex executing_;  // one collective at a time
+  std::uint64_t num_splits_ = 0;
+  std::uint64_t generation_;
+  bool closed_ = false;
+};
+
+}  // namespace pycomm::host

@@ -1,0 +1,41 @@
+#include "host/control.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <string>
+
+#include "pycomm/error.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+std::size_t slot_stride(const Tuning& tuning) { return sizeof(CallSlot) + tuning.slice_bytes; }
+std::size_t area_stride(const Tuning& tuning) {
+  return round_to_pages(sizeof(RankFlags) + 2 * slot_stride(tuning));  // whole pages: their owner touches them first
+}
+
+}  // namespace
+
+Tuning default_tuning() {
+  const long l2 = ::sysconf(_SC_LEVEL2_CACHE_SIZE);
+  const std::uint64_t cache = l2 > 0 ? static_cast<std::uint64_t>(l2) : 512 * 1024;
+  // Two staging buffers, the slice of the user's tensor and what comes from the peers share the L2.
+  const std::uint64_t slice = std::clamp<std::uint64_t>(cache / 8, 32 * 1024, 256 * 1024) / kCacheLine * kCacheLine;
+  return Tuning{.slice_bytes = slice, .one_shot_bytes = 16 * 1024};
+}
+
+Control::Control(Segment segment, int world_size, const Tuning& tuning)
+    : segment_(std::move(segment)), slot_stride_(slot_stride(tuning)), area_stride_(area_stride(tuning)) {
+  if (segment_.bytes() < bytes_for(world_size, tuning)) {
+    throw Error(ErrorKind::kGeneral, "control segment has " + std::to_string(segment_.bytes()) + " bytes, needs " +
+                                         std::to_string(bytes_for(world_size, tuning)));
+  }
+}
+
+std::size_t Control::bytes_for(int world_size, const Tuning& tuning) {
+  return static_cast<std::size_t>(world_size) * area_stride(tuning);
+}
+
+}  // namespace pycomm::host

@@ -1,0 +1,77 @@
+// The control segment of a communicator: per rank, its flags, its two call slots and its two staging buffers. Rank
+// areas lie one after the other; everything starts as zeros.
+//
+//   area of rank r:  RankFlags | CallSlot 0 | staging 0 | CallSlot 1 | staging 1
+//
+// A call with sequence number s uses slot s % 2 and, for its slice k, staging (s + k) % 2. Two suffice: a rank
+// writes into slot s % 2 for call s only after it has seen every peer enter call s - 1, and a peer enters s - 1 only
+// when it is done with s - 2.
+#pragma once
+
+#include <cstdint>
+
+#include "host/segment.hpp"
+#include "pycomm/call.hpp"
+#include "pycomm/signal.hpp"
+
+namespace pycomm::host {
+
+enum class RankState : std::uint32_t { kAlive = 0, kClosed = 1, kFailed = 2 };
+
+inline constexpr int kMaxRanks = 240;       // descriptors in one SCM_RIGHTS message are limited to 253
+inline constexpr std::size_t kReasonBytes = 448;
+
+/// What a rank shows to its peers beside its calls. One cache line per writer-reader relation.
+struct RankFlags {
+  alignas(kCacheLine) std::uint64_t step;       // phases inside calls: call seq << kStepBits | phase
+  alignas(kCacheLine) std::uint64_t completed;  // the last call that this rank is done with, for error messages
+  alignas(kCacheLine) std::uint32_t doorbell;   // futex word: a change wakes this rank
+  std::uint32_t sleepers;                       // threads of this rank that sleep on it
+  alignas(kCacheLine) std::uint32_t state;      // RankState, written last of the fields below
+  std::uint32_t aborted;                        // 1: comm.abort() here; every rank shall stop
+  std::uint64_t lost[(kMaxRanks + 63) / 64];    // kFailed: bit set of the ranks at the root of the failure
+  char reason[kReasonBytes];                    // kFailed or aborted: why, zero-terminated
+};
+inline constexpr int kStepBits = 24;
+
+/// One call's descriptor; tiny payloads ride in the same cache line, larger ones in the staging buffer behind it.
+struct alignas(kCacheLine) CallSlot {
+  std::uint64_t seq;  // the flag: written last
+  Call call;
+  Location location;
+  std::byte payload[kCacheLine - sizeof(std::uint64_t) - sizeof(Call) - sizeof(Location)];
+};
+static_assert(sizeof(CallSlot) == kCacheLine);
+
+/// Sizes and thresholds, decided by rank 0 and sent to all, since the choice of an algorithm must be the same everywhere.
+struct Tuning {
+  std::uint64_t slice_bytes = 0;     // staging buffer
+  std::uint64_t one_shot_bytes = 0;  // up to this total (bytes * ranks) a message goes through the slots in one step
+};
+/// From the sizes of this machine's caches.
+Tuning default_tuning();
+
+class Control {
+ public:
+  Control() = default;
+  Control(Segment segment, int world_size, const Tuning& tuning);
+  static std::size_t bytes_for(int world_size, const Tuning& tuning);
+
+  const Segment& segment() const { return segment_; }
+  RankFlags& flags(int rank) const { return *reinterpret_cast<RankFlags*>(area(rank)); }
+  CallSlot& slot(int rank, std::uint64_t seq) const {
+    return *reinterpret_cast<CallSlot*>(area(rank) + sizeof(RankFlags) + (seq % 2) * slot_stride_);
+  }
+  std::byte* staging(int rank, std::uint64_t index) const {
+    return reinterpret_cast<std::byte*>(&slot(rank, index)) + sizeof(CallSlot);
+  }
+
+ private:
+  std::byte* area(int rank) const { return segment_.data() + static_cast<std::size_t>(rank) * area_stride_; }
+
+  Segment segment_;
+  std::size_t slot_stride_ = 0;
+  std::size_t area_stride_ = 0;
+};
+
+}  // namespace pycomm::host

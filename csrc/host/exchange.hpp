@@ -1,0 +1,24 @@
+// A few bytes from every rank to every rank, for the library's own agreements (segments, splits).
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "host/group.hpp"
+
+namespace pycomm::host {
+
+/// Returns `mine` of every rank, by rank. One step through the call slots; T is at most a staging buffer long.
+template <class T>
+std::vector<T> exchange(Group& group, const T& mine) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 16 * 1024);
+  const Entry entry(group, Call{.kind = OpKind::kExchange, .count = sizeof(T)}, {},
+                    [&] { group.put_payload(&mine, sizeof(T)); });
+  std::vector<T> all(static_cast<std::size_t>(group.world_size()));
+  for (int r = 0; r < group.world_size(); ++r) {
+    std::memcpy(&all[static_cast<std::size_t>(r)], group.payload(r, sizeof(T)), sizeof(T));
+  }
+  return all;
+}
+
+}  // namespace pycomm::host

@@ -1,0 +1,123 @@
+#include "host/group.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace pycomm::host {
+
+Group::Group(std::string name, Membership members)
+    : name_(std::move(name)), members_(std::move(members)), segments_(members_), waiter_(members_) {}
+
+std::byte* Group::symmetric_data(int rank) const {
+  const Location& location = members_.control.slot(rank, seq_).location;
+  return location.symmetric() ? segments_.address(location, rank) : nullptr;
+}
+
+std::byte* Group::payload(int rank, std::size_t bytes) const {
+  CallSlot& slot = members_.control.slot(rank, seq_);
+  return bytes <= sizeof(slot.payload) ? slot.payload : members_.control.staging(rank, seq_);
+}
+
+void Group::signal(std::uint64_t phase) {
+  store_flag(members_.control.flags(rank()).step, (seq_ << kStepBits) | phase);
+  waiter_.ring();
+}
+
+void Group::wait(std::uint64_t phase, int only) const {
+  const std::uint64_t target = (seq_ << kStepBits) | phase;
+  waiter_.wait(
+      [&](int r) {
+        return r == rank() || (only != kEveryRank && r != only) || load_flag(members_.control.flags(r).step) >= target;
+      },
+      context());
+}
+
+void Group::begin(const Call& call, const Location& location) {
+  waiter_.check_aborted();
+  call_ = call;
+  ++seq_;
+  CallSlot& slot = members_.control.slot(rank(), seq_);
+  slot.call = call;
+  slot.location = location;
+}
+
+void Group::enter() {
+  store_flag(members_.control.slot(rank(), seq_).seq, seq_);
+  waiter_.ring();
+  waiter_.wait([&](int r) { return load_flag(members_.control.slot(r, seq_).seq) >= seq_; }, context());
+  check_match();
+}
+
+void Group::check_match() const {
+  bool equal = true;
+  for (int r = 0; r < world_size(); ++r) equal &= members_.control.slot(r, seq_).call == call_;
+  if (equal) return;
+  Error error(ErrorKind::kMismatch, "");
+  std::string text = "ranks of group '" + name_ + "' called different things as #" + std::to_string(seq_) + ":";
+  for (int r = 0; r < world_size(); ++r) {
+    error.calls.push_back(describe(members_.control.slot(r, seq_).call));
+    text += (r == 0 ? " rank " : "; rank ") + std::to_string(r) + " " + error.calls.back();
+  }
+  Error named(ErrorKind::kMismatch, text + ". Nothing was written");
+  named.calls = std::move(error.calls);
+  throw named;
+}
+
+void Group::check_usable() const {
+  if (closed_) throw Error(ErrorKind::kGeneral, "communicator '" + name_ + "' is closed");
+  if (failure_ == nullptr) return;
+  Error again(failure_->kind, "communicator '" + name_ + "' cannot be used any more, since an earlier call failed: " +
+                                  failure_->what());
+  again.op = failure_->op;
+  again.seq = failure_->seq;
+  again.group = failure_->group;
+  again.ranks = failure_->ranks;
+  throw again;
+}
+
+void Group::show_end(RankState state, const std::string& reason, const std::vector<int>& lost) {
+  RankFlags& mine = members_.control.flags(rank());
+  const std::size_t length = std::min(reason.size(), kReasonBytes - 1);
+  std::memcpy(mine.reason, reason.data(), length);
+  mine.reason[length] = '\0';
+  for (const int r : lost) mine.lost[r / 64] |= std::uint64_t{1} << (r % 64);
+  store_flag(mine.state, static_cast<std::uint32_t>(state));
+  waiter_.ring();
+}
+
+void Group::fail(const Error& error) {
+  failure_ = std::make_unique<Error>(error);
+  segments_.quarantine();  // a stopped peer may wake up and write
+  show_end(RankState::kFailed, error.what(), error.kind == ErrorKind::kPeerLost ? error.ranks : std::vector<int>{});
+}
+
+void Group::abort(const std::string& reason) {
+  RankFlags& mine = members_.control.flags(rank());
+  if (load_flag(mine.aborted) != 0) return;
+  show_end(RankState::kFailed, reason, {});
+  store_flag(mine.aborted, 1u);
+  waiter_.ring();
+}
+
+void Group::close() {
+  if (closed_) return;
+  closed_ = true;
+  if (failure_ == nullptr && load_flag(members_.control.flags(rank()).aborted) == 0) {
+    show_end(RankState::kClosed, "", {});
+  }
+  members_.sockets.clear();
+}
+
+void Entry::enter() {
+  try {
+    group_.enter();
+  } catch (const Error& error) {
+    // A mismatch ends this call for everyone, in step; anything else leaves it unfinished, and messages say so.
+    if (error.kind == ErrorKind::kMismatch) complete();
+    throw;
+  }
+}
+
+void Entry::complete() const { store_flag(group_.members_.control.flags(group_.rank()).completed, group_.seq_); }
+
+}  // namespace pycomm::host

@@ -1,0 +1,128 @@
+// What a collective is written on: the ranks' slots, staging buffers and flags, and the matched entry of every call.
+//
+// A collective is one function `name(Group&, …)` that
+//   1. builds its Call and enters it: `Entry entry(group, call, location, prepare)`;
+//   2. moves data in numbered phases: `group.signal(phase)` after writing, `group.wait(phase)` before reading;
+//   3. returns; ~Entry marks the call as completed.
+// Everything else (deadlines, lost peers, messages) is done here and in Waiter. Phases count from 1 within a call.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "host/bootstrap.hpp"
+#include "host/symmetric_segments.hpp"
+#include "host/waiter.hpp"
+#include "pycomm/error.hpp"
+
+namespace pycomm::host {
+
+class Group {
+ public:
+  Group(std::string name, Membership members);
+  Group(const Group&) = delete;  // peers hold its addresses
+  Group& operator=(const Group&) = delete;
+
+  int rank() const { return members_.rank; }
+  int world_size() const { return members_.world_size; }
+  const std::string& name() const { return name_; }
+  const Tuning& tuning() const { return members_.tuning; }
+  Membership& members() { return members_; }
+  const Membership& members() const { return members_; }
+  SymmetricSegments& segments() { return segments_; }
+  const Waiter& waiter() const { return waiter_; }
+
+  /// This rank's staging buffer for slice `k` of the running call; `rank`'s likewise.
+  std::byte* staging(int rank, std::uint64_t k) const { return members_.control.staging(rank, seq_ + k); }
+  /// Where `rank`'s data of the running call lies if it is symmetric, else nullptr.
+  std::byte* symmetric_data(int rank) const;
+  /// Where the payload of `rank`'s slot lies (`bytes` long, at most a staging buffer).
+  std::byte* payload(int rank, std::size_t bytes) const;
+  /// For `prepare` of an Entry: show `bytes` bytes to all.
+  void put_payload(const void* data, std::size_t bytes) const {
+    if (bytes != 0) std::memcpy(payload(rank(), bytes), data, bytes);
+  }
+
+  void signal(std::uint64_t phase);
+  /// Wait until every rank (or `only` that one) has signalled `phase` of the running call.
+  void wait(std::uint64_t phase, int only = kEveryRank) const;
+  static constexpr int kEveryRank = -1;
+
+  /// Run one collective on the calling thread. Refuses if the group has failed; a failure inside marks it as failed, for
+  /// this rank and for its peers.
+  template <class Body>
+  void run(double timeout_s, InterruptCheck check, const Body& body) {
+    check_usable();
+    deadline_ = Deadline::after(timeout_s);
+    interrupt_ = check;
+    try {
+      body(*this);
+    } catch (const Error& error) {
+      if (poisons(error.kind)) fail(error);
+      throw;
+    } catch (const std::invalid_argument&) {
+      throw;  // a wrong argument: nothing was sent
+    } catch (...) {  // Ctrl-C between two flags: the ranks are out of step for good
+      fail(Error(ErrorKind::kGeneral, "interrupted in " + describe(call_) + " #" + std::to_string(seq_)));
+      throw;
+    }
+  }
+
+  void abort(const std::string& reason);
+  /// Show the peers that this rank leaves and give up the sockets. Idempotent.
+  void close();
+  bool failed() const { return failure_ != nullptr; }
+  const Deadline& deadline() const { return deadline_; }
+  InterruptCheck interrupt() const { return interrupt_; }
+  void set_patient(bool patient) { waiter_.set_patient(patient); }
+
+ private:
+  friend class Entry;
+
+  static bool poisons(ErrorKind kind) { return kind != ErrorKind::kMismatch && kind != ErrorKind::kOutOfMemory; }
+  void check_usable() const;
+  void fail(const Error& error);
+  void show_end(RankState state, const std::string& reason, const std::vector<int>& lost);
+  void begin(const Call& call, const Location& location);
+  void enter();
+  void check_match() const;
+  WaitContext context() const { return {name_, seq_, call_, deadline_, interrupt_}; }
+
+  std::string name_;
+  Membership members_;
+  SymmetricSegments segments_;
+  Waiter waiter_;
+  Deadline deadline_ = Deadline::after(0);
+  InterruptCheck interrupt_ = nullptr;
+  Call call_;
+  std::uint64_t seq_ = 0;
+  std::unique_ptr<Error> failure_;
+  bool closed_ = false;
+};
+
+/// The matched entry of a call. Construction runs `prepare` (which may fill this rank's payload or first staging slice), shows
+/// the call to all peers, waits for theirs and throws kMismatch on every rank if they differ; no user's tensor has been
+/// written then. When it returns, every peer has entered: its payload, location and first staging slice can be read.
+class Entry {
+ public:
+  template <class Prepare>
+  Entry(Group& group, const Call& call, const Location& location, const Prepare& prepare) : group_(group) {
+    group.begin(call, location);
+    prepare();
+    enter();
+  }
+  explicit Entry(Group& group, const Call& call) : Entry(group, call, {}, [] {}) {}
+  ~Entry() { complete(); }
+  Entry(const Entry&) = delete;  // marks one scope
+  Entry& operator=(const Entry&) = delete;
+
+ private:
+  void enter();
+  void complete() const;
+
+  Group& group_;
+};
+
+}  // namespace pycomm::host

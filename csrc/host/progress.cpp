@@ -1,0 +1,120 @@
+#include "host/progress.hpp"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <limits>
+
+#include "pycomm/error.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+/// Wait for `ready` until the deadline, looking for interrupts between slices; false if it passed.
+template <class Ready>
+bool wait_in_slices(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, const Deadline& deadline,
+                    InterruptCheck interrupt, const Ready& ready) {
+  constexpr auto kSlice = std::chrono::milliseconds(50);
+  while (!ready()) {
+    if (changed.wait_for(lock, std::min<Deadline::Clock::duration>(kSlice, deadline.left()), ready)) break;
+    if (deadline.expired()) return false;
+    if (interrupt == nullptr) continue;
+    lock.unlock();  // the interrupt takes the GIL
+    interrupt();
+    lock.lock();
+  }
+  return true;
+}
+
+}  // namespace
+
+bool Work::done() const {
+  const std::lock_guard lock(mutex_);
+  return done_;
+}
+
+void Work::finish(std::exception_ptr error) {
+  {
+    const std::lock_guard lock(mutex_);
+    done_ = true;
+    error_ = std::move(error);
+  }
+  finished_.notify_all();
+}
+
+void Work::wait(std::optional<double> timeout_s, InterruptCheck interrupt) {
+  const Deadline deadline = Deadline::after(timeout_s.value_or(std::numeric_limits<double>::infinity()));
+  std::unique_lock lock(mutex_);
+  if (!wait_in_slices(lock, finished_, deadline, interrupt, [this] { return done_; })) {
+    throw Error(ErrorKind::kWaitExpired,
+                "wait: the operation is not done after " + std::to_string(deadline.timeout_s()) + " s; it goes on");
+  }
+  if (error_ != nullptr) std::rethrow_exception(error_);
+}
+
+std::shared_ptr<Work> Progress::submit(std::function<void()> operation) {
+  Task task{.operation = std::move(operation), .work = std::make_shared<Work>(), .floating_point = {}};
+  std::fegetenv(&task.floating_point);
+  auto work = task.work;
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopping_) throw Error(ErrorKind::kGeneral, "the communicator is closed");
+    if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
+    tasks_.push_back(std::move(task));
+  }
+  changed_.notify_all();
+  return work;
+}
+
+bool Progress::busy() const {
+  const std::lock_guard lock(mutex_);
+  return !tasks_.empty();
+}
+
+bool Progress::drain(double timeout_s, InterruptCheck interrupt) {
+  std::unique_lock lock(mutex_);
+  return wait_in_slices(lock, emptied_, Deadline::after(timeout_s), interrupt, [this] { return tasks_.empty(); });
+}
+
+void Progress::stop() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  changed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Progress::loop() {
+  sigset_t all;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, nullptr);
+  pthread_setname_np(pthread_self(), "pycomm-progress");
+  std::unique_lock lock(mutex_);
+  while (true) {
+    changed_.wait(lock, [this] { return stopping_ || !tasks_.empty(); });
+    if (tasks_.empty()) return;
+    Task& task = tasks_.front();  // a deque's elements stay where they are while others are added
+    lock.unlock();
+    std::exception_ptr error;
+    std::fesetenv(&task.floating_point);
+    try {
+      task.operation();
+    } catch (...) {  // whatever it is, wait() rethrows it on the caller's thread
+      error = std::current_exception();
+    }
+    const std::shared_ptr<Work> work = std::move(task.work);
+    lock.lock();
+    tasks_.pop_front();
+    const bool emptied = tasks_.empty();
+    lock.unlock();
+    work->finish(error);
+    if (emptied) emptied_.notify_all();
+    lock.lock();
+  }
+}
+
+}  // namespace pycomm::host

@@ -1,0 +1,5 @@
+// The reduction kernels for AVX2 and F16C; cmake/sources.cmake has the flags. Empty on other architectures.
+#if defined(__x86_64__)
+#define PYCOMM_SIMD_LEVEL avx2
+#include "host/reduce_kernels.hpp"
+#endif

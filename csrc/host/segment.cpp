@@ -1,0 +1,79 @@
+#include "host/segment.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "pycomm/error.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+constexpr std::size_t kPage = 4096;  // reserve() and the layout only need a multiple of what the kernel checks
+#ifndef MADV_POPULATE_WRITE
+constexpr int MADV_POPULATE_WRITE = 23;  // Linux 5.14; older kernels answer EINVAL and the first touch maps the page
+#endif
+
+std::size_t page_bytes() {
+  static const std::size_t bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  return bytes > kPage ? bytes : kPage;
+}
+
+}  // namespace
+
+std::size_t round_to_pages(std::size_t bytes) {
+  const std::size_t page = page_bytes();
+  return (bytes + page - 1) / page * page;
+}
+
+void UniqueFd::reset() {
+  if (fd_ >= 0) ::close(fd_);
+  fd_ = -1;
+}
+
+Segment::Segment(UniqueFd fd, std::size_t bytes) : fd_(std::move(fd)), bytes_(bytes) {
+  void* const data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
+  if (data == MAP_FAILED) throw_errno("mmap of " + std::to_string(bytes) + " bytes of shared memory");
+  data_ = static_cast<std::byte*>(data);
+}
+
+Segment::~Segment() {
+  if (data_ != nullptr) ::munmap(data_, bytes_);
+}
+
+Segment Segment::create(const char* name, std::size_t bytes) {
+  bytes = round_to_pages(bytes);
+  UniqueFd fd(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!fd) throw_errno("memfd_create");
+  if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) {
+    throw_errno("ftruncate of shared memory to " + std::to_string(bytes) + " bytes");
+  }
+  if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) throw_errno("sealing a memfd");
+  return Segment(std::move(fd), bytes);
+}
+
+Segment Segment::attach(UniqueFd fd, std::size_t bytes) {
+  bytes = round_to_pages(bytes);
+  struct stat status {};
+  if (::fstat(fd.get(), &status) != 0) throw_errno("fstat of a peer's memfd");
+  const int seals = ::fcntl(fd.get(), F_GET_SEALS);
+  if (static_cast<std::size_t>(status.st_size) < bytes || seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    throw Error(ErrorKind::kGeneral, "a peer's shared memory has " + std::to_string(status.st_size) + " bytes, " +
+                                         std::to_string(bytes) + " sealed ones were expected");
+  }
+  return Segment(std::move(fd), bytes);
+}
+
+int Segment::reserve(std::size_t offset, std::size_t bytes) {
+  if (bytes == 0) return 0;
+  while (::fallocate(fd_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
+    if (errno != EINTR) return errno;
+  }
+  // Mapping the pages now spares a fault per page later. Only a matter of speed, so an old kernel's EINVAL is fine.
+  ::madvise(data_ + offset, bytes, MADV_POPULATE_WRITE);
+  return 0;
+}
+
+}  // namespace pycomm::host

@@ -1,0 +1,102 @@
+// The one wait of the host transport: for flags of peers, with a deadline, an abort, liveness and Ctrl-C.
+//
+// It spins with pause for some microseconds (only while every rank can have a core), then yields, then sleeps on this
+// rank's doorbell in slices of 50 ms. After each slice it looks at the peers it still waits for:
+//   dead     its pidfd says so                        -> Error kPeerLost
+//   left     closed its communicator                  -> Error kPeerLost, "exited normally"
+//   failed   gave up on a call, with the root cause   -> Error kPeerLost, naming the root
+//   aborted  any rank called abort(reason)            -> Error kPeerLost with the reason
+//   late     after 30 s                               -> a warning on stderr that names it
+//   expired  at the deadline                          -> Error kTimeout, naming it and what it is in
+// A peer's flag is looked at once more after its end was seen: what it did before it left counts.
+#pragma once
+
+#include <string>
+#include <utility>
+
+#include "host/bootstrap.hpp"
+
+namespace pycomm::host {
+
+/// What a waiting rank is in, for messages.
+struct WaitContext {
+  std::string_view group;
+  std::uint64_t seq;
+  Call call;
+  Deadline deadline;
+  InterruptCheck interrupt;
+};
+
+class Waiter {
+ public:
+  explicit Waiter(const Membership& members);
+
+  /// Return once ready(rank) holds for every rank. `ready` must be monotonic: once true it stays true.
+  template <class Ready>
+  void wait(const Ready& ready, const WaitContext& context) const {
+    int next = 0;  // every rank before it is ready
+    const auto advance = [&] {
+      while (next < members_.world_size && ready(next)) ++next;
+      return next == members_.world_size;
+    };
+    if (advance()) return;
+    for (int i = 0; i < spins_; ++i) {
+      pause();
+      if (advance()) return;
+    }
+    using Advance = decltype(advance);
+    sleep(
+        {[](const void* f) { return (*static_cast<const Advance*>(f))(); }, &advance},
+        {[](const void* f, int rank) { return (*static_cast<const Ready*>(f))(rank); }, &ready}, context);
+  }
+
+  /// Wake every peer that sleeps; call it after each flag that somebody may wait for.
+  void ring() const {
+    for (int r = 0; r < members_.world_size; ++r) {
+      if (r != members_.rank && load_flag(members_.control.flags(r).sleepers) != 0) wake(r);
+    }
+  }
+
+  /// Throws kPeerLost if some rank called abort.
+  void check_aborted() const;
+  /// Wait without spinning: for progress threads, which must not take the core from the computation.
+  void set_patient(bool patient);
+
+ private:
+  struct AdvanceRef {  // a callable, type-erased so that the slow path is compiled once
+    bool (*call)(const void*);
+    const void* object;
+    bool operator()() const { return call(object); }
+  };
+  struct ReadyRef {
+    bool (*call)(const void*, int);
+    const void* object;
+    bool operator()(int rank) const { return call(object, rank); }
+  };
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    asm volatile("yield");
+#endif
+  }
+
+  void sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& context) const;
+  void check_peers(ReadyRef ready, const WaitContext& context) const;
+  [[noreturn]] void expire(ReadyRef ready, const WaitContext& context) const;
+  void warn_late(ReadyRef ready, const WaitContext& context) const;
+  bool dead(int rank) const;
+  void wake(int rank) const;
+  std::string activity(int rank, std::uint64_t seq) const;
+
+  const Membership& members_;
+  int spins_ = 0;
+  int usual_spins_ = 0;
+  Deadline::Clock::duration yield_for_{};
+};
+
+/// Processors that this process may run on.
+int usable_cores();
+
+}  // namespace pycomm::host

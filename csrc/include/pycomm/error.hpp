@@ -1,0 +1,41 @@
+// The one exception of the C++ core. `kind` picks the Python class (bindings/bind_errors.cpp); the other fields become
+// its attributes. Wrong arguments are std::invalid_argument, which Python sees as ValueError.
+#pragma once
+
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace pycomm {
+
+enum class ErrorKind {
+  kGeneral,      // PycommError
+  kTimeout,      // PeerTimeoutError: ranks did not arrive before the deadline
+  kPeerLost,     // PeerLostError: ranks died, left or aborted
+  kMismatch,     // MismatchError: ranks called different things; nothing was written
+  kWaitExpired,  // TimeoutError: Work::wait(timeout) ran out, the operation goes on
+  kOutOfMemory,  // MemoryError
+};
+
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorKind which, std::string message) : std::runtime_error(std::move(message)), kind(which) {}
+
+  ErrorKind kind;
+  std::string op;                  // kTimeout: what this rank was doing
+  std::uint64_t seq = 0;           // kTimeout: its sequence number in the group
+  std::string group;               // kTimeout: the communicator's name
+  std::vector<int> ranks;          // kTimeout: missing; kPeerLost: lost
+  std::vector<std::string> calls;  // kMismatch: calls[rank]
+};
+
+/// Throw what errno says about `what`.
+[[noreturn]] inline void throw_errno(const std::string& what) {
+  throw Error(ErrorKind::kGeneral, what + ": " + std::strerror(errno));
+}
+
+}  // namespace pycomm

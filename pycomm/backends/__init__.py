@@ -1,0 +1,73 @@
+"""Back ends of the Communicator: the same small protocol over different memories and wires, chosen once at init."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pycomm import _C
+from pycomm.errors import BackendUnavailableError
+
+__all__ = ["Backend", "Choice", "choose"]
+
+NAMES = ("auto", "shm", "nccl", "gloo")
+
+
+class Backend(Protocol):
+    """What a Communicator needs. Tensors are contiguous and on ``device``; names of ops are checked here.
+
+    Calls return a Work when ``async_op``, else None.
+    """
+
+    name: str
+    device: torch.device
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def group(self) -> str: ...
+
+    def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor: ...
+    def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...
+    def split(self, color: int | None, key: int, timeout_s: float) -> Backend | None: ...
+    def abort(self, reason: str) -> None: ...
+    def close(self, drain_s: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A back end's name and why it was chosen, for the log and for ``pycomm doctor``."""
+
+    name: str
+    reason: str
+
+
+def choose(requested: str, hosts: Sequence[str]) -> Choice:
+    """Resolve ``requested`` ("auto" or a name) for ranks on these hosts.
+
+    A pure function of what all ranks exchanged, so that all choose the same.
+
+    Raises:
+        ValueError: no such back end.
+        BackendUnavailableError: it cannot work here.
+    """
+    if requested not in NAMES:
+        raise ValueError(f"backend={requested!r}: it is one of {', '.join(NAMES)}")
+    num_hosts = len(set(hosts))
+    if requested in ("nccl", "gloo"):
+        raise BackendUnavailableError(f"backend={requested!r} is not in this version of pycomm; use 'shm' or 'auto'")
+    if num_hosts > 1:
+        raise BackendUnavailableError(
+            f"backend={requested!r}: the {len(hosts)} ranks are on {num_hosts} hosts (or in separate network "
+            f"namespaces), and this version of pycomm runs on one host"
+        )
+    reason = "asked for" if requested == "shm" else f"all {len(hosts)} rank(s) share this host's memory"
+    return Choice("shm", reason)
