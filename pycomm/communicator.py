@@ -1,8 +1,10 @@
 """The Communicator: a group of ranks and the calls that move data between them.
 
-One semantics on every back end (docs/algorithms.md has steps, bytes and order of each collective). Calls of a communicator
-run in the order in which they are issued; an asynchronous call returns a :class:`Work` at once. Tensors of
-:meth:`Communicator.empty` are symmetric: peers map them, so nothing is copied. Any other contiguous tensor works too, staged.
+One semantics on every back end (docs/algorithms.md has steps, bytes and order of each collective). Calls of a
+communicator run in the order in which they are issued; an asynchronous call returns a :class:`Work` at once. Tensors
+of
+:meth:`Communicator.empty` are symmetric: peers map them, so nothing is copied. Any other contiguous tensor works too,
+staged.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Communicator:
     * ``PeerTimeoutError``, ``PeerLostError``: ranks are missing or gone; the communicator cannot be used any more.
     """
 
-    def __init__(self, backend: Backend, timeout_s: float) -> None:
+    def __init__(self, backend: Backend, timeout_s: float, rendezvous: Rendezvous | None = None) -> None:
         self.rank = backend.rank
         self.world_size = backend.world_size
         self.backend = backend.name
@@ -70,6 +72,7 @@ class Communicator:
         self.name = backend.group
         self.timeout_s = timeout_s
         self._backend = backend
+        self._rendezvous = rendezvous  # rank 0's store serves as long as somebody may come for it
         self._in_flight: deque[tuple[_C.Work, torch.Tensor]] = deque()
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
 
@@ -173,6 +176,7 @@ class Communicator:
             if not hasattr(tensor, "__dlpack__"):
                 raise TypeError(f"{type(tensor).__name__} is neither a tensor nor an array that speaks DLPack")
             tensor = torch.from_dlpack(tensor)
+        assert isinstance(tensor, torch.Tensor)
         if tensor.device != self.device:
             raise ValueError(
                 f"the tensor is on {tensor.device}, communicator {self.name!r} ({self.backend}) works on {self.device}"
@@ -204,7 +208,8 @@ def init(
     """Join the ranks that were launched together and return the communicator of all of them.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them; beside an
-    initialised torch.distributed it takes rank, world size and store from there; without any of these it is a world of one.
+    initialised torch.distributed it takes rank, world size and store from there; without any of these it is a world
+    of one.
 
     Args:
         backend: "auto" or "shm" (processes of one host).
@@ -226,7 +231,7 @@ def init(
     choice = choose(backend, [greeting.host for greeting in greetings])
     if rendezvous.rank == 0:
         _log.info("back end %s: %s", choice.name, choice.reason)
-    return Communicator(ShmBackend.connect(rendezvous, "world"), timeout_s)
+    return Communicator(ShmBackend.connect(rendezvous, "world"), timeout_s, rendezvous)
 
 
 def checked_timeout(timeout_s: float) -> float:

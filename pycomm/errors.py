@@ -1,7 +1,8 @@
 """The exceptions of pycomm.
 
-Wrong arguments raise :class:`ValueError` or :class:`TypeError` on the rank that gave them, before anything is sent. Everything
-that concerns other ranks is a :class:`PycommError`. docs/errors.md says when each one occurs and what to do.
+Wrong arguments raise :class:`ValueError` or :class:`TypeError` on the rank that gave them, before anything is sent.
+Everything that concerns other ranks is a :class:`PycommError`. docs/errors.md says when each one occurs and what to
+do.
 """
 
 from __future__ import annotations

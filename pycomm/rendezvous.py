@@ -1,14 +1,14 @@
 """How processes that were launched together find each other: a store, and a greeting over it.
 
-The store is, in this order: one that the caller gives; that of an initialised torch.distributed; torchrun's; one that rank 0
-opens on MASTER_ADDR alone. Keys carry the run id, the restart attempt and how often this rank has called ``init`` on that store.
-The store is the job's own and is trusted; values are JSON, never pickle.
+The store is, in this order: one that the caller gives; that of an initialised torch.distributed; torchrun's; one that
+rank 0 opens on MASTER_ADDR alone. Keys carry the run id, the restart attempt and how often this rank has called
+``init`` on that store. The store is the job's own and is trusted; values are JSON, never pickle.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import logging
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -22,7 +22,6 @@ from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
 
 __all__ = ["Greeting", "Rendezvous"]
 
-_log = logging.getLogger("pycomm")
 _SLICE_S = 0.5  # signals are looked at this often while waiting for the store
 
 
@@ -92,8 +91,8 @@ class Rendezvous:
         if self._owner is None:
             if launched is None:
                 raise ValueError(
-                    f"world_size={self.world_size} needs a way for the ranks to meet: pass store=, start with torchrun, "
-                    f"or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+                    f"world_size={self.world_size} needs a way for the ranks to meet: pass store=, start with "
+                    f"torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
                 )
             self._owner = _open_store(launched, timeout_s)
         run = f"{launched.run_id}/{launched.restart}" if launched is not None else "none/0"
@@ -149,7 +148,9 @@ class Rendezvous:
             left = deadline - time.monotonic()
             try:
                 self._store.wait(list(keys.values()), timedelta(seconds=max(0.001, min(_SLICE_S, left))))
-            except dist.DistStoreError:
+            except dist.DistNetworkError as error:
+                raise PycommError(f"init: the store of this job cannot be reached any more: {error}") from error
+            except RuntimeError:  # this slice ran out: DistStoreError of a TCPStore, a plain one of other stores
                 if left > 0:
                     continue
             else:
@@ -168,34 +169,39 @@ class Rendezvous:
 def _open_store(launched: env.Launch, timeout_s: float) -> dist.Store:
     """Connect to the launcher's store, or serve one from rank 0 on MASTER_ADDR alone."""
     serves = launched.rank == 0 and not launched.agent_store
-    listener = _listen(launched.master_addr, launched.master_port) if serves else None
+    where = f"MASTER_ADDR={launched.master_addr} MASTER_PORT={launched.master_port}"
     try:
+        listener = _listen(launched.master_addr, launched.master_port) if serves else None
         return dist.TCPStore(
             launched.master_addr,
             launched.master_port,
             is_master=serves,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
-            multi_tenant=True,  # a later init_process_group() of this process may share it
+            multi_tenant=True,  # shared with a later init_process_group() of this process
             master_listen_fd=None if listener is None else listener.detach(),
         )
-    except dist.DistError as error:
-        raise PycommError(
-            f"init: no store at MASTER_ADDR={launched.master_addr} MASTER_PORT={launched.master_port}: {error}"
-        ) from error
+    except (OSError, dist.DistError) as error:
+        advice = "choose a free port, and an address of the host where rank 0 runs" if serves else "is rank 0 running?"
+        raise PycommError(f"init: no store at {where}: {error}; {advice}") from error
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket on that address alone; torch's own server would listen on every interface."""
+def _listen(host: str, port: int) -> socket.socket | None:
+    """A listening socket on that address alone, since torch's own server would listen on every interface.
+
+    Returns:
+        None if the port is taken: by this process's own store, which torch shares then, or by somebody else, and then
+        the TCPStore says so.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
     except OSError as error:
-        raise PycommError(
-            f"init: rank 0 cannot listen on MASTER_ADDR={host} MASTER_PORT={port}: {error}; choose a free port, and an "
-            f"address of the host where rank 0 runs"
-        ) from error
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return None
     return listener

@@ -1,8 +1,8 @@
 """Persistent worker processes for the tests: one pool per world size, started on first use.
 
-Importing torch takes seconds, so workers are forked from one server process that has imported it already. A test hands a
-module-level function to :meth:`Pool.run`; each worker calls it with its communicator. A worker that fails in a collective has
-poisoned its communicator, so the pool of that size is replaced before the next use.
+Importing torch takes seconds, so workers are forked from one server process that has imported it already. A test
+hands a module-level function to :meth:`Pool.run`; each worker calls it with its communicator. A worker that fails in
+a collective has poisoned its communicator, so the pool of that size is replaced before the next use.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def file_store(path: str, world_size: int) -> dist.Store:
 
 def _serve(connection: Connection, rank: int, world_size: int, store_path: str) -> None:
     torch.set_num_threads(1)
-    comm = pycomm.init(
-        store=file_store(store_path, world_size), rank=rank, world_size=world_size, timeout_s=TIMEOUT_S
-    )
+    comm = pycomm.init(store=file_store(store_path, world_size), rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
     connection.send(None)
     while True:
         try:

@@ -43,14 +43,13 @@ void bind_communicator(py::module_& module) {
 
   py::class_<Work, std::shared_ptr<Work>>(module, "Work")
       .def("done", &Work::done)
-      .def("wait", [](Work& work, std::optional<double> timeout_s) { work.wait(timeout_s, &check_signals); },
-           py::arg("timeout_s") = py::none(), NoGil());
+      .def(
+          "wait", [](Work& work, std::optional<double> timeout_s) { work.wait(timeout_s, &check_signals); },
+          py::arg("timeout_s") = py::none(), NoGil());
 
-  py::class_<SymmetricBuffer>(module, "SymmetricBuffer", py::buffer_protocol())
-      .def_buffer([](SymmetricBuffer& buffer) {
-        return py::buffer_info(reinterpret_cast<std::uint8_t*>(buffer.data()),
-                               static_cast<py::ssize_t>(buffer.bytes()));
-      });
+  py::class_<SymmetricBuffer>(module, "SymmetricBuffer", py::buffer_protocol()).def_buffer([](SymmetricBuffer& buffer) {
+    return py::buffer_info(reinterpret_cast<std::uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.bytes()));
+  });
 
   py::class_<Listener>(module, "Listener").def(py::init<>()).def_property_readonly("address", &Listener::address);
 
@@ -73,32 +72,36 @@ void bind_communicator(py::module_& module) {
              tuning["one_shot_bytes"] = self.tuning().one_shot_bytes;
              return tuning;
            })
-      .def("all_reduce",
-           [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int op, bool async_op,
-              double timeout_s) {
-             return self.all_reduce(as_pointer(data), count, static_cast<DType>(dtype), static_cast<ReduceOp>(op),
-                                    {timeout_s, async_op});
-           },
-           NoGil())
-      .def("broadcast",
-           [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root, bool async_op,
-              double timeout_s) {
-             return self.broadcast(as_pointer(data), count, static_cast<DType>(dtype), root, {timeout_s, async_op});
-           },
-           NoGil())
-      .def("barrier", [](Communicator& self, bool async_op, double timeout_s) {
-             return self.barrier({timeout_s, async_op});
-           }, NoGil())
+      .def(
+          "all_reduce",
+          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int op, bool async_op,
+             double timeout_s) {
+            return self.all_reduce(as_pointer(data), count, static_cast<DType>(dtype), static_cast<ReduceOp>(op),
+                                   {timeout_s, async_op});
+          },
+          NoGil())
+      .def(
+          "broadcast",
+          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root, bool async_op,
+             double timeout_s) {
+            return self.broadcast(as_pointer(data), count, static_cast<DType>(dtype), root, {timeout_s, async_op});
+          },
+          NoGil())
+      .def(
+          "barrier",
+          [](Communicator& self, bool async_op, double timeout_s) { return self.barrier({timeout_s, async_op}); },
+          NoGil())
       .def("empty", &Communicator::empty, py::arg("bytes"), py::arg("timeout_s"), NoGil())
-      .def("peer", [](Communicator& self, std::uintptr_t data, std::size_t bytes, int rank) {
-             return self.peer(as_pointer(data), bytes, rank);
-           })
-      .def("is_symmetric", [](Communicator& self, std::uintptr_t data, std::size_t bytes) {
-             return self.is_symmetric(as_pointer(data), bytes);
-           })
-      .def("split", [](Communicator& self, std::optional<std::int64_t> color, std::int64_t key, double timeout_s) {
-             return CommunicatorHolder(self.split(color, key, timeout_s).release());
-           }, NoGil())
+      .def("peer", [](Communicator& self, std::uintptr_t data, std::size_t bytes,
+                      int rank) { return self.peer(as_pointer(data), bytes, rank); })
+      .def("is_symmetric", [](Communicator& self, std::uintptr_t data,
+                              std::size_t bytes) { return self.is_symmetric(as_pointer(data), bytes); })
+      .def(
+          "split",
+          [](Communicator& self, std::optional<std::int64_t> color, std::int64_t key, double timeout_s) {
+            return CommunicatorHolder(self.split(color, key, timeout_s).release());
+          },
+          NoGil())
       .def("abort", &Communicator::abort)
       .def("close", &Communicator::close, py::arg("drain_s"), NoGil());
 }

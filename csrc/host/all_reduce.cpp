@@ -1,19 +1,19 @@
 // All-reduce. n ranks, S bytes.
 //
-// One-shot (n·S up to a threshold): every rank copies its tensor into its call slot, enters, and reduces all slots into its
-// tensor. Steps: 1. Bytes touched a rank: (n+2)·S. No exit barrier: slots alternate (control.hpp).
+// One-shot (n·S up to a threshold): every rank copies its tensor into its call slot, enters, and reduces all slots into
+// its tensor. Steps: 1. Bytes touched a rank: (n+2)·S. No exit barrier: slots alternate (control.hpp).
 //
 // Push two-shot, in slices, double-buffered. Rank r owns part r of each slice:
 //   phase 2k      every rank's slice k can be read (k = 0: the entry)
 //   phase 2k + 1  rank r has reduced its part of slice k from every rank, in rank order, and written it to every rank
-// A symmetric tensor is read and written where it lies; when all are, the whole message is one slice: 2·S bytes touched a
-// rank, whatever n is. An ordinary tensor goes through its rank's staging buffer, except the part that its own rank
+// A symmetric tensor is read and written where it lies; when all are, the whole message is one slice: 2·S bytes touched
+// a rank, whatever n is. An ordinary tensor goes through its rank's staging buffer, except the part that its own rank
 // reduces: 4(n-1)/n·S + S + 2S/n. Both may occur in one call; the bits are the same.
 //
-// Ordering. Only rank r touches part r of anyone's slice k between phases 2k and 2k + 1, so reading and writing in place is
-// safe. Staging buffer (k+1) % 2 was last used by slice k - 1: its readers and writers were done at phase 2(k-1) + 1 of every
-// rank, which this rank has waited for before it copies slice k + 1 in. Nobody writes to a peer after its own phase
-// 2(K-1) + 1, which everybody waits for before returning.
+// Ordering. Only rank r touches part r of anyone's slice k between phases 2k and 2k + 1, so reading and writing in
+// place is safe. Staging buffer (k+1) % 2 was last used by slice k - 1: its readers and writers were done at phase
+// 2(k-1) + 1 of every rank, which this rank has waited for before it copies slice k + 1 in. Nobody writes to a peer
+// after its own phase 2(K-1) + 1, which everybody waits for before returning.
 #include "host/all_reduce.hpp"
 
 #include <algorithm>
@@ -72,8 +72,8 @@ class TwoShot {
     Pointers parts;
     for (std::size_t r = 0; r < static_cast<std::size_t>(group_.world_size()); ++r) {
       std::byte* const tensor = tensors_[r];
-      std::byte* const slice = tensor != nullptr ? tensor + k * slice_count_ * element_bytes_
-                                                 : group_.staging(static_cast<int>(r), k);
+      std::byte* const slice =
+          tensor != nullptr ? tensor + k * slice_count_ * element_bytes_ : group_.staging(static_cast<int>(r), k);
       parts[r] = slice + part.begin * element_bytes_;
     }
     reduce_(parts.data(), group_.world_size(), parts.data(), group_.world_size(), part.end - part.begin);
@@ -101,7 +101,8 @@ class TwoShot {
   std::size_t element_bytes_;
   bool staged_;
   ReduceFn reduce_;
-  std::array<std::byte*, kMaxRanks> tensors_;  // nullptr: another rank's ordinary tensor, seen through its staging buffer
+  std::array<std::byte*, kMaxRanks>
+      tensors_;  // nullptr: another rank's ordinary tensor, seen through its staging buffer
   std::size_t slice_count_ = group_.tuning().slice_bytes / element_bytes_;
 };
 

@@ -75,7 +75,8 @@ bool wait_readable(int fd, const Deadline& deadline, InterruptCheck interrupt) {
   while (true) {
     pollfd entry{.fd = fd, .events = POLLIN, .revents = 0};
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline.left());
-    const int ready = ::poll(&entry, 1, static_cast<int>(std::min<std::chrono::milliseconds>(left, kPollSlice).count()));
+    const int ready =
+        ::poll(&entry, 1, static_cast<int>(std::min<std::chrono::milliseconds>(left, kPollSlice).count()));
     if (ready > 0) return true;
     if (ready < 0 && errno != EINTR) throw_errno("poll");
     if (interrupt != nullptr) interrupt();
@@ -155,8 +156,8 @@ std::string difference(const Hello& mine, const Hello& theirs) {
 Error timeout_error(std::vector<int> missing, const Deadline& deadline) {
   std::string names;
   for (const int rank : missing) names += (names.empty() ? "" : ", ") + std::to_string(rank);
-  Error error(ErrorKind::kTimeout, "init: rank(s) " + names + " did not come within " +
-                                       std::to_string(deadline.timeout_s()) + " s");
+  Error error(ErrorKind::kTimeout,
+              "init: rank(s) " + names + " did not come within " + std::to_string(deadline.timeout_s()) + " s");
   error.op = "init";
   error.ranks = std::move(missing);
   return error;
@@ -239,9 +240,8 @@ void follow(Membership& members, const std::string& address, const Deadline& dea
                                          " arrived; is the limit of open files (ulimit -n) too low?");
   }
   members.tuning = welcome.tuning;
-  members.control = Control(
-      Segment::attach(std::move(fds[0]), Control::bytes_for(members.world_size, members.tuning)),
-      members.world_size, members.tuning);
+  members.control = Control(Segment::attach(std::move(fds[0]), Control::bytes_for(members.world_size, members.tuning)),
+                            members.world_size, members.tuning);
   for (int r = 0; r < members.world_size; ++r) {
     members.pidfds[r] = std::move(fds[static_cast<std::size_t>(r) + 1]);
     members.pids[r] = welcome.pids[r];

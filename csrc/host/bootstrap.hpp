@@ -1,5 +1,6 @@
 // How the ranks of one host find each other: rank 0 listens on an abstract Unix socket (no name in any file system),
-// the others connect, each shows what it is, and rank 0 hands out the control segment and a descriptor of every process.
+// the others connect, each shows what it is, and rank 0 hands out the control segment and a descriptor of every
+// process.
 //
 // The sockets stay open as a star: rank 0 sends the descriptors of later segments over them. Only processes of the
 // same user are let in (SO_PEERCRED), and nothing but fixed-size structs crosses.
@@ -46,8 +47,8 @@ struct Membership {
   std::vector<std::int32_t> pids;
 };
 
-/// Rank 0 (`listener` given) or another rank (`address` given; empty for a world of one). Throws Error: kTimeout names the
-/// ranks that did not come; kGeneral when a rank brings another world size, protocol or build, on both sides.
+/// Rank 0 (`listener` given) or another rank (`address` given; empty for a world of one). Throws Error: kTimeout names
+/// the ranks that did not come; kGeneral when a rank brings another world size, protocol or build, on both sides.
 Membership meet(int rank, int world_size, const Listener* listener, const std::string& address, const Tuning& tuning,
                 const Deadline& deadline, InterruptCheck interrupt);
 

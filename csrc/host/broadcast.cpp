@@ -1,13 +1,13 @@
 // Broadcast. n ranks, S bytes.
 //
-// Up to a threshold the root's tensor rides in its call slot: 1 step, no exit barrier. A symmetric tensor of the root is
-// read where it lies by all others at once: 2 steps, 2·S bytes touched a rank. An ordinary one is copied through the root's
-// two staging buffers in slices: 4·S at the root and 2·S elsewhere, overlapped.
+// Up to a threshold the root's tensor rides in its call slot: 1 step, no exit barrier. A symmetric tensor of the root
+// is read where it lies by all others at once: 2 steps, 2·S bytes touched a rank. An ordinary one is copied through the
+// root's two staging buffers in slices: 4·S at the root and 2·S elsewhere, overlapped.
 //   root:   phase 2k      slice k can be read (k = 0: the entry)
 //   others: phase 2k + 1  slice k has been read
 //
-// Ordering. The root overwrites staging (k+1) % 2, and returns to its caller, only after everyone's phase for the slice that
-// lay there.
+// Ordering. The root overwrites staging (k+1) % 2, and returns to its caller, only after everyone's phase for the slice
+// that lay there.
 #include "host/broadcast.hpp"
 
 #include <algorithm>

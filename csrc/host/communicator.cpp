@@ -60,8 +60,8 @@ void Communicator::on_fork() noexcept {
 
 void Communicator::check_not_forked() const {
   if (generation_ != fork_generation()) {
-    throw Error(ErrorKind::kGeneral,
-                "communicator '" + group_->name() + "' belongs to the parent of this forked process: call pycomm.init() here");
+    throw Error(ErrorKind::kGeneral, "communicator '" + group_->name() +
+                                         "' belongs to the parent of this forked process: call pycomm.init() here");
   }
 }
 
@@ -116,9 +116,11 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
                                                   double timeout_s) {
   std::unique_ptr<Communicator> result;
   run({.timeout_s = timeout_s}, [&](Group& group) {
-    { const Entry entry(group, Call{.kind = OpKind::kSplit}); }
-    const auto choices = exchange(
-        group, SplitChoice{.color = color.value_or(0), .key = key, .member = color.has_value()});
+    {
+      const Entry entry(group, Call{.kind = OpKind::kSplit});
+    }
+    const auto choices =
+        exchange(group, SplitChoice{.color = color.value_or(0), .key = key, .member = color.has_value()});
     const std::vector<int> ranks = color ? members_of(choices, *color) : std::vector<int>{};
     const bool leads = !ranks.empty() && ranks.front() == group.rank();
     std::optional<Listener> listener;

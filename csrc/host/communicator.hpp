@@ -1,5 +1,5 @@
-// The host transport's communicator: the calls of Python's Communicator over one Group, in issue order, synchronous on the
-// calling thread or asynchronous on the progress thread. Pointers stay valid until the call (or its Work) is done.
+// The host transport's communicator: the calls of Python's Communicator over one Group, in issue order, synchronous on
+// the calling thread or asynchronous on the progress thread. Pointers stay valid until the call (or its Work) is done.
 #pragma once
 
 #include <memory>
@@ -42,7 +42,8 @@ class Communicator final : private ForkAware {
   std::unique_ptr<Communicator> split(std::optional<std::int64_t> color, std::int64_t key, double timeout_s);
 
   void abort(const std::string& reason);
-  /// Finish what is queued, tell the peers, give up the sockets. What is not finished after `drain_s` is aborted. Idempotent.
+  /// Finish what is queued, tell the peers, give up the sockets. What is not finished after `drain_s` is aborted.
+  /// Idempotent.
   void close(double drain_s);
 
  private:

@@ -18,7 +18,7 @@ namespace pycomm::host {
 
 enum class RankState : std::uint32_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 
-inline constexpr int kMaxRanks = 240;       // descriptors in one SCM_RIGHTS message are limited to 253
+inline constexpr int kMaxRanks = 240;  // descriptors in one SCM_RIGHTS message are limited to 253
 inline constexpr std::size_t kReasonBytes = 448;
 
 /// What a rank shows to its peers beside its calls. One cache line per writer-reader relation.
@@ -43,7 +43,8 @@ struct alignas(kCacheLine) CallSlot {
 };
 static_assert(sizeof(CallSlot) == kCacheLine);
 
-/// Sizes and thresholds, decided by rank 0 and sent to all, since the choice of an algorithm must be the same everywhere.
+/// Sizes and thresholds, decided by rank 0 and sent to all, since the choice of an algorithm must be the same
+/// everywhere.
 struct Tuning {
   std::uint64_t slice_bytes = 0;     // staging buffer
   std::uint64_t one_shot_bytes = 0;  // up to this total (bytes * ranks) a message goes through the slots in one step

@@ -9,8 +9,8 @@ namespace pycomm::host {
 /// 0 in the process that loaded the extension, one more in each of its forked descendants' generations.
 std::uint64_t fork_generation();
 
-/// Something that the child of a fork must give up. on_fork() runs in the child, single-threaded, where any mutex of the
-/// parent may be locked: it may close descriptors and set fields, nothing more.
+/// Something that the child of a fork must give up. on_fork() runs in the child, single-threaded, where any mutex of
+/// the parent may be locked: it may close descriptors and set fields, nothing more.
 class ForkAware {
  public:
   ForkAware();

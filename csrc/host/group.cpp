@@ -66,8 +66,8 @@ void Group::check_match() const {
 void Group::check_usable() const {
   if (closed_) throw Error(ErrorKind::kGeneral, "communicator '" + name_ + "' is closed");
   if (failure_ == nullptr) return;
-  Error again(failure_->kind, "communicator '" + name_ + "' cannot be used any more, since an earlier call failed: " +
-                                  failure_->what());
+  Error again(failure_->kind, "communicator '" + name_ +
+                                  "' cannot be used any more, since an earlier call failed: " + failure_->what());
   again.op = failure_->op;
   again.seq = failure_->seq;
   again.group = failure_->group;

@@ -50,8 +50,8 @@ class Group {
   void wait(std::uint64_t phase, int only = kEveryRank) const;
   static constexpr int kEveryRank = -1;
 
-  /// Run one collective on the calling thread. Refuses if the group has failed; a failure inside marks it as failed, for
-  /// this rank and for its peers.
+  /// Run one collective on the calling thread. Refuses if the group has failed; a failure inside marks it as failed,
+  /// for this rank and for its peers.
   template <class Body>
   void run(double timeout_s, InterruptCheck check, const Body& body) {
     check_usable();
@@ -63,7 +63,7 @@ class Group {
       if (poisons(error.kind)) fail(error);
       throw;
     } catch (const std::invalid_argument&) {
-      throw;  // a wrong argument: nothing was sent
+      throw;         // a wrong argument: nothing was sent
     } catch (...) {  // Ctrl-C between two flags: the ranks are out of step for good
       fail(Error(ErrorKind::kGeneral, "interrupted in " + describe(call_) + " #" + std::to_string(seq_)));
       throw;
@@ -102,9 +102,10 @@ class Group {
   bool closed_ = false;
 };
 
-/// The matched entry of a call. Construction runs `prepare` (which may fill this rank's payload or first staging slice), shows
-/// the call to all peers, waits for theirs and throws kMismatch on every rank if they differ; no user's tensor has been
-/// written then. When it returns, every peer has entered: its payload, location and first staging slice can be read.
+/// The matched entry of a call. Construction runs `prepare` (which may fill this rank's payload or first staging
+/// slice), shows the call to all peers, waits for theirs and throws kMismatch on every rank if they differ; no user's
+/// tensor has been written then. When it returns, every peer has entered: its payload, location and first staging slice
+/// can be read.
 class Entry {
  public:
   template <class Prepare>

@@ -1,6 +1,6 @@
-// Asynchronous operations: a queue and one thread per communicator, started on first use, that runs them in issue order.
-// The thread never takes the GIL and blocks all signals. It copies the caller's floating-point environment (rounding and
-// flush-to-zero modes), so that a sum has the same bits sync and async.
+// Asynchronous operations: a queue and one thread per communicator, started on first use, that runs them in issue
+// order. The thread never takes the GIL and blocks all signals. It copies the caller's floating-point environment
+// (rounding and flush-to-zero modes), so that a sum has the same bits sync and async.
 #pragma once
 
 #include <cfenv>

@@ -56,7 +56,7 @@ Segment Segment::create(const char* name, std::size_t bytes) {
 
 Segment Segment::attach(UniqueFd fd, std::size_t bytes) {
   bytes = round_to_pages(bytes);
-  struct stat status {};
+  struct stat status{};
   if (::fstat(fd.get(), &status) != 0) throw_errno("fstat of a peer's memfd");
   const int seals = ::fcntl(fd.get(), F_GET_SEALS);
   if (static_cast<std::size_t>(status.st_size) < bytes || seals < 0 || (seals & F_SEAL_SHRINK) == 0) {

@@ -55,9 +55,7 @@ std::size_t SymmetricSegment::bytes_for(std::size_t part_bytes, int world_size) 
          static_cast<std::size_t>(world_size) * part_bytes;
 }
 
-std::byte* SymmetricSegment::part(int rank) const {
-  return memory_.data() + bytes_for(part_bytes_, rank);
-}
+std::byte* SymmetricSegment::part(int rank) const { return memory_.data() + bytes_for(part_bytes_, rank); }
 
 void SymmetricSegment::set_released(int rank, bool released) {
   store_flag(*reinterpret_cast<std::uint32_t*>(memory_.data() + static_cast<std::size_t>(rank) * kCacheLine),
@@ -144,7 +142,9 @@ SymmetricSegments::Plan SymmetricSegments::plan(std::size_t part_bytes) {
 
 std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::size_t bytes) {
   const std::size_t part_bytes = round_to_pages(std::max<std::size_t>(bytes, 1));
-  { const Entry entry(group, Call{.kind = OpKind::kAllocate, .count = bytes}); }
+  {
+    const Entry entry(group, Call{.kind = OpKind::kAllocate, .count = bytes});
+  }
 
   Plan mine;
   std::shared_ptr<SymmetricSegment> segment;

@@ -21,7 +21,7 @@ using std::chrono::duration_cast;
 using std::chrono::nanoseconds;
 constexpr auto kSlice = std::chrono::milliseconds(50);
 constexpr auto kLate = std::chrono::seconds(30);
-constexpr auto kYield = std::chrono::microseconds(500);         // about one wake-up of a sleeping thread, tenfold
+constexpr auto kYield = std::chrono::microseconds(500);  // about one wake-up of a sleeping thread, tenfold
 constexpr auto kPatientYield = std::chrono::microseconds(20);
 constexpr int kSpins = 2000;  // 20 to 100 µs of pauses, whose length differs between processors
 

@@ -45,9 +45,8 @@ class Waiter {
       if (advance()) return;
     }
     using Advance = decltype(advance);
-    sleep(
-        {[](const void* f) { return (*static_cast<const Advance*>(f))(); }, &advance},
-        {[](const void* f, int rank) { return (*static_cast<const Ready*>(f))(rank); }, &ready}, context);
+    sleep({[](const void* f) { return (*static_cast<const Advance*>(f))(); }, &advance},
+          {[](const void* f, int rank) { return (*static_cast<const Ready*>(f))(rank); }, &ready}, context);
   }
 
   /// Wake every peer that sleeps; call it after each flag that somebody may wait for.

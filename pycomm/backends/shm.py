@@ -47,9 +47,7 @@ class ShmBackend:
         elif rendezvous.world_size > 1:
             address = rendezvous.get("shm/address", rank=0)
         return cls(
-            _C.HostCommunicator(
-                name, rendezvous.rank, rendezvous.world_size, listener, address, rendezvous.timeout_s
-            )
+            _C.HostCommunicator(name, rendezvous.rank, rendezvous.world_size, listener, address, rendezvous.timeout_s)
         )
 
     def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:

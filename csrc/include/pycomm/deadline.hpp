@@ -12,8 +12,8 @@ class Deadline {
   static Deadline after(double seconds) {
     constexpr double kLongest = 10.0 * 365 * 24 * 3600;  // keeps the sum inside the clock's range
     const double bounded = seconds < kLongest ? seconds : kLongest;
-    return Deadline(seconds, Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                                std::chrono::duration<double>(bounded)));
+    return Deadline(seconds,
+                    Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(bounded)));
   }
 
   bool expired(Clock::time_point now = Clock::now()) const { return now >= when_; }

@@ -2,10 +2,10 @@
 //
 // Ordering. A rank writes its data, then its flag; a peer reads the flag, then the data. The flag's store is at least a
 // release and its load at least an acquire, so what came before the store is seen after the load. They are in fact
-// sequentially consistent, for one reason only: a waiter announces that it goes to sleep (a store) and then looks at the flag
-// (a load), while the signaller stores the flag and then looks for sleepers. Release and acquire would let both miss
-// each other (store-load reordering), and the waiter would sleep until its next look, 50 ms later. On x86 this costs one
-// locked instruction a signal and nothing a load.
+// sequentially consistent, for one reason only: a waiter announces that it goes to sleep (a store) and then looks at
+// the flag (a load), while the signaller stores the flag and then looks for sleepers. Release and acquire would let
+// both miss each other (store-load reordering), and the waiter would sleep until its next look, 50 ms later. On x86
+// this costs one locked instruction a signal and nothing a load.
 #pragma once
 
 #include <atomic>

@@ -47,8 +47,7 @@ constexpr std::size_t size_of(DType dtype) {
 }
 
 constexpr bool is_floating_point(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 ||
-         dtype == DType::kBFloat16;
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
 constexpr const char* name_of(DType dtype) {

@@ -1,0 +1,109 @@
+"""The ``pycomm`` command: ``pycomm pretrain`` and ``pycomm doctor``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+USAGE = """\
+usage: pycomm [--version] [--help] COMMAND ...
+
+Communication and parallelism for pretraining large language models.
+
+commands:
+  pretrain   pretrain a small GPT on text, with several processes (pycomm pretrain --help)
+  doctor     what this machine has, what works, and what `auto` chooses (pycomm doctor --help)
+"""
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: arguments without the program's name; default: those of this process.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="", file=sys.stdout if args else sys.stderr)
+        return 0 if args else EXIT_USAGE
+    if args[0] == "--version":
+        from pycomm import __version__
+
+        print(f"pycomm {__version__}")
+        return 0
+    command = COMMANDS.get(args[0])
+    if command is None:
+        print(f"pycomm: there is no command {args[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_USAGE
+    return command(args[1:])
+
+
+def _pretrain(args: list[str]) -> int:
+    # Imports wait until they are needed, so that `pycomm --help` does not load torch.
+    import tyro
+
+    from pycomm import env
+    from pycomm.pretrain.config import PRESETS, ConfigError, PretrainConfig
+
+    config = tyro.cli(
+        PretrainConfig, args=args, default=PRESETS["tiny"], prog="pycomm pretrain", description=PRETRAIN_HELP
+    )
+    command = shlex.join(["pycomm", "pretrain", *_without_resume(args)])
+    launched = env.launch()
+    if launched is None:
+        try:
+            if config.nproc < 1:
+                raise ConfigError(f"--nproc must be at least 1, got {config.nproc}")
+            config.validate(config.nproc)
+        except ConfigError as error:
+            print(f"pycomm pretrain: {error}", file=sys.stderr)
+            return EXIT_USAGE
+        if config.nproc > 1:
+            from pycomm.pretrain.launch import WORKER, launch
+
+            return launch(config.nproc, ["-c", WORKER, "pretrain", *args])
+    from pycomm.pretrain import worker
+
+    return worker.main(config, command)
+
+
+def _doctor(args: list[str]) -> int:
+    from pycomm import doctor
+
+    return doctor.main(args)
+
+
+def _without_resume(args: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip_value = False
+    for arg in args:
+        if skip_value:
+            skip_value = False
+        elif arg == "--resume":
+            skip_value = True
+        elif not arg.startswith("--resume="):
+            kept.append(arg)
+    return kept
+
+
+PRETRAIN_HELP = """\
+Pretrain a small GPT on text that every machine has, with several processes that share the batch. Starts its own
+workers; inside torchrun it uses those. Ctrl-C ends all workers after the current step and keeps a checkpoint."""
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType({"pretrain": _pretrain, "doctor": _doctor})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
