@@ -53,7 +53,14 @@ class HostCommunicator:
     """The host transport's communicator. Codes of dtypes and ops are those of csrc/include/pycomm/types.hpp."""
 
     def __init__(
-        self, name: str, rank: int, world_size: int, listener: Listener | None, address: str, timeout_s: float
+        self,
+        name: str,
+        rank: int,
+        world_size: int,
+        listener: Listener | None,
+        address: str,
+        timeout_s: float,
+        strict: bool,
     ) -> None: ...
     @property
     def rank(self) -> int: ...

@@ -204,6 +204,7 @@ def init(
     store: dist.Store | None = None,
     rank: int | None = None,
     world_size: int | None = None,
+    strict: bool = False,
 ) -> Communicator:
     """Join the ranks that were launched together and return the communicator of all of them.
 
@@ -215,6 +216,8 @@ def init(
         backend: "auto" or "shm" (processes of one host).
         timeout_s: seconds that any wait for another rank may take, here and in later calls.
         store: where the ranks meet, with ``rank`` and ``world_size``.
+        strict: reject what works on the host but hangs on NCCL: calls on several communicators that ranks issue in
+            different orders raise ``StrictOrderError`` on every rank. For tests; costs O(world_size ** 2) a call.
 
     Raises:
         ValueError: contradicting or missing arguments or environment variables.
@@ -227,11 +230,11 @@ def init(
     if level is not None:
         _C.set_simd_level(level)
     rendezvous = Rendezvous(store, rank, world_size, timeout_s)
-    greetings = rendezvous.greet(backend)
+    greetings = rendezvous.greet(backend, strict)
     choice = choose(backend, [greeting.host for greeting in greetings])
     if rendezvous.rank == 0:
         _log.info("back end %s: %s", choice.name, choice.reason)
-    return Communicator(ShmBackend.connect(rendezvous, "world"), timeout_s, rendezvous)
+    return Communicator(ShmBackend.connect(rendezvous, "world", strict), timeout_s, rendezvous)
 
 
 def checked_timeout(timeout_s: float) -> float:

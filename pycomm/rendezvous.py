@@ -34,16 +34,18 @@ class Greeting:
     protocol: int
     world_size: int
     backend: str
+    strict: bool
     host: str
 
     @classmethod
-    def of_this_process(cls, world_size: int, backend: str) -> Greeting:
+    def of_this_process(cls, world_size: int, backend: str, strict: bool = False) -> Greeting:
         return cls(
             version=_C.version(),
             build=f"{_C.build_id():x}",
             protocol=_C.protocol_version(),
             world_size=world_size,
             backend=backend,
+            strict=strict,
             host=host_identity(),
         )
 
@@ -114,21 +116,21 @@ class Rendezvous:
         self._wait({rank: key})
         return str(self._store.get(key), "utf-8")
 
-    def greet(self, backend: str) -> list[Greeting]:
+    def greet(self, backend: str, strict: bool) -> list[Greeting]:
         """Exchange greetings; returns everyone's, by rank.
 
         Raises:
             MismatchError: versions, builds, protocols, world sizes or back ends differ; names both sides.
             PeerTimeoutError: ranks did not come; names them.
         """
-        mine = Greeting.of_this_process(self.world_size, backend)
+        mine = Greeting.of_this_process(self.world_size, backend, strict)
         if self._store is None:
             return [mine]
         self.put(f"greeting/{self.rank}", json.dumps(asdict(mine)))
         self._wait({r: f"greeting/{r}" for r in range(self.world_size)})
         texts = self._store.multi_get([f"greeting/{r}" for r in range(self.world_size)])
         greetings = [Greeting(**json.loads(str(text, "utf-8"))) for text in texts]
-        for field in ("version", "protocol", "build", "world_size", "backend"):
+        for field in ("version", "protocol", "build", "world_size", "backend", "strict"):
             values = {r: str(getattr(greeting, field)) for r, greeting in enumerate(greetings)}
             if len(set(values.values())) == 1:
                 continue

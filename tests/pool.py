@@ -43,7 +43,9 @@ def file_store(path: str, world_size: int) -> dist.Store:
 
 def _serve(connection: Connection, rank: int, world_size: int, store_path: str) -> None:
     torch.set_num_threads(1)
-    comm = pycomm.init(store=file_store(store_path, world_size), rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
+    comm = pycomm.init(
+        store=file_store(store_path, world_size), rank=rank, world_size=world_size, timeout_s=TIMEOUT_S, strict=True
+    )
     connection.send(None)
     while True:
         try:

@@ -34,9 +34,9 @@ def wrong_arguments(comm: Communicator) -> None:
         comm.barrier(timeout_s=0)
     with pytest.raises(ValueError, match="negative size"):
         comm.empty(3, -1)
-    work = comm.all_reduce(torch.ones(3, dtype=torch.int32), "avg", async_op=True)
-    with pytest.raises(ValueError, match="avg of int32"):
-        work.wait()
+    if comm.rank == 0:  # on one rank alone, and asynchronously: still nothing was sent
+        with pytest.raises(ValueError, match="avg of int32"):
+            comm.all_reduce(torch.ones(3, dtype=torch.int32), "avg", async_op=True)
     assert torch.equal(matrix, torch.ones(4, 6))
     comm.all_reduce(matrix)
     assert (matrix == comm.world_size).all()

@@ -141,7 +141,14 @@ def greet_as(path: str, rank: int, **changes: object) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("version", "9.9.9"), ("build", "feed"), ("protocol", 99), ("world_size", 3), ("backend", "shm")],
+    [
+        ("version", "9.9.9"),
+        ("build", "feed"),
+        ("protocol", 99),
+        ("world_size", 3),
+        ("backend", "shm"),
+        ("strict", True),
+    ],
 )
 def test_ranks_that_differ_are_both_named(tmp_path: Path, field: str, value: object) -> None:
     path = str(tmp_path / "store")

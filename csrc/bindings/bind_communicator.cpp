@@ -19,9 +19,10 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 void* as_pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size, const Listener* listener,
-                                      const std::string& address, double timeout_s) {
-  auto members = host::meet(rank, world_size, listener, address, host::default_tuning(), Deadline::after(timeout_s),
-                            &check_signals);
+                                      const std::string& address, double timeout_s, bool strict) {
+  host::Tuning tuning = host::default_tuning();
+  tuning.strict = strict ? 1 : 0;
+  auto members = host::meet(rank, world_size, listener, address, tuning, Deadline::after(timeout_s), &check_signals);
   return std::make_unique<Communicator>(std::move(name), std::move(members), &check_signals);
 }
 
@@ -55,13 +56,13 @@ void bind_communicator(py::module_& module) {
 
   py::class_<Communicator, CommunicatorHolder>(module, "HostCommunicator")
       .def(py::init([](std::string name, int rank, int world_size, const Listener* listener, const std::string& address,
-                       double timeout_s) {
+                       double timeout_s, bool strict) {
              const py::gil_scoped_release nogil;
              return CommunicatorHolder(
-                 connect(std::move(name), rank, world_size, listener, address, timeout_s).release());
+                 connect(std::move(name), rank, world_size, listener, address, timeout_s, strict).release());
            }),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("listener"), py::arg("address"),
-           py::arg("timeout_s"))
+           py::arg("timeout_s"), py::arg("strict"))
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("name", &Communicator::name)

@@ -15,6 +15,8 @@ const char* class_of(ErrorKind kind) {
       return "PeerTimeoutError";
     case ErrorKind::kPeerLost:
       return "PeerLostError";
+    case ErrorKind::kStrictOrder:
+      return "StrictOrderError";
     case ErrorKind::kMismatch:
       return "MismatchError";
     default:

@@ -117,11 +117,13 @@ void one_shot(Group& group, void* data, const Call& call) {
 
 }  // namespace
 
+void check_reducible(DType dtype, ReduceOp op) {
+  if (reduce_kernel(dtype, op) != nullptr) return;
+  throw std::invalid_argument(std::string(name_of(op)) + " of " + name_of(dtype) +
+                              " is not defined; sum it and divide, or convert it to a floating-point type");
+}
+
 void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op) {
-  if (reduce_kernel(dtype, op) == nullptr) {
-    throw std::invalid_argument(std::string("all_reduce: ") + name_of(op) + " of " + name_of(dtype) +
-                                " is not defined; sum it and divide, or convert it to a floating-point type");
-  }
   const Call call{.kind = OpKind::kAllReduce, .dtype = dtype, .reduce_op = op, .count = count};
   if (call.bytes() * static_cast<std::size_t>(group.world_size()) <= group.tuning().one_shot_bytes) {
     return one_shot(group, data, call);

@@ -1,7 +1,6 @@
 #include "host/bootstrap.hpp"
 
 #include <poll.h>
-#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
@@ -12,6 +11,7 @@
 #include <cstddef>
 #include <span>
 
+#include "host/issue_order.hpp"
 #include "pycomm/error.hpp"
 
 namespace pycomm::host {
@@ -29,6 +29,7 @@ struct Hello {  // rank -> rank 0, with a pidfd of the sender
   std::int32_t rank = 0;
   std::int32_t pid = 0;
   std::int32_t reserved = 0;
+  std::uint64_t token = 0;
 };
 
 struct Welcome {  // rank 0 -> rank, with the control segment and all pidfds
@@ -37,6 +38,7 @@ struct Welcome {  // rank 0 -> rank, with the control segment and all pidfds
   std::int32_t reserved = 0;
   Tuning tuning;
   std::int32_t pids[kMaxRanks] = {};
+  std::uint64_t tokens[kMaxRanks] = {};
 };
 
 struct Tagged {  // rank 0 -> rank, with one descriptor
@@ -137,6 +139,7 @@ Hello hello_of(int rank, int world_size) {
   hello.world_size = world_size;
   hello.rank = rank;
   hello.pid = ::getpid();
+  hello.token = process_token();
   return hello;
 }
 
@@ -192,6 +195,7 @@ void accept_ranks(Membership& members, const Listener& listener, const Hello& mi
     members.sockets[theirs.rank] = std::move(socket);
     members.pidfds[theirs.rank] = std::move(fds[0]);
     members.pids[theirs.rank] = theirs.pid;
+    members.tokens[theirs.rank] = theirs.token;
     ++connected;
   }
 }
@@ -205,6 +209,7 @@ void lead(Membership& members, const Listener& listener, const Deadline& deadlin
   for (int r = 0; r < members.world_size; ++r) {
     fds.push_back(members.pidfds[r].get());
     welcome.pids[r] = members.pids[r];
+    welcome.tokens[r] = members.tokens[r];
   }
   for (int r = 1; r < members.world_size; ++r) send_message(members.sockets[r].get(), welcome, fds);
   members.control = Control(std::move(segment), members.world_size, members.tuning);
@@ -245,6 +250,7 @@ void follow(Membership& members, const std::string& address, const Deadline& dea
   for (int r = 0; r < members.world_size; ++r) {
     members.pidfds[r] = std::move(fds[static_cast<std::size_t>(r) + 1]);
     members.pids[r] = welcome.pids[r];
+    members.tokens[r] = welcome.tokens[r];
   }
   members.sockets[0] = std::move(socket);
 }
@@ -253,7 +259,7 @@ void follow(Membership& members, const std::string& address, const Deadline& dea
 
 Listener::Listener() : fd_(new_socket()) {
   std::uint8_t random[16];
-  if (::getrandom(random, sizeof(random), 0) != sizeof(random)) throw_errno("getrandom");
+  fill_random(random, sizeof(random));
   constexpr char kHex[] = "0123456789abcdef";
   for (const std::uint8_t byte : random) {
     address_ += kHex[byte >> 4];
@@ -278,6 +284,8 @@ Membership meet(int rank, int world_size, const Listener* listener, const std::s
   members.sockets.resize(static_cast<std::size_t>(world_size));
   members.pidfds.resize(static_cast<std::size_t>(world_size));
   members.pids.resize(static_cast<std::size_t>(world_size), 0);
+  members.tokens.resize(static_cast<std::size_t>(world_size), 0);
+  members.tokens[rank] = process_token();
   members.pidfds[rank] = own_pidfd();
   members.pids[rank] = ::getpid();
   if (world_size == 1) {

@@ -45,6 +45,7 @@ struct Membership {
   std::vector<UniqueFd> sockets;  // rank 0: sockets[r] leads to rank r; others: sockets[0] leads to rank 0
   std::vector<UniqueFd> pidfds;   // pidfds[r] becomes readable when the process of rank r ends
   std::vector<std::int32_t> pids;
+  std::vector<std::uint64_t> tokens;  // tokens[r]: the process of rank r, the same in all its communicators
 };
 
 /// Rank 0 (`listener` given) or another rank (`address` given; empty for a world of one). Throws Error: kTimeout names

@@ -51,10 +51,6 @@ void others_in_slices(Group& group, std::byte* data, const Call& call) {
 }  // namespace
 
 void broadcast(Group& group, void* data, std::size_t count, DType dtype, int root) {
-  if (root < 0 || root >= group.world_size()) {
-    throw std::invalid_argument("broadcast: root is " + std::to_string(root) + ", it must be 0 to " +
-                                std::to_string(group.world_size() - 1));
-  }
   const Call call{.kind = OpKind::kBroadcast, .dtype = dtype, .root = root, .count = count};
   if (call.bytes() * static_cast<std::size_t>(group.world_size()) <= group.tuning().one_shot_bytes) {
     return through_slot(group, data, call);

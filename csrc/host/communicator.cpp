@@ -8,6 +8,7 @@
 #include "host/barrier.hpp"
 #include "host/broadcast.hpp"
 #include "host/exchange.hpp"
+#include "host/issue_order.hpp"
 
 namespace pycomm::host {
 
@@ -68,27 +69,35 @@ void Communicator::check_not_forked() const {
 template <class Body>
 std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
   check_not_forked();
+  std::vector<std::uint32_t> issue;
+  if (group_->tuning().strict != 0) issue = next_issue(group_->members().tokens);
   if (options.async_op) {
-    return progress_->submit([this, timeout_s = options.timeout_s, body = std::move(body)] {
-      const std::lock_guard lock(executing_);
-      group_->set_patient(true);
-      group_->run(timeout_s, nullptr, body);
-    });
+    return progress_->submit(
+        [this, timeout_s = options.timeout_s, issue = std::move(issue), body = std::move(body)]() mutable {
+          const std::lock_guard lock(executing_);
+          group_->set_patient(true);
+          group_->run(timeout_s, nullptr, std::move(issue), body);
+        });
   }
   if (progress_->busy()) progress_->drain(kNoLimit, interrupt_);  // issue order; each of those has its own deadline
   const std::lock_guard lock(executing_);
   group_->set_patient(false);
-  group_->run(options.timeout_s, interrupt_, body);
+  group_->run(options.timeout_s, interrupt_, std::move(issue), body);
   return nullptr;
 }
 
 std::shared_ptr<Work> Communicator::all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op,
                                                const CallOptions& options) {
+  check_reducible(dtype, op);
   return run(options, [=](Group& group) { host::all_reduce(group, data, count, dtype, op); });
 }
 
 std::shared_ptr<Work> Communicator::broadcast(void* data, std::size_t count, DType dtype, int root,
                                               const CallOptions& options) {
+  if (root < 0 || root >= world_size()) {
+    throw std::invalid_argument("root is " + std::to_string(root) + ", it must be 0 to " +
+                                std::to_string(world_size() - 1));
+  }
   return run(options, [=](Group& group) { host::broadcast(group, data, count, dtype, root); });
 }
 

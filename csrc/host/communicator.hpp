@@ -29,7 +29,7 @@ class Communicator final : private ForkAware {
   const std::string& name() const { return group_->name(); }
   const Tuning& tuning() const { return group_->tuning(); }
 
-  // Each returns a Work if asynchronous, nullptr otherwise.
+  // Each returns a Work if asynchronous, nullptr otherwise, and throws std::invalid_argument before anything is sent.
   std::shared_ptr<Work> all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op, const CallOptions& options);
   std::shared_ptr<Work> broadcast(void* data, std::size_t count, DType dtype, int root, const CallOptions& options);
   std::shared_ptr<Work> barrier(const CallOptions& options);

@@ -30,6 +30,7 @@ struct RankFlags {
   alignas(kCacheLine) std::uint32_t state;      // RankState, written last of the fields below
   std::uint32_t aborted;                        // 1: comm.abort() here; every rank shall stop
   std::uint64_t lost[(kMaxRanks + 63) / 64];    // kFailed: bit set of the ranks at the root of the failure
+  std::uint32_t order[2][kMaxRanks];            // strict: issue numbers of the call in slot s % 2, by peer
   char reason[kReasonBytes];                    // kFailed or aborted: why, zero-terminated
 };
 inline constexpr int kStepBits = 24;
@@ -48,6 +49,7 @@ static_assert(sizeof(CallSlot) == kCacheLine);
 struct Tuning {
   std::uint64_t slice_bytes = 0;     // staging buffer
   std::uint64_t one_shot_bytes = 0;  // up to this total (bytes * ranks) a message goes through the slots in one step
+  std::uint64_t strict = 0;          // 1: calls carry their issue order (issue_order.hpp)
 };
 /// From the sizes of this machine's caches.
 Tuning default_tuning();

@@ -39,13 +39,16 @@ void Group::begin(const Call& call, const Location& location) {
   CallSlot& slot = members_.control.slot(rank(), seq_);
   slot.call = call;
   slot.location = location;
+  std::copy(issue_.begin(), issue_.end(), members_.control.flags(rank()).order[seq_ % 2]);
 }
 
 void Group::enter() {
   store_flag(members_.control.slot(rank(), seq_).seq, seq_);
   waiter_.ring();
   waiter_.wait([&](int r) { return load_flag(members_.control.slot(r, seq_).seq) >= seq_; }, context());
+  entered_ = true;
   check_match();
+  if (tuning().strict != 0) check_order();
 }
 
 void Group::check_match() const {
@@ -61,6 +64,23 @@ void Group::check_match() const {
   Error named(ErrorKind::kMismatch, text + ". Nothing was written");
   named.calls = std::move(error.calls);
   throw named;
+}
+
+void Group::check_order() const {
+  for (int a = 0; a < world_size(); ++a) {  // all pairs on every rank, so that all come to the same result
+    for (int b = 0; b < a; ++b) {
+      const std::uint32_t for_b = members_.control.flags(a).order[seq_ % 2][b];
+      const std::uint32_t for_a = members_.control.flags(b).order[seq_ % 2][a];
+      if (for_b == for_a) continue;
+      throw Error(ErrorKind::kStrictOrder,
+                  describe(call_) + " #" + std::to_string(seq_) + " of group '" + name_ + "' is call " +
+                      std::to_string(for_a) + " between ranks " + std::to_string(b) + " and " + std::to_string(a) +
+                      " for rank " + std::to_string(b) + ", but call " + std::to_string(for_b) + " for rank " +
+                      std::to_string(a) +
+                      ": all ranks must issue their calls, over all communicators, in one order, or NCCL hangs. "
+                      "Nothing was written");
+    }
+  }
 }
 
 void Group::check_usable() const {
@@ -112,8 +132,8 @@ void Entry::enter() {
   try {
     group_.enter();
   } catch (const Error& error) {
-    // A mismatch ends this call for everyone, in step; anything else leaves it unfinished, and messages say so.
-    if (error.kind == ErrorKind::kMismatch) complete();
+    // These end the call for everyone alike; anything else leaves it unfinished, and messages say so.
+    if (Group::in_step(error.kind)) complete();
     throw;
   }
 }

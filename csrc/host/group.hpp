@@ -13,6 +13,7 @@
 #include <string>
 
 #include "host/bootstrap.hpp"
+#include "host/issue_order.hpp"
 #include "host/symmetric_segments.hpp"
 #include "host/waiter.hpp"
 #include "pycomm/error.hpp"
@@ -50,10 +51,11 @@ class Group {
   void wait(std::uint64_t phase, int only = kEveryRank) const;
   static constexpr int kEveryRank = -1;
 
-  /// Run one collective on the calling thread. Refuses if the group has failed; a failure inside marks it as failed,
-  /// for this rank and for its peers.
+  /// Run one collective on the calling thread; `issue`: its numbers from next_issue() if strict, else empty. Refuses if
+  /// the group has failed; a failure inside marks it as failed, for this rank and for its peers.
   template <class Body>
-  void run(double timeout_s, InterruptCheck check, const Body& body) {
+  void run(double timeout_s, InterruptCheck check, std::vector<std::uint32_t> issue, const Body& body) {
+    const IssueGuard guard(*this, std::move(issue));
     check_usable();
     deadline_ = Deadline::after(timeout_s);
     interrupt_ = check;
@@ -81,13 +83,33 @@ class Group {
  private:
   friend class Entry;
 
-  static bool poisons(ErrorKind kind) { return kind != ErrorKind::kMismatch && kind != ErrorKind::kOutOfMemory; }
+  /// Holds the running call's issue numbers, and takes them back if not everyone entered it.
+  class IssueGuard {
+   public:
+    IssueGuard(Group& group, std::vector<std::uint32_t> issue) : group_(group) {
+      group.issue_ = std::move(issue);
+      group.entered_ = false;
+    }
+    ~IssueGuard() {
+      if (!group_.issue_.empty() && !group_.entered_) forget_issue(group_.members_.tokens);
+    }
+    IssueGuard(const IssueGuard&) = delete;  // marks one scope
+    IssueGuard& operator=(const IssueGuard&) = delete;
+
+   private:
+    Group& group_;
+  };
+
+  static bool poisons(ErrorKind kind) { return !in_step(kind) && kind != ErrorKind::kOutOfMemory; }
+  /// Every rank ended the call in the same way, so that all can go on.
+  static bool in_step(ErrorKind kind) { return kind == ErrorKind::kMismatch || kind == ErrorKind::kStrictOrder; }
   void check_usable() const;
   void fail(const Error& error);
   void show_end(RankState state, const std::string& reason, const std::vector<int>& lost);
   void begin(const Call& call, const Location& location);
   void enter();
   void check_match() const;
+  void check_order() const;
   WaitContext context() const { return {name_, seq_, call_, deadline_, interrupt_}; }
 
   std::string name_;
@@ -97,6 +119,8 @@ class Group {
   Deadline deadline_ = Deadline::after(0);
   InterruptCheck interrupt_ = nullptr;
   Call call_;
+  std::vector<std::uint32_t> issue_;  // strict: the running call's issue number for each peer, else empty
+  bool entered_ = false;              // by all ranks
   std::uint64_t seq_ = 0;
   std::unique_ptr<Error> failure_;
   bool closed_ = false;

@@ -38,7 +38,7 @@ class ShmBackend:
         self.group = core.name
 
     @classmethod
-    def connect(cls, rendezvous: Rendezvous, name: str) -> ShmBackend:
+    def connect(cls, rendezvous: Rendezvous, name: str, strict: bool) -> ShmBackend:
         """Meet the other ranks of this host: rank 0 publishes a random socket address, the others come there."""
         listener, address = None, ""
         if rendezvous.world_size > 1 and rendezvous.rank == 0:
@@ -47,7 +47,9 @@ class ShmBackend:
         elif rendezvous.world_size > 1:
             address = rendezvous.get("shm/address", rank=0)
         return cls(
-            _C.HostCommunicator(name, rendezvous.rank, rendezvous.world_size, listener, address, rendezvous.timeout_s)
+            _C.HostCommunicator(
+                name, rendezvous.rank, rendezvous.world_size, listener, address, rendezvous.timeout_s, strict
+            )
         )
 
     def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:

@@ -17,6 +17,7 @@ enum class ErrorKind {
   kTimeout,      // PeerTimeoutError: ranks did not arrive before the deadline
   kPeerLost,     // PeerLostError: ranks died, left or aborted
   kMismatch,     // MismatchError: ranks called different things; nothing was written
+  kStrictOrder,  // StrictOrderError: NCCL would hang on this order of calls; nothing was written
   kWaitExpired,  // TimeoutError: Work::wait(timeout) ran out, the operation goes on
   kOutOfMemory,  // MemoryError
 };
