@@ -1,0 +1,19 @@
+# One line each, for people, in an active virtual environment.
+CSRC = $(shell find csrc -name '*.[ch]pp')
+
+.PHONY: build test lint format bench
+
+build:  ## editable install; once more after a change in csrc/
+	python -m pip install -c constraints.txt -e '.[test]'
+
+test:  ## every test
+	python -m pytest
+
+lint:  ## what CI refuses: rules, formatting, types
+	ruff check . && ruff format --check . && mypy && clang-format --dry-run -Werror $(CSRC)
+
+format:  ## put Python and C++ into the enforced format
+	ruff check --fix . && ruff format . && clang-format -i $(CSRC)
+
+bench:  ## all-reduce beside its competitors
+	python benchmarks/allreduce.py --ranks 2 --sizes 1K:256M

@@ -1,0 +1,109 @@
+"""``pycomm doctor``: what this machine has, what works, which back end ``auto`` chooses, what to do about the rest."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pycomm import _C
+from pycomm.backends import choose
+from pycomm.doctor import gpu, host
+from pycomm.doctor.checks import Check, Report, Section
+from pycomm.doctor.self_test import self_test
+from pycomm.errors import BackendUnavailableError
+from pycomm.rendezvous import host_identity
+
+__all__ = ["Check", "Options", "Report", "Section", "main", "report"]
+
+SYMBOLS = {"ok": "[green]✓[/]", "absent": "[dim]-[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Look at this machine and say what pycomm can do on it."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print one JSON object instead of tables."""
+    timeout_s: float = 60.0
+    """Seconds after which the two-rank self-test counts as failed; 0 leaves it out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report. Returns 0 when pycomm works here, 1 when something it needs does not."""
+    options = tyro.cli(Options, prog="pycomm doctor", args=argv)
+    found = report(options.timeout_s)
+    if options.json:
+        print(json.dumps({"healthy": found.healthy, **dataclasses.asdict(found)}, indent=2))
+    else:
+        show(found, Console())
+    return 0 if found.healthy else 1
+
+
+def report(timeout_s: float = 60.0) -> Report:
+    """Look at everything; takes some seconds, most of them the two ranks' start.
+
+    Args:
+        timeout_s: the self-test's limit in seconds; 0 leaves the self-test out.
+    """
+    sections = [
+        Section("Versions", versions()),
+        Section("Machine", host.machine()),
+        Section("Limits", host.limits()),
+        Section("GPU", gpu.gpu()),
+        Section("Back end", [auto_backend()]),
+    ]
+    if timeout_s > 0:
+        sections.append(Section("Self-test", self_test(timeout_s)))
+    return Report(sections)
+
+
+def versions() -> list[Check]:
+    return [
+        extension(importlib.metadata.version("pycomm"), _C.version(), _C.build_id()),
+        Check("torch", "ok", torch.__version__),
+        Check("numpy", "ok", numpy.__version__),
+        Check("Python", "ok", platform.python_version()),
+    ]
+
+
+def auto_backend() -> Check:
+    """What ``pycomm.init("auto")`` takes for two ranks on this host."""
+    try:
+        choice = choose("auto", [host_identity()] * 2)
+    except BackendUnavailableError as error:
+        return Check("auto", "failed", str(error))
+    return Check("auto", "ok", f"{choice.name}: {choice.reason}")
+
+
+def extension(package: str, compiled: str, build_id: int) -> Check:
+    """The Python files and the extension must come from the same version: a checkout can outrun its last build."""
+    if package != compiled:
+        advice = "install again: pip install -c constraints.txt -e '.[test]'"
+        return Check("pycomm", "failed", f"{package}, but its extension was built from {compiled}", advice)
+    return Check("pycomm", "ok", f"{package}, build {build_id:x}")
+
+
+def show(found: Report, console: Console) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(width=1)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in found.sections:
+        table.add_row("", f"[bold]{section.title}[/]", "")
+        for check in section.checks:
+            advice = f"\n[yellow]→ {escape(check.advice)}[/]" if check.advice else ""
+            table.add_row(SYMBOLS[check.status], check.name, escape(check.detail) + advice)
+    console.print(table)
+    console.print(
+        "[green]pycomm works here.[/]" if found.healthy else "[red]pycomm does not work here: see ✗ above.[/]"
+    )

@@ -1,0 +1,70 @@
+"""Two real processes that use the host transport: right results, then one latency and one bandwidth."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pycomm.doctor.checks import Check
+
+NUM_RANKS = 2
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank found. ``wrong`` names the checks whose result was not the expected bits."""
+
+    wrong: list[str]
+    latency_us: float
+    bandwidth_gbps: float
+
+
+def self_test(timeout_s: float, *, worker: str = "pycomm.doctor.worker") -> list[Check]:
+    """Run module ``worker`` as two ranks. All of it ends within ``timeout_s`` seconds, whatever the ranks do."""
+    deadline = time.monotonic() + timeout_s
+    with tempfile.TemporaryDirectory(prefix="pycomm-doctor-") as scratch:
+        # The ranks' own limit is half of it, so that the error that names what is missing comes first.
+        command = [sys.executable, "-m", worker, str(Path(scratch) / "store"), str(NUM_RANKS), str(timeout_s / 2)]
+        ranks = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for rank in range(NUM_RANKS)
+        ]
+        try:
+            results = [finish(process, rank, deadline) for rank, process in enumerate(ranks)]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.communicate()
+    failures = [result for result in results if isinstance(result, str)]
+    if failures:
+        return [Check("two ranks", "failed", "; ".join(failures), "docs/errors.md explains each error")]
+    return judge([result for result in results if isinstance(result, RankResult)])
+
+
+def finish(process: "subprocess.Popen[str]", rank: int, deadline: float) -> RankResult | str:
+    """The rank's result, or a sentence that says why there is none."""
+    try:
+        output, errors = process.communicate(timeout=max(deadline - time.monotonic(), 0.0))
+    except subprocess.TimeoutExpired:
+        return f"rank {rank} did not finish in time"
+    if process.returncode != 0:
+        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
+        return f"rank {rank}: {lines[-1]}"
+    return RankResult(**json.loads(output))
+
+
+def judge(results: list[RankResult]) -> list[Check]:
+    wrong = sorted({name for result in results for name in result.wrong})
+    if wrong:
+        advice = "try PYCOMM_SIMD=baseline, and please report it with this output"
+        return [Check("two ranks", "failed", f"wrong result: {', '.join(wrong)}", advice)]
+    latency_us = max(result.latency_us for result in results)
+    bandwidth_gbps = min(result.bandwidth_gbps for result in results)
+    return [
+        Check("two ranks", "ok", "all_reduce and broadcast, float32 and bfloat16, every bit as expected"),
+        Check("latency", "ok", f"{latency_us:.1f} µs (all_reduce of one float32, median)"),
+        Check("bandwidth", "ok", f"{bandwidth_gbps:.1f} GB/s (all_reduce of 16 MiB in symmetric memory, median)"),
+    ]

@@ -1,0 +1,238 @@
+"""Checkpoints of a run: complete or absent, never half-written.
+
+    RUN/checkpoints/step_000100/      weights and optimizer state (torch.distributed.checkpoint), info.json
+    RUN/checkpoints/latest            a link to the newest
+
+A checkpoint is written as ``step_N.tmp``, flushed to the disk, renamed, and then ``latest`` is moved, each atomically:
+after a crash or a power cut ``latest`` names a complete checkpoint. Parameters go by their names, so that a later
+version with other layouts can read them. torch keeps a checkpoint's own index (``.metadata``) as a pickle, and reading
+a pickle can run code: resume only from folders that you trust.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from pycomm.communicator import Communicator
+from pycomm.pretrain.config import ConfigError, PretrainConfig
+from pycomm.pretrain.loop import TrainState
+
+FORMAT = 1
+_STEP_DIR = re.compile(r"step_(\d+)")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What ``info.json`` says, readable before anything is unpickled."""
+
+    path: Path
+    step: int
+    model: dict[str, object]
+    corpus_key: str
+    config: dict[str, object]
+
+
+def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: str) -> Path:
+    """Write a checkpoint into ``folder`` and keep the newest ``config.run.keep``. One rank calls this.
+
+    Returns:
+        The checkpoint's folder. One of the same step is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    final = folder / f"step_{state.step:06d}"
+    work = final.with_suffix(".tmp")
+    work.mkdir()
+    with _quiet():
+        dcp.save(_tensors(state), checkpoint_id=work, no_dist=True)
+    info = {
+        "format": FORMAT,
+        "step": state.step,
+        "model": asdict(config.model),
+        "corpus_key": corpus_key,
+        "config": config.to_json(),
+    }
+    (work / "info.json").write_text(json.dumps(info, indent=1))
+    for path in [*work.iterdir(), work]:
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    work.rename(final)
+    _flush(folder)
+    _point_latest(folder, final.name)
+    for old in sorted(_complete(folder))[: -config.run.keep]:
+        shutil.rmtree(folder / f"step_{old:06d}")
+    return final
+
+
+def load(path: Path, comm: Communicator, state: TrainState) -> None:
+    """Set ``state`` to the checkpoint's. Collective: rank 0 reads the files, the others get the values from it.
+
+    Args:
+        path: the checkpoint's folder; used on rank 0.
+        comm: all ranks of the run.
+        state: an untrained one of the same model; changed in place.
+    """
+    _create_moments(state.optimizer)
+    tensors = _tensors(state)
+    if comm.rank == 0:
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    for name in sorted(tensors):
+        comm.broadcast(tensors[name])
+    state.step = int(tensors["progress.step"])
+    torch.set_rng_state(tensors["progress.rng"])
+
+
+def find(resume: str, out_dir: Path) -> Path | None:
+    """The checkpoint that ``--resume`` means.
+
+    Args:
+        resume: a checkpoint's folder, a folder with a ``latest`` link, a run's folder, or "auto": the newest of the
+            runs in ``out_dir`` and its numbered siblings.
+        out_dir: base of the runs; for "auto".
+
+    Returns:
+        The checkpoint's folder; None if "auto" found none.
+
+    Raises:
+        ConfigError: there is no checkpoint at the place given.
+    """
+    if resume != "auto":
+        found = _checkpoint_in(Path(resume))
+        if found is None:
+            raise ConfigError(f"--resume {resume}: no checkpoint there, nor under latest or checkpoints/latest in it")
+        return found
+    candidates = [found for run in _runs(out_dir) if (found := _checkpoint_in(run)) is not None]
+    return max(candidates, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """Read a checkpoint's ``info.json``.
+
+    Raises:
+        ConfigError: it was written by a version with another format.
+    """
+    info = json.loads((path / "info.json").read_text())
+    if info.get("format") != FORMAT:
+        raise ConfigError(f"{path} has checkpoint format {info.get('format')}, this version reads {FORMAT}")
+    return CheckpointInfo(path, info["step"], info["model"], info["corpus_key"], info["config"])
+
+
+def check_fits(info: CheckpointInfo, config: PretrainConfig, corpus_key: str) -> list[str]:
+    """Compare a checkpoint with the run that wants to continue it.
+
+    Returns:
+        Settings that differ but may: one line each, for people.
+
+    Raises:
+        ConfigError: the model's shape or the tokens differ, or no step is left.
+    """
+    differences = _differences(info.model, asdict(config.model))
+    if differences:
+        raise ConfigError(f"{info.path} holds another model: {'; '.join(differences)} (checkpoint's value first)")
+    if info.corpus_key != corpus_key:
+        raise ConfigError(
+            f"{info.path} was trained on other tokens: its text or vocabulary is not this run's, so its weights mean "
+            "other words; give the same --text and --data settings"
+        )
+    if info.step >= config.steps:
+        raise ConfigError(f"{info.path} has {info.step} steps already; to go on, give --steps above that")
+    wanted = config.to_json()
+    notes = []
+    for group in ("data", "optim"):
+        before, now = info.config[group], wanted[group]
+        if isinstance(before, dict) and isinstance(now, dict):
+            notes += [f"{group}.{line}" for line in _differences(before, now)]
+    top = ("seed", "global_batch", "steps")
+    return notes + _differences({key: info.config[key] for key in top}, {key: wanted[key] for key in top})
+
+
+def _differences(before: dict[str, object], now: dict[str, object]) -> list[str]:
+    keys = sorted(before.keys() | now.keys())
+    return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """All that is saved, by name, as tensors that share the state's memory (``progress.*`` are copies)."""
+    tensors = {
+        "progress.step": torch.tensor([state.step], dtype=torch.int64),
+        "progress.rng": torch.get_rng_state(),
+    }
+    # A tied weight has two names in the state dict; its parameter has one.
+    for name, parameter in state.model.named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
+        moments = state.optimizer.state[parameter]
+        for key in _MOMENTS:
+            tensors[f"optim.{name}.{key}"] = moments[key]
+    return tensors
+
+
+def _create_moments(optimizer: torch.optim.Optimizer) -> None:
+    # What AdamW does in its first step. Doing it by a step with zero gradients would detach .grad from the buckets.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # torch warns that it saves or loads in one process alone, which is what it was asked to do.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def _checkpoint_in(path: Path) -> Path | None:
+    for candidate in (path, path / "latest", path / "checkpoints" / "latest"):
+        if (candidate / "info.json").is_file():
+            return candidate.resolve()
+    return None
+
+
+def _runs(out_dir: Path) -> list[Path]:
+    numbered = re.compile(re.escape(out_dir.name) + r"(-\d+)?")
+    return [path for path in out_dir.parent.glob(f"{out_dir.name}*") if numbered.fullmatch(path.name)]
+
+
+def _complete(folder: Path) -> list[int]:
+    return [int(match[1]) for path in folder.iterdir() if (match := _STEP_DIR.fullmatch(path.name))]
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob("step_*.tmp"):
+        shutil.rmtree(path)
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    link = folder / "latest.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    link.replace(folder / "latest")
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Make the kernel write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
