@@ -48,12 +48,12 @@ Communicator::Communicator(std::string name, Membership members, InterruptCheck 
       generation_(fork_generation()) {}
 
 Communicator::~Communicator() {
-  close(kNoLimit);
+  leave(kNoLimit, nullptr);
   // In a forked child the group's flags are the parent's: leave them alone.
   if (generation_ != fork_generation()) static_cast<void>(group_.release());
 }
 
-void Communicator::on_fork() noexcept {
+void Communicator::give_up_in_child() {
   static_cast<void>(progress_.release());  // its thread was not forked; joining or destroying it would end the process
   group_->members().sockets.clear();
   group_->members().pidfds.clear();
@@ -157,15 +157,24 @@ void Communicator::abort(const std::string& reason) {
   group_->abort(reason);
 }
 
-void Communicator::close(double drain_s) {
+void Communicator::leave(double drain_s, InterruptCheck interrupt) {
   if (closed_ || generation_ != fork_generation()) return;
   closed_ = true;
-  if (!progress_->drain(drain_s, nullptr)) {
-    group_->abort("closed with operations that no peer had joined after " + std::to_string(drain_s) + " s");
+  const auto finish = [this] {
+    progress_->stop();
+    const std::lock_guard lock(executing_);
+    group_->close();
+  };
+  try {
+    if (!progress_->drain(drain_s, interrupt)) {
+      group_->abort("closed with operations that no peer had joined after " + std::to_string(drain_s) + " s");
+    }
+  } catch (...) {  // Ctrl-C
+    group_->abort("closed by an interrupt with operations under way");
+    finish();
+    throw;
   }
-  progress_->stop();
-  const std::lock_guard lock(executing_);
-  group_->close();
+  finish();
 }
 
 }  // namespace pycomm::host

@@ -19,10 +19,12 @@ struct CallOptions {
   bool async_op = false;
 };
 
-class Communicator final : private ForkAware {
+class Communicator {
  public:
   Communicator(std::string name, Membership members, InterruptCheck interrupt);
-  ~Communicator() override;
+  Communicator(const Communicator&) = delete;  // its thread holds its address
+  Communicator& operator=(const Communicator&) = delete;
+  ~Communicator();
 
   int rank() const { return group_->rank(); }
   int world_size() const { return group_->world_size(); }
@@ -44,13 +46,14 @@ class Communicator final : private ForkAware {
   void abort(const std::string& reason);
   /// Finish what is queued, tell the peers, give up the sockets. What is not finished after `drain_s` is aborted.
   /// Idempotent.
-  void close(double drain_s);
+  void close(double drain_s) { leave(drain_s, interrupt_); }
 
  private:
   template <class Body>
   std::shared_ptr<Work> run(const CallOptions& options, Body body);
   void check_not_forked() const;
-  void on_fork() noexcept override;
+  void leave(double drain_s, InterruptCheck interrupt);
+  void give_up_in_child();
 
   InterruptCheck interrupt_;
   std::unique_ptr<Group> group_;
@@ -59,6 +62,7 @@ class Communicator final : private ForkAware {
   std::uint64_t num_splits_ = 0;
   std::uint64_t generation_;
   bool closed_ = false;
+  ForkGuard fork_guard_{[this] { give_up_in_child(); }};  // last: it touches the others
 };
 
 }  // namespace pycomm::host

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "pycomm/error.hpp"
@@ -17,7 +18,7 @@ std::atomic<std::uint64_t> generation{0};
 
 struct Registry {
   std::mutex mutex;
-  std::vector<ForkAware*> members;
+  std::vector<const ForkGuard*> guards;
 };
 
 Registry& registry() {
@@ -28,7 +29,7 @@ Registry& registry() {
     const int error = ::pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
                                        [] {
                                          generation.fetch_add(1);
-                                         for (ForkAware* const member : registry().members) member->on_fork();
+                                         for (const ForkGuard* const guard : registry().guards) guard->run();
                                          registry().mutex.unlock();
                                        });
     if (error != 0) {
@@ -44,14 +45,14 @@ Registry& registry() {
 
 std::uint64_t fork_generation() { return generation.load(); }
 
-ForkAware::ForkAware() {
+ForkGuard::ForkGuard(std::function<void()> in_child) : in_child_(std::move(in_child)) {
   const std::lock_guard lock(registry().mutex);
-  registry().members.push_back(this);
+  registry().guards.push_back(this);
 }
 
-ForkAware::~ForkAware() {
+ForkGuard::~ForkGuard() {
   const std::lock_guard lock(registry().mutex);
-  std::erase(registry().members, this);
+  std::erase(registry().guards, this);
 }
 
 }  // namespace pycomm::host

@@ -3,22 +3,27 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace pycomm::host {
 
 /// 0 in the process that loaded the extension, one more in each of its forked descendants' generations.
 std::uint64_t fork_generation();
 
-/// Something that the child of a fork must give up. on_fork() runs in the child, single-threaded, where any mutex of
-/// the parent may be locked: it may close descriptors and set fields, nothing more.
-class ForkAware {
+/// Runs `in_child` in the child of every fork() while it lives; hold it as the last member of what `in_child` touches.
+/// The child is single-threaded then, and any mutex of the parent may be locked: close descriptors, set fields, nothing
+/// more.
+class ForkGuard {
  public:
-  ForkAware();
-  ForkAware(const ForkAware&) = delete;  // registered by address
-  ForkAware& operator=(const ForkAware&) = delete;
-  virtual ~ForkAware();
+  explicit ForkGuard(std::function<void()> in_child);
+  ForkGuard(const ForkGuard&) = delete;  // registered by address
+  ForkGuard& operator=(const ForkGuard&) = delete;
+  ~ForkGuard();
 
-  virtual void on_fork() noexcept = 0;
+  void run() const { in_child_(); }
+
+ private:
+  std::function<void()> in_child_;
 };
 
 }  // namespace pycomm::host

@@ -39,7 +39,7 @@ class GPTConfig:
 
     vocab_size: int = 1024
     max_seq: int = 128
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 4
     hidden: int = 128
     mlp_ratio: int = 4

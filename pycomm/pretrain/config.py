@@ -73,11 +73,11 @@ class RunConfig:
     """Steps between checkpoints; the last step always saves."""
     keep: int = 2
     """Checkpoints kept; older ones of the same run are deleted."""
-    sample_tokens: int = 160
+    sample_tokens: int = 200
     """Length of the text that is generated at the end; 0: none."""
     sample_prompt: str = ""
     """What the generated text starts with; empty: the start of a document."""
-    temperature: float = 0.8
+    temperature: float = 0.7
     """Of the sampling; 0: always the likeliest token."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in megabytes."""
