@@ -58,7 +58,7 @@ class TwoShot {
   void find_tensors() {
     bool all_symmetric = true;
     for (int r = 0; r < group_.world_size(); ++r) {
-      tensors_[static_cast<std::size_t>(r)] = r == group_.rank() ? data_ : group_.symmetric_data(r);
+      tensors_[static_cast<std::size_t>(r)] = r == group_.rank() ? data_ : group_.symmetric_input(r);
       all_symmetric &= r == group_.rank() ? !staged_ : tensors_[static_cast<std::size_t>(r)] != nullptr;
     }
     if (all_symmetric) slice_count_ = count_;
@@ -130,7 +130,7 @@ void all_reduce(Group& group, void* data, std::size_t count, DType dtype, Reduce
   }
   const Location location = group.segments().locate(data, call.bytes());
   TwoShot two_shot(group, static_cast<std::byte*>(data), call, !location.symmetric());
-  const Entry entry(group, call, location, [&] { two_shot.copy_in(0); });
+  const Entry entry(group, call, {location, location}, [&] { two_shot.copy_in(0); });
   two_shot.find_tensors();
   const std::uint64_t num_slices = two_shot.num_slices();
   for (std::uint64_t k = 0; k < num_slices; ++k) {

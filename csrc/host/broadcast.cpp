@@ -58,10 +58,10 @@ void broadcast(Group& group, void* data, std::size_t count, DType dtype, int roo
   auto* const tensor = static_cast<std::byte*>(data);
   const bool is_root = group.rank() == root;
   const Location location = is_root ? group.segments().locate(data, call.bytes()) : Location{};
-  const Entry entry(group, call, location, [&] {
+  const Entry entry(group, call, {location, location}, [&] {
     if (is_root && !location.symmetric()) copy_in(group, tensor, call, 0);
   });
-  if (const std::byte* const source = group.symmetric_data(root); source != nullptr) {
+  if (const std::byte* const source = group.symmetric_input(root); source != nullptr) {
     if (is_root) return group.wait(1);
     std::memcpy(tensor, source, call.bytes());
     return group.signal(1);

@@ -39,8 +39,8 @@ inline constexpr int kStepBits = 24;
 struct alignas(kCacheLine) CallSlot {
   std::uint64_t seq;  // the flag: written last
   Call call;
-  Location location;
-  std::byte payload[kCacheLine - sizeof(std::uint64_t) - sizeof(Call) - sizeof(Location)];
+  Locations locations;
+  std::byte payload[kCacheLine - sizeof(std::uint64_t) - sizeof(Call) - sizeof(Locations)];
 };
 static_assert(sizeof(CallSlot) == kCacheLine);
 

@@ -8,8 +8,13 @@ namespace pycomm::host {
 Group::Group(std::string name, Membership members)
     : name_(std::move(name)), members_(std::move(members)), segments_(members_), waiter_(members_) {}
 
-std::byte* Group::symmetric_data(int rank) const {
-  const Location& location = members_.control.slot(rank, seq_).location;
+std::byte* Group::symmetric_input(int rank) const {
+  const Location& location = members_.control.slot(rank, seq_).locations.input;
+  return location.symmetric() ? segments_.address(location, rank) : nullptr;
+}
+
+std::byte* Group::symmetric_output(int rank) const {
+  const Location& location = members_.control.slot(rank, seq_).locations.output;
   return location.symmetric() ? segments_.address(location, rank) : nullptr;
 }
 
@@ -32,13 +37,13 @@ void Group::wait(std::uint64_t phase, int only) const {
       context());
 }
 
-void Group::begin(const Call& call, const Location& location) {
+void Group::begin(const Call& call, const Locations& locations) {
   waiter_.check_aborted();
   call_ = call;
   ++seq_;
   CallSlot& slot = members_.control.slot(rank(), seq_);
   slot.call = call;
-  slot.location = location;
+  slot.locations = locations;
   std::copy(issue_.begin(), issue_.end(), members_.control.flags(rank()).order[seq_ % 2]);
 }
 

@@ -1,7 +1,7 @@
 // What a collective is written on: the ranks' slots, staging buffers and flags, and the matched entry of every call.
 //
 // A collective is one function `name(Group&, …)` that
-//   1. builds its Call and enters it: `Entry entry(group, call, location, prepare)`;
+//   1. builds its Call and enters it: `Entry entry(group, call, locations, prepare)`;
 //   2. moves data in numbered phases: `group.signal(phase)` after writing, `group.wait(phase)` before reading;
 //   3. returns; ~Entry marks the call as completed.
 // Everything else (deadlines, lost peers, messages) is done here and in Waiter. Phases count from 1 within a call.
@@ -37,8 +37,9 @@ class Group {
 
   /// This rank's staging buffer for slice `k` of the running call; `rank`'s likewise.
   std::byte* staging(int rank, std::uint64_t k) const { return members_.control.staging(rank, seq_ + k); }
-  /// Where `rank`'s data of the running call lies if it is symmetric, else nullptr.
-  std::byte* symmetric_data(int rank) const;
+  /// Where `rank`'s input (or output) of the running call lies if it is symmetric, else nullptr.
+  std::byte* symmetric_input(int rank) const;
+  std::byte* symmetric_output(int rank) const;
   /// Where the payload of `rank`'s slot lies (`bytes` long, at most a staging buffer).
   std::byte* payload(int rank, std::size_t bytes) const;
   /// For `prepare` of an Entry: show `bytes` bytes to all.
@@ -106,7 +107,7 @@ class Group {
   void check_usable() const;
   void fail(const Error& error);
   void show_end(RankState state, const std::string& reason, const std::vector<int>& lost);
-  void begin(const Call& call, const Location& location);
+  void begin(const Call& call, const Locations& locations);
   void enter();
   void check_match() const;
   void check_order() const;
@@ -128,13 +129,13 @@ class Group {
 
 /// The matched entry of a call. Construction runs `prepare` (which may fill this rank's payload or first staging
 /// slice), shows the call to all peers, waits for theirs and throws kMismatch on every rank if they differ; no user's
-/// tensor has been written then. When it returns, every peer has entered: its payload, location and first staging slice
-/// can be read.
+/// tensor has been written then. When it returns, every peer has entered: its payload, locations and first staging
+/// slice can be read.
 class Entry {
  public:
   template <class Prepare>
-  Entry(Group& group, const Call& call, const Location& location, const Prepare& prepare) : group_(group) {
-    group.begin(call, location);
+  Entry(Group& group, const Call& call, const Locations& locations, const Prepare& prepare) : group_(group) {
+    group.begin(call, locations);
     prepare();
     enter();
   }

@@ -94,17 +94,17 @@ std::shared_ptr<SymmetricSegment> SymmetricSegments::find_address(const void* da
 Location SymmetricSegments::locate(const void* data, std::size_t bytes) const {
   const auto segment = find_address(data, bytes);
   if (segment == nullptr) return {};
-  return {.segment = segment->id(),
-          .offset = static_cast<std::uint64_t>(static_cast<const std::byte*>(data) - segment->part(members_.rank))};
+  return {segment->id(),
+          static_cast<std::uint64_t>(static_cast<const std::byte*>(data) - segment->part(members_.rank))};
 }
 
 std::byte* SymmetricSegments::address(const Location& location, int rank) const {
-  const auto segment = find(location.segment);
-  if (segment == nullptr || location.offset > segment->part_bytes()) {
+  const auto segment = find(location.segment());
+  if (segment == nullptr || location.offset() > segment->part_bytes()) {
     throw Error(ErrorKind::kGeneral, "rank " + std::to_string(rank) + " names symmetric segment " +
-                                         std::to_string(location.segment) + ", which is not mapped here");
+                                         std::to_string(location.segment()) + ", which is not mapped here");
   }
-  return segment->part(rank) + location.offset;
+  return segment->part(rank) + location.offset();
 }
 
 std::unique_ptr<SymmetricBuffer> SymmetricSegments::peer(const void* data, std::size_t bytes, int rank) const {
@@ -126,6 +126,7 @@ SymmetricSegments::Plan SymmetricSegments::plan(std::size_t part_bytes) {
     return true;
   };
   Plan plan{.id = next_id_, .part_bytes = part_bytes, .is_new = 1};
+  while (find(plan.id) != nullptr) plan.id = plan.id % (Location::kMaxSegments - 1) + 1;
   for (const auto& segment : segments_) {
     if (!free(*segment)) continue;
     const bool fits = segment->part_bytes() >= part_bytes && segment->part_bytes() <= 2 * part_bytes;
@@ -152,7 +153,7 @@ std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::
     mine = plan(part_bytes);
     if (mine.is_new != 0) {
       const std::size_t total = SymmetricSegment::bytes_for(part_bytes, group.world_size());
-      if (total / static_cast<std::size_t>(group.world_size()) < part_bytes || total > available_bytes()) {
+      if (part_bytes > Location::kMaxOffset || total > available_bytes()) {
         mine.error = ENOMEM;
       } else {
         segment = std::make_shared<SymmetricSegment>(mine.id, part_bytes, Segment::create("pycomm-symmetric", total));
@@ -171,7 +172,7 @@ std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::
   }
   int error = 0;
   if (plan.is_new != 0) {
-    next_id_ = plan.id + 1;
+    next_id_ = plan.id % (Location::kMaxSegments - 1) + 1;  // ids come round again after 16 million allocations
     const std::size_t total = SymmetricSegment::bytes_for(plan.part_bytes, group.world_size());
     if (segment == nullptr) {
       UniqueFd fd = recv_fd(members_.sockets[0], plan.id, group.deadline(), group.interrupt());

@@ -101,7 +101,7 @@ class PretrainConfig:
     """Pipeline stages; this version has 1."""
     tp: int = 1
     """Tensor-parallel ranks; this version has 1."""
-    steps: int = 500
+    steps: int = 600
     """Optimizer steps of the whole run, those before a resume included."""
     out: Path | None = None
     """Folder of the run; default: out/pretrain-PRESET. If it holds a run already, a numbered one beside it."""

@@ -25,20 +25,37 @@ struct Call {
   ReduceOp reduce_op = ReduceOp::kSum;
   std::uint8_t reserved = 0;
   std::int32_t root = 0;
-  std::uint64_t count = 0;  // elements
+  std::uint64_t count = 0;   // elements
+  std::uint64_t splits = 0;  // a hash of the ranks' parts where they differ, else 0
 
   bool operator==(const Call&) const = default;
   std::uint64_t bytes() const { return count * size_of(dtype); }
 };
-static_assert(sizeof(Call) == 16);
+static_assert(sizeof(Call) == 24);
 
 /// Where a rank's data lies: a symmetric segment that every rank maps, or nowhere that a peer could see.
-struct Location {
-  static constexpr std::uint64_t kOrdinary = 0;  // segment ids start at 1
-  std::uint64_t segment = kOrdinary;
-  std::uint64_t offset = 0;  // bytes into this rank's part
+class Location {
+ public:
+  static constexpr int kOffsetBits = 40;
+  static constexpr std::uint64_t kMaxSegments = std::uint64_t{1} << (64 - kOffsetBits);
+  static constexpr std::uint64_t kMaxOffset = (std::uint64_t{1} << kOffsetBits) - 1;
 
-  bool symmetric() const { return segment != kOrdinary; }
+  Location() = default;  // ordinary memory
+  /// `offset` bytes into this rank's part of segment `segment`, 1 to kMaxSegments - 1.
+  Location(std::uint64_t segment, std::uint64_t offset) : bits_(segment << kOffsetBits | offset) {}
+
+  bool symmetric() const { return bits_ != 0; }
+  std::uint64_t segment() const { return bits_ >> kOffsetBits; }
+  std::uint64_t offset() const { return bits_ & kMaxOffset; }
+
+ private:
+  std::uint64_t bits_ = 0;
+};
+
+/// The memory of one rank in a call. In-place calls show one tensor, as both.
+struct Locations {
+  Location input;
+  Location output;
 };
 
 /// "all_reduce(sum, float32[1024])", "broadcast(root=1, int64[3])", "barrier()".
