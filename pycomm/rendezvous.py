@@ -22,7 +22,7 @@ from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
 
 __all__ = ["Greeting", "Rendezvous"]
 
-_SLICE_S = 0.5  # signals are looked at this often while waiting for the store
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -143,29 +143,25 @@ class Rendezvous:
         return greetings
 
     def _wait(self, keys: dict[int, str]) -> None:
-        """Wait until every rank has set its key; in slices, so that Ctrl-C works."""
+        """Wait until every rank has set its key. Polls, so that Ctrl-C works and torch does not report each slice."""
         assert self._store is not None
         deadline = time.monotonic() + self.timeout_s
-        while True:
-            left = deadline - time.monotonic()
-            try:
-                self._store.wait(list(keys.values()), timedelta(seconds=max(0.001, min(_SLICE_S, left))))
-            except dist.DistNetworkError as error:
-                raise PycommError(f"init: the store of this job cannot be reached any more: {error}") from error
-            except RuntimeError:  # this slice ran out: DistStoreError of a TCPStore, a plain one of other stores
-                if left > 0:
+        try:
+            while not self._store.check(list(keys.values())):
+                if time.monotonic() < deadline:
+                    time.sleep(_POLL_S)
                     continue
-            else:
-                return
-            missing = [r for r, key in keys.items() if not self._store.check([key])]
-            if not missing:
-                return
-            raise PeerTimeoutError(
-                f"init: rank(s) {', '.join(map(str, missing))} of {self.world_size} did not come within "
-                f"{self.timeout_s:g} s",
-                op="init",
-                missing_ranks=missing,
-            )
+                missing = [r for r, key in keys.items() if not self._store.check([key])]
+                if not missing:
+                    return
+                raise PeerTimeoutError(
+                    f"init: rank(s) {', '.join(map(str, missing))} of {self.world_size} did not come within "
+                    f"{self.timeout_s:g} s",
+                    op="init",
+                    missing_ranks=missing,
+                )
+        except dist.DistError as error:
+            raise PycommError(f"init: the store of this job cannot be reached any more: {error}") from error
 
 
 def _open_store(launched: env.Launch, timeout_s: float) -> dist.Store:

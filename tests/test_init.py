@@ -102,11 +102,11 @@ def test_from_launch_variables_twice_and_beside_torch_distributed() -> None:
 def test_under_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import torch, pycomm\n"
+        "import os, torch, pycomm\n"
         "comm = pycomm.init()\n"
         "tensor = torch.full((5,), float(comm.rank + 1))\n"
         "comm.all_reduce(tensor)\n"
-        "print('sum', tensor[0].item(), flush=True)\n"
+        "os.write(1, f'sum {tensor[0].item()}\\n'.encode())\n"  # one write: ranks share the pipe
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=3", "--master-addr=127.0.0.1"]
     result = subprocess.run(

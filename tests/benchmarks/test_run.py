@@ -59,11 +59,17 @@ def test_a_dtype_that_a_contender_lacks_is_said_to_be_missing_not_dropped(tmp_pa
     assert "n/a: mpich: MPI has no datatype for bfloat16" in done.stdout or "mpich is not measured" in done.stdout
 
 
+def _heed_interrupts():
+    """A shell's background jobs ignore SIGINT, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_however_the_driver_ends_its_ranks_end_too(how):
     driver = subprocess.Popen(
         _command("--backends", "gloo", "--sizes", "1K", "--turns", "100000"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=_heed_interrupts,
     )  # fmt: skip
     try:
         for line in driver.stdout:
