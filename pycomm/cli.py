@@ -71,9 +71,9 @@ def _pretrain(args: list[str]) -> int:
             print(f"pycomm pretrain: {error}", file=sys.stderr)
             return EXIT_USAGE
         if config.nproc > 1:
-            from pycomm.pretrain.launch import WORKER, launch
+            from pycomm.pretrain.launch import launch, worker_code
 
-            return launch(config.nproc, ["-c", WORKER, "pretrain", *args])
+            return launch(config.nproc, ["-c", worker_code(), "pretrain", *args])
     from pycomm.pretrain import worker
 
     return worker.main(config, command)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the public names: for programs on top, never for the parts that it is made of.
 PYTHON_LAYERS = (
     {"errors"},
-    {"env"},
+    {"env", "spawn"},
     {"_C"},
     {"rendezvous"},
     {"backends"},

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -157,3 +159,28 @@ def test_the_stub_names_what_the_extension_has():
         members = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
         public = {member for member in members if not member.startswith("_")}
         assert public == {member for member in dir(getattr(_C, name)) if not member.startswith("_")}, name
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """installed(*arguments): `pycomm *arguments` of the wheel, run from the checkout, as README's first command does."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "wheel")
+    venv.create(folder / "venv")
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    # Plain paths: the .pth files of the outer environment, and so its editable install, are not read.
+    (site / "paths.pth").write_text(f"{folder / 'wheel'}\n{sysconfig.get_path('purelib')}\n")
+    script = folder / "pycomm"
+    script.write_text("import sys\nfrom pycomm.cli import main\nsys.exit(main())\n")
+    return lambda *arguments: run([folder / "venv/bin/python", script, *arguments], cwd=ROOT)
+
+
+def test_workers_import_the_installed_package_and_not_the_checkout(installed, tmp_path):
+    status, output = installed("doctor")
+    assert status == 0, output
+    small = ["--model.vocab-size", "300", "--model.hidden", "16", "--model.num-heads", "2", "--model.num-layers", "1"]
+    status, output = installed(
+        "pretrain", "--steps", "2", *small, "--text", ROOT / "pycomm", "--out", tmp_path, "--run.sample-tokens", "3"
+    )
+    assert status == 0, output

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pycomm.doctor.checks import Check
+from pycomm.spawn import same_imports
 
 NUM_RANKS = 2
 
@@ -27,7 +28,8 @@ def self_test(timeout_s: float, *, worker: str = "pycomm.doctor.worker") -> list
     deadline = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory(prefix="pycomm-doctor-") as scratch:
         # The ranks' own limit is half of it, so that the error that names what is missing comes first.
-        command = [sys.executable, "-m", worker, str(Path(scratch) / "store"), str(NUM_RANKS), str(timeout_s / 2)]
+        code = f"{same_imports()}\nimport runpy; runpy.run_module({worker!r}, run_name='__main__', alter_sys=True)"
+        command = [sys.executable, "-c", code, str(Path(scratch) / "store"), str(NUM_RANKS), str(timeout_s / 2)]
         ranks = [
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for rank in range(NUM_RANKS)

@@ -30,12 +30,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pycomm import env
 from pycomm.pretrain.worker import EXIT_ERROR, EXIT_PEER_LOST, EXIT_TOLD
+from pycomm.spawn import same_imports
 
 LOOPBACK = "127.0.0.1"
 RENDEZVOUS = "pycomm-loopback"
 # Importing torch takes seconds. A Ctrl-C meanwhile waits for ``StopSignals.install`` instead of ending in a traceback.
-WORKER = """\
-import signal, sys
+_WORKER = """\
+import signal
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 from pycomm.cli import main
 sys.exit(main())
@@ -86,6 +87,11 @@ class LoopbackRendezvous(RendezvousHandler):
 
     def shutdown(self) -> bool:
         return True
+
+
+def worker_code() -> str:
+    """What a worker runs: this command, with its own arguments."""
+    return f"{same_imports()}\n{_WORKER}"
 
 
 def launch(nproc: int, python_args: Sequence[str]) -> int:
