@@ -151,7 +151,7 @@ WORKERS = {
 def test_a_self_test_that_fails_says_how_and_leaves_no_process(tmp_path, monkeypatch, name):
     text, said = WORKERS[name]
     (tmp_path / f"rank_{name}.py").write_text(text)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))  # of the ranks too
     before = psutil.Process().children()
     (check,) = self_test(3.0, worker=f"rank_{name}")
     assert (check.status, check.detail) == ("failed", said)

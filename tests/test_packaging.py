@@ -163,7 +163,7 @@ def test_the_stub_names_what_the_extension_has():
 
 @pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory):
-    """installed(*arguments): `pycomm *arguments` of the wheel, run from the checkout, as README's first command does."""
+    """installed(*arguments): `pycomm *arguments` of the wheel, run from the checkout, as README tells people to."""
     folder = tmp_path_factory.mktemp("installed")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "wheel")
