@@ -1,5 +1,7 @@
 """The compiled extension. Tensors cross as addresses and counts, so its build needs no torch."""
 
+from collections.abc import Sequence
+
 MAX_RANKS: int
 
 def version() -> str:
@@ -76,6 +78,59 @@ class HostCommunicator:
     ) -> Work | None: ...
     def broadcast(
         self, data: int, count: int, dtype: int, root: int, async_op: bool, timeout_s: float, /
+    ) -> Work | None: ...
+    def reduce(
+        self, data: int, count: int, dtype: int, op: int, root: int, async_op: bool, timeout_s: float, /
+    ) -> Work | None: ...
+    def reduce_scatter(
+        self,
+        output: int,
+        input: int,
+        dtype: int,
+        counts: Sequence[int],
+        op: int,
+        async_op: bool,
+        timeout_s: float,
+        /,
+    ) -> Work | None: ...
+    def all_gather(
+        self, output: int, input: int, dtype: int, counts: Sequence[int], async_op: bool, timeout_s: float, /
+    ) -> Work | None: ...
+    def all_to_all(
+        self, output: int, input: int, dtype: int, counts: Sequence[int], async_op: bool, timeout_s: float, /
+    ) -> Work | None: ...
+    def all_to_all_by_splits(
+        self,
+        output: int,
+        input: int,
+        dtype: int,
+        output_counts: Sequence[int],
+        input_counts: Sequence[int],
+        async_op: bool,
+        timeout_s: float,
+        /,
+    ) -> Work | None: ...
+    def gather(
+        self,
+        output: int,
+        input: int,
+        dtype: int,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+        /,
+    ) -> Work | None: ...
+    def scatter(
+        self,
+        output: int,
+        input: int,
+        dtype: int,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+        /,
     ) -> Work | None: ...
     def barrier(self, async_op: bool, timeout_s: float, /) -> Work | None: ...
     def empty(self, bytes: int, timeout_s: float) -> SymmetricBuffer: ...

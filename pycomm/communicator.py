@@ -1,27 +1,24 @@
-"""The Communicator: a group of ranks and the calls that move data between them.
+"""The Communicator: a group of ranks, their symmetric memory, and its life from :func:`init` to ``close``.
 
-One semantics on every back end (docs/algorithms.md has steps, bytes and order of each collective). Calls of a
-communicator run in the order in which they are issued; an asynchronous call returns a :class:`Work` at once. Tensors
-of
-:meth:`Communicator.empty` are symmetric: peers map them, so nothing is copied. Any other contiguous tensor works too,
-staged.
+One semantics on every back end. Calls of a communicator run in the order in which they are issued; an asynchronous
+call returns a :class:`Work` at once. Tensors of :meth:`Communicator.empty` are symmetric: peers map them, so nothing is
+copied. Any other contiguous tensor works too, staged. The calls that move data are in ``collectives.py``.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import weakref
-from collections import deque
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
+from pycomm.arguments import tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.shm import ShmBackend
+from pycomm.collectives import Collectives, InFlight, Work, checked_timeout
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["Communicator", "Work", "init"]
@@ -30,30 +27,7 @@ _log = logging.getLogger("pycomm")
 _EXIT_DRAIN_S = 10.0  # at interpreter exit, operations that no peer joins may hold the process back so long
 
 
-class Work:
-    """An asynchronous operation. It keeps its tensors alive until it is done, even if the Work itself is dropped."""
-
-    def __init__(self, core: _C.Work) -> None:
-        self._core = core
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Return when the operation is done; raise what went wrong in it.
-
-        Args:
-            timeout_s: seconds to wait here; None: as long as the operation's own timeout lets it run.
-
-        Raises:
-            TimeoutError: not done after ``timeout_s``; the operation goes on.
-            PycommError: the operation failed.
-        """
-        self._core.wait(timeout_s)
-
-    def done(self) -> bool:
-        """True once the operation is over, well or not."""
-        return self._core.done()
-
-
-class Communicator:
+class Communicator(Collectives):
     """A group of ranks. Made by :func:`init` and :meth:`split`; also a context manager that closes itself.
 
     Every call takes ``async_op`` (return a :class:`Work` at once instead of waiting) and ``timeout_s`` (None: the
@@ -65,15 +39,10 @@ class Communicator:
     """
 
     def __init__(self, backend: Backend, timeout_s: float, rendezvous: Rendezvous | None = None) -> None:
-        self.rank = backend.rank
-        self.world_size = backend.world_size
+        super().__init__(backend, timeout_s)
         self.backend = backend.name
-        self.device = backend.device
         self.name = backend.group
-        self.timeout_s = timeout_s
-        self._backend = backend
         self._rendezvous = rendezvous  # rank 0's store serves as long as somebody may come for it
-        self._in_flight: deque[tuple[_C.Work, torch.Tensor]] = deque()
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -100,37 +69,7 @@ class Communicator:
         Args:
             tensor: contiguous, a tensor of :meth:`empty` or a part of one.
         """
-        return self._backend.peers(self._checked(tensor))
-
-    def all_reduce(
-        self, tensor: Any, op: str = "sum", *, async_op: bool = False, timeout_s: float | None = None
-    ) -> Work | None:
-        """Reduce ``tensor`` over all ranks, in place, in rank order: the bits are the same on every rank.
-
-        Push two-shot on symmetric tensors (2 x bytes touched a rank), staged in slices on others, one-shot when tiny.
-
-        Args:
-            tensor: contiguous, same dtype and number of elements on every rank (shapes may differ). float32 float64
-                float16 bfloat16 int8 uint8 int32 int64. 16-bit floats accumulate in fp32 and round once.
-            op: "sum", "avg" (floating point only), "min", "max" or "prod".
-        """
-        tensor = self._checked(tensor)
-        return self._work(self._backend.all_reduce(tensor, op, async_op, self._timeout(timeout_s)), tensor)
-
-    def broadcast(
-        self, tensor: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
-    ) -> Work | None:
-        """Copy ``tensor`` of rank ``root`` to ``tensor`` of every rank.
-
-        Args:
-            tensor: contiguous, same dtype and number of elements on every rank.
-        """
-        tensor = self._checked(tensor)
-        return self._work(self._backend.broadcast(tensor, root, async_op, self._timeout(timeout_s)), tensor)
-
-    def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Work | None:
-        """Return once every rank has called it."""
-        return self._work(self._backend.barrier(async_op, self._timeout(timeout_s)), None)
+        return self._backend.peers(tensor_on(self.device, tensor))
 
     def split(self, color: int | None, key: int | None = None) -> Communicator | None:
         """Divide the group: collective; ranks of equal ``color`` form a new communicator, ordered by (key, rank).
@@ -166,36 +105,6 @@ class Communicator:
 
     def __repr__(self) -> str:
         return f"Communicator({self.name!r}, rank {self.rank} of {self.world_size}, {self.backend})"
-
-    def _timeout(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
-
-    def _checked(self, tensor: Any) -> torch.Tensor:
-        """A torch tensor that the back end can address: contiguous, on its device. Shares memory with ``tensor``."""
-        if not isinstance(tensor, torch.Tensor):
-            if not hasattr(tensor, "__dlpack__"):
-                raise TypeError(f"{type(tensor).__name__} is neither a tensor nor an array that speaks DLPack")
-            tensor = torch.from_dlpack(tensor)
-        assert isinstance(tensor, torch.Tensor)
-        if tensor.device != self.device:
-            raise ValueError(
-                f"the tensor is on {tensor.device}, communicator {self.name!r} ({self.backend}) works on {self.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(
-                f"the tensor is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}): "
-                f"pass tensor.contiguous() and copy the result back, or lay the tensor out contiguously"
-            )
-        return tensor
-
-    def _work(self, core: _C.Work | None, tensor: torch.Tensor | None) -> Work | None:
-        if core is None:
-            return None
-        while self._in_flight and self._in_flight[0][0].done():
-            self._in_flight.popleft()
-        if tensor is not None:
-            self._in_flight.append((core, tensor))
-        return Work(core)
 
 
 def init(
@@ -237,13 +146,6 @@ def init(
     return Communicator(ShmBackend.connect(rendezvous, "world", strict), timeout_s, rendezvous)
 
 
-def checked_timeout(timeout_s: float) -> float:
-    """``timeout_s``, or ValueError if it is no positive number of seconds."""
-    if not timeout_s > 0 or math.isnan(timeout_s):
-        raise ValueError(f"timeout_s={timeout_s}: it is a positive number of seconds")
-    return timeout_s
-
-
-def _close(backend: Backend, in_flight: deque[tuple[_C.Work, torch.Tensor]], drain_s: float) -> None:
+def _close(backend: Backend, in_flight: InFlight, drain_s: float) -> None:
     backend.close(drain_s)
     in_flight.clear()

@@ -9,7 +9,6 @@ namespace pycomm::bindings {
 
 namespace {
 
-using host::CallOptions;
 using host::Communicator;
 using host::Listener;
 using host::SymmetricBuffer;
@@ -25,15 +24,6 @@ std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size
   auto members = host::meet(rank, world_size, listener, address, tuning, Deadline::after(timeout_s), &check_signals);
   return std::make_unique<Communicator>(std::move(name), std::move(members), &check_signals);
 }
-
-/// Owners that must not run their destructor, which may wait, while holding the GIL.
-struct ReleaseGil {
-  void operator()(Communicator* communicator) const {
-    const py::gil_scoped_release nogil;
-    delete communicator;
-  }
-};
-using CommunicatorHolder = std::unique_ptr<Communicator, ReleaseGil>;
 
 }  // namespace
 
@@ -54,7 +44,8 @@ void bind_communicator(py::module_& module) {
 
   py::class_<Listener>(module, "Listener").def(py::init<>()).def_property_readonly("address", &Listener::address);
 
-  py::class_<Communicator, CommunicatorHolder>(module, "HostCommunicator")
+  CommunicatorClass communicator(module, "HostCommunicator");
+  communicator
       .def(py::init([](std::string name, int rank, int world_size, const Listener* listener, const std::string& address,
                        double timeout_s, bool strict) {
              const py::gil_scoped_release nogil;
@@ -73,25 +64,6 @@ void bind_communicator(py::module_& module) {
              tuning["one_shot_bytes"] = self.tuning().one_shot_bytes;
              return tuning;
            })
-      .def(
-          "all_reduce",
-          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int op, bool async_op,
-             double timeout_s) {
-            return self.all_reduce(as_pointer(data), count, static_cast<DType>(dtype), static_cast<ReduceOp>(op),
-                                   {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "broadcast",
-          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root, bool async_op,
-             double timeout_s) {
-            return self.broadcast(as_pointer(data), count, static_cast<DType>(dtype), root, {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "barrier",
-          [](Communicator& self, bool async_op, double timeout_s) { return self.barrier({timeout_s, async_op}); },
-          NoGil())
       .def("empty", &Communicator::empty, py::arg("bytes"), py::arg("timeout_s"), NoGil())
       .def("peer", [](Communicator& self, std::uintptr_t data, std::size_t bytes,
                       int rank) { return self.peer(as_pointer(data), bytes, rank); })
@@ -105,6 +77,7 @@ void bind_communicator(py::module_& module) {
           NoGil())
       .def("abort", &Communicator::abort)
       .def("close", &Communicator::close, py::arg("drain_s"), NoGil());
+  bind_collectives(communicator);
 }
 
 }  // namespace pycomm::bindings

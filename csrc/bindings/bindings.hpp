@@ -3,11 +3,26 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
+
+#include "host/communicator.hpp"
+
 namespace pycomm::bindings {
+
+/// Owners that must not run their destructor, which may wait, while holding the GIL.
+struct ReleaseGil {
+  void operator()(host::Communicator* communicator) const {
+    const pybind11::gil_scoped_release nogil;
+    delete communicator;
+  }
+};
+using CommunicatorHolder = std::unique_ptr<host::Communicator, ReleaseGil>;
+using CommunicatorClass = pybind11::class_<host::Communicator, CommunicatorHolder>;
 
 void bind_errors(pybind11::module_& module);
 void bind_reduce(pybind11::module_& module);
 void bind_communicator(pybind11::module_& module);
+void bind_collectives(CommunicatorClass& communicator);
 
 /// Runs Python's signal handlers if this is the main thread; throws what they raise. Called without the GIL.
 void check_signals();

@@ -1,11 +1,12 @@
-// All-reduce. n ranks, S bytes.
+// All-reduce, and reduce, which is the same with one rank to write to. n ranks, S bytes.
 //
 // One-shot (n·S up to a threshold): every rank copies its tensor into its call slot, enters, and reduces all slots into
 // its tensor. Steps: 1. Bytes touched a rank: (n+2)·S. No exit barrier: slots alternate (control.hpp).
 //
 // Push two-shot, in slices, double-buffered. Rank r owns part r of each slice:
 //   phase 2k      every rank's slice k can be read (k = 0: the entry)
-//   phase 2k + 1  rank r has reduced its part of slice k from every rank, in rank order, and written it to every rank
+//   phase 2k + 1  rank r has reduced its part of slice k from every rank, in rank order, and written it to every rank,
+//                 or to the root
 // A symmetric tensor is read and written where it lies; when all are, the whole message is one slice: 2·S bytes touched
 // a rank, whatever n is. An ordinary tensor goes through its rank's staging buffer, except the part that its own rank
 // reduces: 4(n-1)/n·S + S + 2S/n. Both may occur in one call; the bits are the same.
@@ -40,19 +41,25 @@ Part part_of(std::size_t count, int rank, int world_size, std::size_t element_by
           std::min(count, length * (static_cast<std::size_t>(rank) + 1))};
 }
 
+/// The rank that the result is written to, or Group::kEveryRank.
+int only_destination(const Call& call) { return call.kind == OpKind::kReduce ? call.root : Group::kEveryRank; }
+
 class TwoShot {
  public:
-  TwoShot(Group& group, std::byte* data, const Call& call, bool staged)
+  TwoShot(const Group& group, std::byte* data, const Call& call, bool staged)
       : group_(group),
+        only_to_(only_destination(call)),
         data_(data),
         count_(call.count),
         element_bytes_(size_of(call.dtype)),
         staged_(staged),
         reduce_(reduce_kernel(call.dtype, call.reduce_op)) {}
 
-  /// Copy slice k, all but the part that this rank reduces itself, from the tensor to staging or back.
+  /// Copy slice k, all but the part that this rank reduces itself, from the tensor to staging, or the result back.
   void copy_in(std::uint64_t k) { copy(k, true); }
-  void copy_out(std::uint64_t k) { copy(k, false); }
+  void copy_out(std::uint64_t k) {
+    if (is_destination(group_.rank())) copy(k, false);
+  }
 
   /// After the entry: where every rank's tensor lies, and so how many slices there are.
   void find_tensors() {
@@ -65,7 +72,7 @@ class TwoShot {
   }
   std::uint64_t num_slices() const { return (count_ + slice_count_ - 1) / slice_count_; }
 
-  /// Reduce this rank's part of slice k from everyone and write it to everyone.
+  /// Reduce this rank's part of slice k from everyone and write it to everyone, or to the root.
   void reduce_and_push(std::uint64_t k) {
     const Part part = part_of(slice_length(k), group_.rank(), group_.world_size(), element_bytes_);
     if (part.begin == part.end) return;
@@ -76,10 +83,13 @@ class TwoShot {
           tensor != nullptr ? tensor + k * slice_count_ * element_bytes_ : group_.staging(static_cast<int>(r), k);
       parts[r] = slice + part.begin * element_bytes_;
     }
-    reduce_(parts.data(), group_.world_size(), parts.data(), group_.world_size(), part.end - part.begin);
+    const bool to_all = only_to_ == Group::kEveryRank;
+    void* const* const to = parts.data() + (to_all ? 0 : only_to_);
+    reduce_(parts.data(), group_.world_size(), to, to_all ? group_.world_size() : 1, part.end - part.begin);
   }
 
  private:
+  bool is_destination(int rank) const { return only_to_ == Group::kEveryRank || only_to_ == rank; }
   std::size_t slice_length(std::uint64_t k) const { return std::min(slice_count_, count_ - k * slice_count_); }
 
   void copy(std::uint64_t k, bool in) {
@@ -95,7 +105,8 @@ class TwoShot {
     }
   }
 
-  Group& group_;
+  const Group& group_;
+  int only_to_;
   std::byte* data_;
   std::size_t count_;
   std::size_t element_bytes_;
@@ -108,6 +119,8 @@ class TwoShot {
 
 void one_shot(Group& group, void* data, const Call& call) {
   const Entry entry(group, call, {}, [&] { group.put_payload(data, call.bytes()); });
+  const int only_to = only_destination(call);
+  if (only_to != Group::kEveryRank && only_to != group.rank()) return;
   Pointers sources;
   for (int r = 0; r < group.world_size(); ++r) {
     sources[static_cast<std::size_t>(r)] = group.payload(r, call.bytes());
@@ -115,16 +128,7 @@ void one_shot(Group& group, void* data, const Call& call) {
   reduce_kernel(call.dtype, call.reduce_op)(sources.data(), group.world_size(), &data, 1, call.count);
 }
 
-}  // namespace
-
-void check_reducible(DType dtype, ReduceOp op) {
-  if (reduce_kernel(dtype, op) != nullptr) return;
-  throw std::invalid_argument(std::string(name_of(op)) + " of " + name_of(dtype) +
-                              " is not defined; sum it and divide, or convert it to a floating-point type");
-}
-
-void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op) {
-  const Call call{.kind = OpKind::kAllReduce, .dtype = dtype, .reduce_op = op, .count = count};
+void reduce_parts(Group& group, void* data, const Call& call) {
   if (call.bytes() * static_cast<std::size_t>(group.world_size()) <= group.tuning().one_shot_bytes) {
     return one_shot(group, data, call);
   }
@@ -144,6 +148,22 @@ void all_reduce(Group& group, void* data, std::size_t count, DType dtype, Reduce
     group.wait(2 * k + 1);
     two_shot.copy_out(k);
   }
+}
+
+}  // namespace
+
+void check_reducible(DType dtype, ReduceOp op) {
+  if (reduce_kernel(dtype, op) != nullptr) return;
+  throw std::invalid_argument(std::string(name_of(op)) + " of " + name_of(dtype) +
+                              " is not defined; sum it and divide, or convert it to a floating-point type");
+}
+
+void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op) {
+  reduce_parts(group, data, {.kind = OpKind::kAllReduce, .dtype = dtype, .reduce_op = op, .count = count});
+}
+
+void reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op, int root) {
+  reduce_parts(group, data, {.kind = OpKind::kReduce, .dtype = dtype, .reduce_op = op, .root = root, .count = count});
 }
 
 }  // namespace pycomm::host

@@ -10,4 +10,7 @@ void check_reducible(DType dtype, ReduceOp op);
 /// Reduce `count` elements at `data` over all ranks, in place, in rank order.
 void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op);
 
+/// The same into the tensor of rank `root` only; the others' stay as they are.
+void reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op, int root);
+
 }  // namespace pycomm::host

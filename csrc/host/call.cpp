@@ -4,15 +4,30 @@ namespace pycomm {
 
 std::string describe(const Call& call) {
   const std::string elements = std::string(name_of(call.dtype)) + "[" + std::to_string(call.count) + "]";
+  const std::string root = "root=" + std::to_string(call.root);
+  const std::string op = name_of(call.reduce_op);
+  const std::string splits = call.splits == 0 ? "" : ", uneven splits with hash " + std::to_string(call.splits);
   switch (call.kind) {
     case OpKind::kNone:
       return "nothing yet";
     case OpKind::kBarrier:
       return "barrier()";
     case OpKind::kAllReduce:
-      return std::string("all_reduce(") + name_of(call.reduce_op) + ", " + elements + ")";
+      return "all_reduce(" + op + ", " + elements + ")";
     case OpKind::kBroadcast:
-      return "broadcast(root=" + std::to_string(call.root) + ", " + elements + ")";
+      return "broadcast(" + root + ", " + elements + ")";
+    case OpKind::kReduceScatter:
+      return "reduce_scatter(" + op + ", " + elements + splits + ")";
+    case OpKind::kAllGather:
+      return "all_gather(" + elements + splits + ")";
+    case OpKind::kAllToAll:
+      return "all_to_all(" + (call.splits == 0 ? elements : std::string(name_of(call.dtype)) + " by splits") + ")";
+    case OpKind::kReduce:
+      return "reduce(" + root + ", " + op + ", " + elements + ")";
+    case OpKind::kGather:
+      return "gather(" + root + ", " + elements + " in all)";
+    case OpKind::kScatter:
+      return "scatter(" + root + ", " + elements + " in all)";
     case OpKind::kAllocate:
       return "empty(" + std::to_string(call.count) + " bytes)";
     case OpKind::kSplit:

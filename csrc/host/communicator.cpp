@@ -4,11 +4,15 @@
 #include <array>
 #include <limits>
 
+#include "host/all_gather.hpp"
 #include "host/all_reduce.hpp"
+#include "host/all_to_all.hpp"
 #include "host/barrier.hpp"
 #include "host/broadcast.hpp"
 #include "host/exchange.hpp"
 #include "host/issue_order.hpp"
+#include "host/reduce_scatter.hpp"
+#include "host/scatter.hpp"
 
 namespace pycomm::host {
 
@@ -66,6 +70,18 @@ void Communicator::check_not_forked() const {
   }
 }
 
+void Communicator::check_root(int root) const {
+  if (root >= 0 && root < world_size()) return;
+  throw std::invalid_argument("root is " + std::to_string(root) + ", it must be 0 to " +
+                              std::to_string(world_size() - 1));
+}
+
+void Communicator::check_parts(const Parts& parts) const {
+  if (parts.num_parts() == world_size()) return;
+  throw std::invalid_argument(std::to_string(parts.num_parts()) + " parts for " + std::to_string(world_size()) +
+                              " ranks");
+}
+
 template <class Body>
 std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
   check_not_forked();
@@ -94,11 +110,53 @@ std::shared_ptr<Work> Communicator::all_reduce(void* data, std::size_t count, DT
 
 std::shared_ptr<Work> Communicator::broadcast(void* data, std::size_t count, DType dtype, int root,
                                               const CallOptions& options) {
-  if (root < 0 || root >= world_size()) {
-    throw std::invalid_argument("root is " + std::to_string(root) + ", it must be 0 to " +
-                                std::to_string(world_size() - 1));
-  }
+  check_root(root);
   return run(options, [=](Group& group) { host::broadcast(group, data, count, dtype, root); });
+}
+
+std::shared_ptr<Work> Communicator::reduce(void* data, std::size_t count, DType dtype, ReduceOp op, int root,
+                                           const CallOptions& options) {
+  check_reducible(dtype, op);
+  check_root(root);
+  return run(options, [=](Group& group) { host::reduce(group, data, count, dtype, op, root); });
+}
+
+std::shared_ptr<Work> Communicator::reduce_scatter(const Tensors& tensors, Parts parts, ReduceOp op,
+                                                   const CallOptions& options) {
+  check_reducible(tensors.dtype, op);
+  check_parts(parts);
+  return run(options, [=, parts = std::move(parts)](Group& group) { host::reduce_scatter(group, tensors, parts, op); });
+}
+
+std::shared_ptr<Work> Communicator::all_gather(const Tensors& tensors, Parts parts, const CallOptions& options) {
+  check_parts(parts);
+  return run(options, [=, parts = std::move(parts)](Group& group) { host::all_gather(group, tensors, parts); });
+}
+
+std::shared_ptr<Work> Communicator::gather(const Tensors& tensors, Parts parts, int root, const CallOptions& options) {
+  check_root(root);
+  check_parts(parts);
+  return run(options, [=, parts = std::move(parts)](Group& group) { host::gather(group, tensors, parts, root); });
+}
+
+std::shared_ptr<Work> Communicator::scatter(const Tensors& tensors, Parts parts, int root, const CallOptions& options) {
+  check_root(root);
+  check_parts(parts);
+  return run(options, [=, parts = std::move(parts)](Group& group) { host::scatter(group, tensors, parts, root); });
+}
+
+std::shared_ptr<Work> Communicator::all_to_all(const Tensors& tensors, Parts parts, const CallOptions& options) {
+  check_parts(parts);
+  return run(options, [=, parts = std::move(parts)](Group& group) { host::all_to_all(group, tensors, parts); });
+}
+
+std::shared_ptr<Work> Communicator::all_to_all_by_splits(const Tensors& tensors, Parts output, Parts input,
+                                                         const CallOptions& options) {
+  check_parts(output);
+  check_parts(input);
+  return run(options, [=, output = std::move(output), input = std::move(input)](Group& group) {
+    host::all_to_all_by_splits(group, tensors, output, input);
+  });
 }
 
 std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {

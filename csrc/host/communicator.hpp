@@ -10,6 +10,7 @@
 
 #include "host/fork_guard.hpp"
 #include "host/group.hpp"
+#include "host/parts.hpp"
 #include "host/progress.hpp"
 
 namespace pycomm::host {
@@ -34,6 +35,16 @@ class Communicator {
   // Each returns a Work if asynchronous, nullptr otherwise, and throws std::invalid_argument before anything is sent.
   std::shared_ptr<Work> all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op, const CallOptions& options);
   std::shared_ptr<Work> broadcast(void* data, std::size_t count, DType dtype, int root, const CallOptions& options);
+  std::shared_ptr<Work> reduce(void* data, std::size_t count, DType dtype, ReduceOp op, int root,
+                               const CallOptions& options);
+  // Parts are one a rank. Those of the input, of the output, and of the tensor of the root.
+  std::shared_ptr<Work> reduce_scatter(const Tensors& tensors, Parts parts, ReduceOp op, const CallOptions& options);
+  std::shared_ptr<Work> all_gather(const Tensors& tensors, Parts parts, const CallOptions& options);
+  std::shared_ptr<Work> gather(const Tensors& tensors, Parts parts, int root, const CallOptions& options);
+  std::shared_ptr<Work> scatter(const Tensors& tensors, Parts parts, int root, const CallOptions& options);
+  std::shared_ptr<Work> all_to_all(const Tensors& tensors, Parts parts, const CallOptions& options);
+  std::shared_ptr<Work> all_to_all_by_splits(const Tensors& tensors, Parts output, Parts input,
+                                             const CallOptions& options);
   std::shared_ptr<Work> barrier(const CallOptions& options);
 
   std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
@@ -52,6 +63,8 @@ class Communicator {
   template <class Body>
   std::shared_ptr<Work> run(const CallOptions& options, Body body);
   void check_not_forked() const;
+  void check_root(int root) const;
+  void check_parts(const Parts& parts) const;
   void leave(double drain_s, InterruptCheck interrupt);
   void give_up_in_child();
 

@@ -21,4 +21,15 @@ std::vector<T> exchange(Group& group, const T& mine) {
   return all;
 }
 
+/// The same for as many 64-bit numbers as every rank has, as a step of `call`: the first rank's, the second's, ….
+inline std::vector<std::uint64_t> exchange(Group& group, const Call& call, const std::vector<std::uint64_t>& mine) {
+  const std::size_t bytes = mine.size() * sizeof(std::uint64_t);
+  const Entry entry(group, call, {}, [&] { group.put_payload(mine.data(), bytes); });
+  std::vector<std::uint64_t> all(mine.size() * static_cast<std::size_t>(group.world_size()));
+  for (int r = 0; r < group.world_size(); ++r) {
+    std::memcpy(&all[mine.size() * static_cast<std::size_t>(r)], group.payload(r, bytes), bytes);
+  }
+  return all;
+}
+
 }  // namespace pycomm::host

@@ -19,7 +19,9 @@ NAMES = ("auto", "shm", "nccl", "gloo")
 class Backend(Protocol):
     """What a Communicator needs. Tensors are contiguous and on ``device``; names of ops are checked here.
 
-    Calls return a Work when ``async_op``, else None.
+    ``counts`` are elements of each rank's part: of the input of reduce_scatter, of the output of all_gather, of the
+    root's tensor in gather and scatter, where the other ranks have None. Calls
+    return a Work when ``async_op``, else None.
     """
 
     name: str
@@ -34,6 +36,49 @@ class Backend(Protocol):
 
     def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None: ...
     def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def reduce_scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        op: str,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
+    def all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None: ...
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None: ...
+    def all_to_all_by_splits(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_counts: Sequence[int],
+        input_counts: Sequence[int],
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
+    def gather(
+        self,
+        output: torch.Tensor | None,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
+    def scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor | None,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
     def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor: ...
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...

@@ -58,7 +58,78 @@ class ShmBackend:
         )
 
     def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None:
-        return self._core.broadcast(tensor.data_ptr(), tensor.numel(), _dtype_code(tensor), root, async_op, timeout_s)
+        return self._core.broadcast(tensor.data_ptr(), tensor.numel(), _moved_code(tensor), root, async_op, timeout_s)
+
+    def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
+        return self._core.reduce(
+            tensor.data_ptr(), tensor.numel(), _dtype_code(tensor), _op_code(op), root, async_op, timeout_s
+        )
+
+    def reduce_scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        op: str,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        return self._core.reduce_scatter(
+            output.data_ptr(), input.data_ptr(), _dtype_code(input), counts, _op_code(op), async_op, timeout_s
+        )
+
+    def all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None:
+        return self._core.all_gather(
+            output.data_ptr(), input.data_ptr(), _moved_code(input), counts, async_op, timeout_s
+        )
+
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None:
+        return self._core.all_to_all(
+            output.data_ptr(), input.data_ptr(), _moved_code(input), counts, async_op, timeout_s
+        )
+
+    def all_to_all_by_splits(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_counts: Sequence[int],
+        input_counts: Sequence[int],
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        return self._core.all_to_all_by_splits(
+            output.data_ptr(), input.data_ptr(), _moved_code(input), output_counts, input_counts, async_op, timeout_s
+        )
+
+    def gather(
+        self,
+        output: torch.Tensor | None,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        return self._core.gather(
+            _address(output), input.data_ptr(), _moved_code(input), counts, root, async_op, timeout_s
+        )
+
+    def scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor | None,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        return self._core.scatter(
+            output.data_ptr(), _address(input), _moved_code(output), counts, root, async_op, timeout_s
+        )
 
     def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None:
         return self._core.barrier(async_op, timeout_s)
@@ -101,6 +172,16 @@ def _dtype_code(tensor: torch.Tensor) -> int:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(f"dtype {tensor.dtype} is not supported; it is one of {names}: convert or view the tensor")
     return code
+
+
+def _moved_code(tensor: torch.Tensor) -> int:
+    """For calls that only move elements: those of bool are bytes."""
+    return _DTYPES[torch.uint8] if tensor.dtype == torch.bool else _dtype_code(tensor)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    """0: this rank has no such tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _op_code(op: str) -> int:

@@ -17,6 +17,12 @@ enum class OpKind : std::uint8_t {
   kAllocate = 4,  // symmetric memory, first of its three exchanges
   kSplit = 5,
   kExchange = 6,  // internal: a few bytes from every rank to every rank
+  kReduceScatter = 7,
+  kAllGather = 8,
+  kAllToAll = 9,
+  kReduce = 10,
+  kGather = 11,
+  kScatter = 12,
 };
 
 struct Call {
@@ -26,7 +32,7 @@ struct Call {
   std::uint8_t reserved = 0;
   std::int32_t root = 0;
   std::uint64_t count = 0;   // elements
-  std::uint64_t splits = 0;  // a hash of the ranks' parts where they differ, else 0
+  std::uint64_t splits = 0;  // a hash of the ranks' parts where they differ, else 0; all_to_all: 1 if by splits
 
   bool operator==(const Call&) const = default;
   std::uint64_t bytes() const { return count * size_of(dtype); }

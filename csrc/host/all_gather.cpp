@@ -1,0 +1,81 @@
+// All-gather, and gather, which is the same with one reader. n ranks, S bytes of output.
+//
+// Push, where the outputs of all readers are symmetric: every rank writes its input into its part of each. Steps: 2.
+// Touched a rank: S + S/n for all_gather, 2S/n for gather.
+// Pull, otherwise: the readers copy every rank's input into their outputs, slice by slice (rounds.hpp). Steps: 2 with
+// symmetric inputs, else 1 a slice. Touched by a reader: 2·S; plus 2S/n where an ordinary input is copied through
+// staging.
+//
+// Ordering. Nobody but rank r writes part r of any output, so inputs in place stay what they are. Push: outputs are
+// written between the entry and phase 1, which everyone waits for before returning.
+#include "host/all_gather.hpp"
+
+#include <algorithm>
+
+#include "host/rounds.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+/// What each rank shows: its part, to everyone; the only reader shows nothing.
+Shown parts_of_ranks(const Parts& parts, int reader) {
+  Shown shown{{}, Readers::kEveryone};
+  for (int r = 0; r < parts.num_parts(); ++r) {
+    shown.layouts.emplace_back(std::vector<std::uint64_t>{r == reader ? 0 : parts.count(r)});
+  }
+  return shown;
+}
+
+/// `reader`: the only rank with an output, or Group::kEveryRank.
+void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, const Call& call, int reader) {
+  const int rank = group.rank();
+  const auto reads = [&](int r) { return reader == Group::kEveryRank || reader == r; };
+  const std::size_t element_bytes = size_of(tensors.dtype);
+  const std::size_t output_bytes = parts.total() * element_bytes;
+  const std::size_t own_bytes = parts.count(rank) * element_bytes;
+  auto* const output = static_cast<std::byte*>(tensors.output);
+  const auto part_of = [&](std::byte* whole, int r) { return whole + parts.start(r) * element_bytes; };
+  const auto copy_own_to = [&](std::byte* whole) {
+    std::byte* const part = part_of(whole, rank);
+    if (own_bytes != 0 && part != tensors.input) std::memcpy(part, tensors.input, own_bytes);
+  };
+
+  const bool is_small = output_bytes <= group.tuning().one_shot_bytes;
+  Rounds rounds(group, tensors.input, tensors.dtype, parts_of_ranks(parts, reader), is_small);
+  const Location target = reads(rank) && !is_small ? group.segments().locate(output, output_bytes) : Location{};
+  const Entry entry(group, call, {rounds.location(), target}, [&] { rounds.show(0); });
+
+  bool can_push = true;
+  for (int r = 0; r < group.world_size(); ++r) can_push &= !reads(r) || group.symmetric_output(r) != nullptr;
+  if (can_push) {
+    for (int i = 0; i < group.world_size(); ++i) {
+      const int r = (rank + i) % group.world_size();  // everyone starts elsewhere
+      if (reads(r)) copy_own_to(group.symmetric_output(r));
+    }
+    group.signal(1);
+    return group.wait(1);
+  }
+  rounds.run([&](std::uint64_t k) {
+    if (!reads(rank)) return;
+    if (k == 0) copy_own_to(output);
+    for (int i = 1; i < group.world_size(); ++i) {
+      const int r = (rank + i) % group.world_size();
+      rounds.copy(r, k, part_of(output, r));
+    }
+  });
+}
+
+}  // namespace
+
+void all_gather(Group& group, const Tensors& tensors, const Parts& parts) {
+  const Call call{.kind = OpKind::kAllGather, .dtype = tensors.dtype, .count = parts.total(), .splits = parts.hash()};
+  gather_parts(group, tensors, parts, call, Group::kEveryRank);
+}
+
+void gather(Group& group, const Tensors& tensors, const Parts& parts, int root) {
+  const Call call{.kind = OpKind::kGather, .dtype = tensors.dtype, .root = root, .count = parts.total()};
+  gather_parts(group, tensors, parts, call, root);
+}
+
+}  // namespace pycomm::host

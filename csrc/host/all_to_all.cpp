@@ -1,0 +1,94 @@
+// All-to-all. n ranks, S bytes of input.
+//
+// Direct: rank r copies its part of every rank's input into its output, slice by slice (rounds.hpp). Steps: 2 with
+// symmetric inputs, else 1 a slice; by splits one more, in which all ranks learn all splits. Touched a rank: 2·S, plus
+// 2(n-1)/n·S where an ordinary input is copied through staging.
+//
+// Ordering. Input and output are different memory, so all is said in rounds.hpp.
+#include "host/all_to_all.hpp"
+
+#include <algorithm>
+
+#include "host/exchange.hpp"
+#include "host/rounds.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+std::string list(const Parts& parts) {
+  std::string text;
+  for (int p = 0; p < parts.num_parts(); ++p) text += (p == 0 ? "" : ", ") + std::to_string(parts.count(p));
+  return "[" + text + "]";
+}
+
+[[noreturn]] void throw_mismatch(const std::vector<Parts>& inputs, const std::vector<Parts>& outputs,
+                                 const std::string& what) {
+  Error error(ErrorKind::kMismatch, "all_to_all by splits: " + what + " (elements). Nothing was written");
+  for (std::size_t r = 0; r < inputs.size(); ++r) {
+    error.calls.push_back("all_to_all(elements out " + list(outputs[r]) + ", in " + list(inputs[r]) + ")");
+  }
+  throw error;
+}
+
+void check_pairs(const std::vector<Parts>& inputs, const std::vector<Parts>& outputs) {
+  const int n = static_cast<int>(inputs.size());
+  std::string what;
+  for (int s = 0; s < n; ++s) {
+    for (int d = 0; d < n; ++d) {
+      const std::uint64_t sent = inputs[static_cast<std::size_t>(s)].count(d);
+      const std::uint64_t expected = outputs[static_cast<std::size_t>(d)].count(s);
+      if (sent == expected) continue;
+      what += (what.empty() ? "rank " : "; rank ") + std::to_string(s) + " has " + std::to_string(sent) + " for rank " +
+              std::to_string(d) + ", which expects " + std::to_string(expected);
+    }
+  }
+  if (!what.empty()) throw_mismatch(inputs, outputs, what);
+}
+
+/// `output`: this rank's parts; `inputs`: one layout for all, or one a rank.
+void copy_parts(Group& group, const Tensors& tensors, const Parts& output, std::vector<Parts> inputs,
+                const Call& call) {
+  const std::size_t element_bytes = size_of(tensors.dtype);
+  std::uint64_t most = 0;
+  for (const Parts& parts : inputs) most = std::max(most, parts.total());
+  const std::size_t n = static_cast<std::size_t>(group.world_size());
+  const bool is_small = most * element_bytes * n <= group.tuning().one_shot_bytes;
+  Rounds rounds(group, tensors.input, tensors.dtype, {std::move(inputs), Readers::kOneAPart}, is_small);
+  const Entry entry(group, call, {rounds.location(), {}}, [&] { rounds.show(0); });
+  rounds.run([&](std::uint64_t k) {
+    for (int i = 0; i < group.world_size(); ++i) {
+      const int r = (group.rank() + i) % group.world_size();
+      rounds.copy(r, k, static_cast<std::byte*>(tensors.output) + output.start(r) * element_bytes);
+    }
+  });
+}
+
+}  // namespace
+
+void all_to_all(Group& group, const Tensors& tensors, const Parts& parts) {
+  const Call call{.kind = OpKind::kAllToAll, .dtype = tensors.dtype, .count = parts.total()};
+  copy_parts(group, tensors, parts, {parts}, call);
+}
+
+void all_to_all_by_splits(Group& group, const Tensors& tensors, const Parts& output, const Parts& input) {
+  const Call call{.kind = OpKind::kAllToAll, .dtype = tensors.dtype, .splits = 1};
+  std::vector<Parts> inputs;
+  std::vector<Parts> outputs;
+  {
+    std::vector<std::uint64_t> mine;
+    for (const Parts* const parts : {&input, &output}) {
+      for (int p = 0; p < parts->num_parts(); ++p) mine.push_back(parts->count(p));
+    }
+    const std::vector<std::uint64_t> all = exchange(group, call, mine);
+    const auto n = static_cast<std::ptrdiff_t>(group.world_size());
+    for (auto counts = all.begin(); counts != all.end(); counts += 2 * n) {
+      inputs.emplace_back(std::vector<std::uint64_t>(counts, counts + n));
+      outputs.emplace_back(std::vector<std::uint64_t>(counts + n, counts + 2 * n));
+    }
+  }
+  check_pairs(inputs, outputs);
+  copy_parts(group, tensors, output, std::move(inputs), call);
+}
+
+}  // namespace pycomm::host

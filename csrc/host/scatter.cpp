@@ -1,0 +1,25 @@
+// Scatter. n ranks, S bytes of input at the root.
+//
+// Every rank copies its part of the root's input into its output, slice by slice (rounds.hpp). Steps: 2 with a
+// symmetric input, else 1 a slice. Touched: 2S/n a rank; plus 2(n-1)/n·S at the root where an ordinary input is copied
+// through staging.
+//
+// Ordering. In place, the root's output is a part of its input that no other rank reads, and it is not copied.
+#include "host/scatter.hpp"
+
+#include "host/rounds.hpp"
+
+namespace pycomm::host {
+
+void scatter(Group& group, const Tensors& tensors, const Parts& parts, int root) {
+  const Call call{.kind = OpKind::kScatter, .dtype = tensors.dtype, .root = root, .count = parts.total()};
+  const bool is_small = call.bytes() <= group.tuning().one_shot_bytes;
+  const Parts nothing(std::vector<std::uint64_t>(static_cast<std::size_t>(group.world_size()), 0));
+  Shown shown{std::vector<Parts>(static_cast<std::size_t>(group.world_size()), nothing), Readers::kOneAPart};
+  shown.layouts[static_cast<std::size_t>(root)] = parts;
+  Rounds rounds(group, tensors.input, tensors.dtype, std::move(shown), is_small);
+  const Entry entry(group, call, {rounds.location(), {}}, [&] { rounds.show(0); });
+  rounds.run([&](std::uint64_t k) { rounds.copy(root, k, static_cast<std::byte*>(tensors.output)); });
+}
+
+}  // namespace pycomm::host
