@@ -23,7 +23,7 @@ Tuning default_tuning() {
   const std::uint64_t cache = l2 > 0 ? static_cast<std::uint64_t>(l2) : 512 * 1024;
   // Two staging buffers, the slice of the user's tensor and what comes from the peers share the L2.
   const std::uint64_t slice = std::clamp<std::uint64_t>(cache / 8, 32 * 1024, 256 * 1024) / kCacheLine * kCacheLine;
-  return Tuning{.slice_bytes = slice, .one_shot_bytes = 16 * 1024, .strict = 0};
+  return Tuning{.slice_bytes = slice, .one_shot_bytes = 4 * 1024, .strict = 0};
 }
 
 Control::Control(Segment segment, int world_size, const Tuning& tuning)

@@ -197,8 +197,7 @@ def forward_backward(
     """Leave the gradient of the global batch's mean loss in ``.grad``; returns the mean loss of this rank's share."""
     accumulation = config.accumulation(comm.world_size)
     first = comm.rank * accumulation * config.micro_batch
-    # Not set to None: the gradients are views of the buckets that are sent.
-    ddp.zero_grad(set_to_none=False)
+    ddp.zero_grad()  # to None: moving a fresh gradient into its bucket is cheaper than zeroing and adding to it
     loss_sum = torch.zeros((), dtype=torch.float64)
     for index in range(accumulation):
         begin = first + index * config.micro_batch

@@ -11,7 +11,7 @@ from tests.pool import Pool
 
 FLOATS = ["float32", "bfloat16", "float16", "float64"]
 INTS = ["int8", "uint8", "int32", "int64"]
-# Below and above the one-shot threshold (16 KiB over all ranks), one slice and several, and no multiple of anything.
+# Below and above the one-shot threshold (4 KiB over all ranks), one slice and several, and no multiple of anything.
 COUNTS = [0, 1, 5, 1000, 4096, 40_001, 300_007]
 
 
