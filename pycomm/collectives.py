@@ -1,49 +1,22 @@
-"""The collectives of a Communicator: the methods that all ranks call together, and the Work that async ones return.
+"""The collectives of a Communicator: the methods that all ranks call together.
 
 They check their arguments and hand memory to the back end. docs/algorithms.md has steps, bytes and order of each.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from pycomm import _C
 from pycomm.arguments import check_apart, check_numel, split_counts, tensor_on
-from pycomm.backends import Backend
+from pycomm.calls import Calls, Work
 
-__all__ = ["Collectives", "InFlight", "Work", "checked_timeout"]
-
-InFlight = deque[tuple[_C.Work, tuple[torch.Tensor, ...]]]
+__all__ = ["Collectives"]
 
 
-class Work:
-    """An asynchronous operation. It keeps its tensors alive until it is done, even if the Work itself is dropped."""
-
-    def __init__(self, core: _C.Work) -> None:
-        self._core = core
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Return when the operation is done; raise what went wrong in it.
-
-        Args:
-            timeout_s: seconds to wait here; None: as long as the operation's own timeout lets it run.
-
-        Raises:
-            TimeoutError: not done after ``timeout_s``; the operation goes on.
-            PycommError: the operation failed.
-        """
-        self._core.wait(timeout_s)
-
-    def done(self) -> bool:
-        """True once the operation is over, well or not."""
-        return self._core.done()
-
-
-class Collectives:
+class Collectives(Calls):
     """What all ranks of a communicator call together, in the same order.
 
     Tensors are contiguous and of any shape: parts are runs of elements. Splits are counts along dim 0, one a rank, the
@@ -51,14 +24,6 @@ class Collectives:
     float16 bfloat16 int8 uint8 int32 int64; the other calls take bool, too. 16-bit floats accumulate in fp32 and
     round once, in rank order. A part of a call that is the same on all ranks is matched: ``MismatchError`` otherwise.
     """
-
-    def __init__(self, backend: Backend, timeout_s: float) -> None:
-        self.rank = backend.rank
-        self.world_size = backend.world_size
-        self.device = backend.device
-        self.timeout_s = timeout_s
-        self._backend = backend
-        self._in_flight: InFlight = deque()
 
     def all_reduce(
         self, tensor: Any, op: str = "sum", *, async_op: bool = False, timeout_s: float | None = None
@@ -231,9 +196,6 @@ class Collectives:
         """Return once every rank has called it."""
         return self._work(self._backend.barrier(async_op, self._timeout(timeout_s)))
 
-    def _timeout(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
-
     def _check_part(
         self, output: torch.Tensor, input: torch.Tensor, *, part: torch.Tensor, counts: list[int], owner: int
     ) -> None:
@@ -252,18 +214,3 @@ class Collectives:
         if tensor is not None:
             raise ValueError(f"{name} belongs to rank {root}, the root: pass None on rank {self.rank}")
         return None
-
-    def _work(self, core: _C.Work | None, *tensors: torch.Tensor | None) -> Work | None:
-        while self._in_flight and self._in_flight[0][0].done():
-            self._in_flight.popleft()
-        if core is None:
-            return None
-        self._in_flight.append((core, tuple(tensor for tensor in tensors if tensor is not None)))
-        return Work(core)
-
-
-def checked_timeout(timeout_s: float) -> float:
-    """``timeout_s``, or ValueError if it is no positive number of seconds."""
-    if not timeout_s > 0:  # false for nan, too
-        raise ValueError(f"timeout_s={timeout_s}: it is a positive number of seconds")
-    return timeout_s

@@ -2,7 +2,8 @@
 
 One semantics on every back end. Calls of a communicator run in the order in which they are issued; an asynchronous
 call returns a :class:`Work` at once. Tensors of :meth:`Communicator.empty` are symmetric: peers map them, so nothing is
-copied. Any other contiguous tensor works too, staged. The calls that move data are in ``collectives.py``.
+copied. Any other contiguous tensor works too, staged. The calls that move data are in
+``collectives.py`` and ``messages.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pycomm import _C, env
 from pycomm.arguments import tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.shm import ShmBackend
-from pycomm.collectives import Collectives, InFlight, Work, checked_timeout
+from pycomm.calls import InFlight, Work, checked_timeout
+from pycomm.collectives import Collectives
+from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["Communicator", "Work", "init"]
@@ -27,7 +30,7 @@ _log = logging.getLogger("pycomm")
 _EXIT_DRAIN_S = 10.0  # at interpreter exit, operations that no peer joins may hold the process back so long
 
 
-class Communicator(Collectives):
+class Communicator(Collectives, Messages):
     """A group of ranks. Made by :func:`init` and :meth:`split`; also a context manager that closes itself.
 
     Every call takes ``async_op`` (return a :class:`Work` at once instead of waiting) and ``timeout_s`` (None: the

@@ -19,7 +19,7 @@ void* as_pointer(std::uintptr_t address) { return reinterpret_cast<void*>(addres
 
 std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size, const Listener* listener,
                                       const std::string& address, double timeout_s, bool strict) {
-  host::Tuning tuning = host::default_tuning();
+  host::Tuning tuning = host::default_tuning(world_size);
   tuning.strict = strict ? 1 : 0;
   auto members = host::meet(rank, world_size, listener, address, tuning, Deadline::after(timeout_s), &check_signals);
   return std::make_unique<Communicator>(std::move(name), std::move(members), &check_signals);
@@ -34,6 +34,7 @@ void bind_communicator(py::module_& module) {
 
   py::class_<Work, std::shared_ptr<Work>>(module, "Work")
       .def("done", &Work::done)
+      .def("source", &Work::source)
       .def(
           "wait", [](Work& work, std::optional<double> timeout_s) { work.wait(timeout_s, &check_signals); },
           py::arg("timeout_s") = py::none(), NoGil());
@@ -78,6 +79,7 @@ void bind_communicator(py::module_& module) {
       .def("abort", &Communicator::abort)
       .def("close", &Communicator::close, py::arg("drain_s"), NoGil());
   bind_collectives(communicator);
+  bind_messages(communicator);
 }
 
 }  // namespace pycomm::bindings

@@ -7,6 +7,7 @@ std::string describe(const Call& call) {
   const std::string root = "root=" + std::to_string(call.root);
   const std::string op = name_of(call.reduce_op);
   const std::string splits = call.splits == 0 ? "" : ", uneven splits with hash " + std::to_string(call.splits);
+  const std::string tag = std::to_string(static_cast<std::int64_t>(call.splits));
   switch (call.kind) {
     case OpKind::kNone:
       return "nothing yet";
@@ -28,6 +29,10 @@ std::string describe(const Call& call) {
       return "gather(" + root + ", " + elements + " in all)";
     case OpKind::kScatter:
       return "scatter(" + root + ", " + elements + " in all)";
+    case OpKind::kSend:
+      return "send(dst=" + std::to_string(call.root) + ", tag=" + tag + ", " + elements + ")";
+    case OpKind::kRecv:
+      return "recv(src=" + (call.root < 0 ? "any" : std::to_string(call.root)) + ", tag=" + tag + ", " + elements + ")";
     case OpKind::kAllocate:
       return "empty(" + std::to_string(call.count) + " bytes)";
     case OpKind::kSplit:

@@ -49,6 +49,7 @@ Communicator::Communicator(std::string name, Membership members, InterruptCheck 
     : interrupt_(interrupt),
       group_(std::make_unique<Group>(std::move(name), std::move(members))),
       progress_(std::make_unique<Progress>()),
+      messenger_(std::make_unique<Messenger>(*group_, interrupt)),
       generation_(fork_generation()) {}
 
 Communicator::~Communicator() {
@@ -58,7 +59,9 @@ Communicator::~Communicator() {
 }
 
 void Communicator::give_up_in_child() {
-  static_cast<void>(progress_.release());  // its thread was not forked; joining or destroying it would end the process
+  // Their threads were not forked; joining or destroying them would end the process.
+  static_cast<void>(progress_.release());
+  static_cast<void>(messenger_.release());
   group_->members().sockets.clear();
   group_->members().pidfds.clear();
 }
@@ -163,6 +166,21 @@ std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
   return run(options, [](Group& group) { host::barrier(group); });
 }
 
+std::shared_ptr<Work> Communicator::exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
+                                                      std::vector<int>* sources) {
+  check_not_forked();
+  for (const MessageSpec& spec : specs) {
+    const bool any = !spec.is_send && spec.peer == kAnySource;
+    if (any || (spec.peer >= 0 && spec.peer < world_size())) continue;
+    throw std::invalid_argument(std::string(spec.is_send ? "dst" : "src") + " is " + std::to_string(spec.peer) +
+                                ", it must be 0 to " + std::to_string(world_size() - 1));
+  }
+  if (options.async_op) return messenger_->start(specs, options.timeout_s);
+  std::vector<int> found = messenger_->run(specs, options.timeout_s);
+  if (sources != nullptr) *sources = std::move(found);
+  return nullptr;
+}
+
 std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double timeout_s) {
   std::unique_ptr<SymmetricBuffer> buffer;
   run({.timeout_s = timeout_s}, [&](Group& group) { buffer = group.segments().allocate(group, bytes); });
@@ -220,11 +238,14 @@ void Communicator::leave(double drain_s, InterruptCheck interrupt) {
   closed_ = true;
   const auto finish = [this] {
     progress_->stop();
+    messenger_->stop();
     const std::lock_guard lock(executing_);
     group_->close();
   };
   try {
-    if (!progress_->drain(drain_s, interrupt)) {
+    const Deadline deadline = Deadline::after(drain_s);
+    const auto left_s = [&] { return std::chrono::duration<double>(deadline.left()).count(); };
+    if (!progress_->drain(left_s(), interrupt) || !messenger_->drain(left_s(), interrupt)) {
       group_->abort("closed with operations that no peer had joined after " + std::to_string(drain_s) + " s");
     }
   } catch (...) {  // Ctrl-C

@@ -10,6 +10,7 @@
 
 #include "host/fork_guard.hpp"
 #include "host/group.hpp"
+#include "host/messenger.hpp"
 #include "host/parts.hpp"
 #include "host/progress.hpp"
 
@@ -47,6 +48,11 @@ class Communicator {
                                              const CallOptions& options);
   std::shared_ptr<Work> barrier(const CallOptions& options);
 
+  /// Messages that progress together; independent of collectives. Waits, and leaves their sources in `sources` (may be
+  /// nullptr), unless asynchronous.
+  std::shared_ptr<Work> exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
+                                          std::vector<int>* sources);
+
   std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
   /// `rank`'s counterpart of a range of this rank's symmetric memory.
   std::unique_ptr<SymmetricBuffer> peer(const void* data, std::size_t bytes, int rank);
@@ -71,6 +77,7 @@ class Communicator {
   InterruptCheck interrupt_;
   std::unique_ptr<Group> group_;
   std::unique_ptr<Progress> progress_;
+  std::unique_ptr<Messenger> messenger_;
   std::mutex executing_;  // one collective at a time
   std::uint64_t num_splits_ = 0;
   std::uint64_t generation_;

@@ -12,22 +12,29 @@ namespace pycomm::host {
 namespace {
 
 std::size_t slot_stride(const Tuning& tuning) { return sizeof(CallSlot) + tuning.slice_bytes; }
-std::size_t area_stride(const Tuning& tuning) {
-  return round_to_pages(sizeof(RankFlags) + 2 * slot_stride(tuning));  // whole pages: their owner touches them first
+std::size_t channels_offset(const Tuning& tuning) { return sizeof(RankFlags) + 2 * slot_stride(tuning); }
+std::size_t area_stride(int world_size, const Tuning& tuning) {
+  const std::size_t channels = static_cast<std::size_t>(world_size) * tuning.channel.bytes();
+  return round_to_pages(channels_offset(tuning) + channels);  // whole pages: their owner touches them first
 }
 
 }  // namespace
 
-Tuning default_tuning() {
+Tuning default_tuning(int world_size) {
   const long l2 = ::sysconf(_SC_LEVEL2_CACHE_SIZE);
   const std::uint64_t cache = l2 > 0 ? static_cast<std::uint64_t>(l2) : 512 * 1024;
   // Two staging buffers, the slice of the user's tensor and what comes from the peers share the L2.
   const std::uint64_t slice = std::clamp<std::uint64_t>(cache / 8, 32 * 1024, 256 * 1024) / kCacheLine * kCacheLine;
-  return Tuning{.slice_bytes = slice, .one_shot_bytes = 4 * 1024, .strict = 0};
+  return Tuning{
+      .slice_bytes = slice, .one_shot_bytes = 4 * 1024, .strict = 0, .channel = ChannelSizes::for_ranks(world_size)};
 }
 
 Control::Control(Segment segment, int world_size, const Tuning& tuning)
-    : segment_(std::move(segment)), slot_stride_(slot_stride(tuning)), area_stride_(area_stride(tuning)) {
+    : segment_(std::move(segment)),
+      slot_stride_(slot_stride(tuning)),
+      channels_offset_(channels_offset(tuning)),
+      channel_sizes_(tuning.channel),
+      area_stride_(area_stride(world_size, tuning)) {
   if (segment_.bytes() < bytes_for(world_size, tuning)) {
     throw Error(ErrorKind::kGeneral, "control segment has " + std::to_string(segment_.bytes()) + " bytes, needs " +
                                          std::to_string(bytes_for(world_size, tuning)));
@@ -35,7 +42,7 @@ Control::Control(Segment segment, int world_size, const Tuning& tuning)
 }
 
 std::size_t Control::bytes_for(int world_size, const Tuning& tuning) {
-  return static_cast<std::size_t>(world_size) * area_stride(tuning);
+  return static_cast<std::size_t>(world_size) * area_stride(world_size, tuning);
 }
 
 }  // namespace pycomm::host

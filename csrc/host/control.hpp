@@ -1,7 +1,8 @@
 // The control segment of a communicator: per rank, its flags, its two call slots and its two staging buffers. Rank
 // areas lie one after the other; everything starts as zeros.
 //
-//   area of rank r:  RankFlags | CallSlot 0 | staging 0 | CallSlot 1 | staging 1
+//   area of rank r:  RankFlags | CallSlot 0 | staging 0 | CallSlot 1 | staging 1 | channel from rank 0 | from rank 1 |
+//   …
 //
 // A call with sequence number s uses slot s % 2 and, for its slice k, staging (s + k) % 2. Two suffice: a rank
 // writes into slot s % 2 for call s only after it has seen every peer enter call s - 1, and a peer enters s - 1 only
@@ -10,6 +11,7 @@
 
 #include <cstdint>
 
+#include "host/channel.hpp"
 #include "host/segment.hpp"
 #include "pycomm/call.hpp"
 #include "pycomm/signal.hpp"
@@ -21,17 +23,23 @@ enum class RankState : std::uint32_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 inline constexpr int kMaxRanks = 240;  // descriptors in one SCM_RIGHTS message are limited to 253
 inline constexpr std::size_t kReasonBytes = 448;
 
+/// What wakes a rank. One for collectives and one for messages, since different threads may sleep on them.
+struct alignas(kCacheLine) Bell {
+  std::uint32_t doorbell;  // futex word: a change wakes whoever sleeps
+  std::uint32_t sleepers;  // threads of the rank that sleep on it
+};
+
 /// What a rank shows to its peers beside its calls. One cache line per writer-reader relation.
 struct RankFlags {
   alignas(kCacheLine) std::uint64_t step;       // phases inside calls: call seq << kStepBits | phase
   alignas(kCacheLine) std::uint64_t completed;  // the last call that this rank is done with, for error messages
-  alignas(kCacheLine) std::uint32_t doorbell;   // futex word: a change wakes this rank
-  std::uint32_t sleepers;                       // threads of this rank that sleep on it
-  alignas(kCacheLine) std::uint32_t state;      // RankState, written last of the fields below
-  std::uint32_t aborted;                        // 1: comm.abort() here; every rank shall stop
-  std::uint64_t lost[(kMaxRanks + 63) / 64];    // kFailed: bit set of the ranks at the root of the failure
-  std::uint32_t order[2][kMaxRanks];            // strict: issue numbers of the call in slot s % 2, by peer
-  char reason[kReasonBytes];                    // kFailed or aborted: why, zero-terminated
+  Bell calls;
+  Bell messages;
+  alignas(kCacheLine) std::uint32_t state;    // RankState, written last of the fields below
+  std::uint32_t aborted;                      // 1: comm.abort() here; every rank shall stop
+  std::uint64_t lost[(kMaxRanks + 63) / 64];  // kFailed: bit set of the ranks at the root of the failure
+  std::uint32_t order[2][kMaxRanks];          // strict: issue numbers of the call in slot s % 2, by peer
+  char reason[kReasonBytes];                  // kFailed or aborted: why, zero-terminated
 };
 inline constexpr int kStepBits = 24;
 
@@ -50,9 +58,10 @@ struct Tuning {
   std::uint64_t slice_bytes = 0;     // staging buffer
   std::uint64_t one_shot_bytes = 0;  // up to this total (bytes * ranks) a message goes through the slots in one step
   std::uint64_t strict = 0;          // 1: calls carry their issue order (issue_order.hpp)
+  ChannelSizes channel;
 };
-/// From the sizes of this machine's caches.
-Tuning default_tuning();
+/// From the sizes of this machine's caches and the number of ranks.
+Tuning default_tuning(int world_size);
 
 class Control {
  public:
@@ -68,12 +77,18 @@ class Control {
   std::byte* staging(int rank, std::uint64_t index) const {
     return reinterpret_cast<std::byte*>(&slot(rank, index)) + sizeof(CallSlot);
   }
+  Channel channel(int source, int destination) const {
+    return Channel(area(destination) + channels_offset_ + static_cast<std::size_t>(source) * channel_sizes_.bytes(),
+                   channel_sizes_);
+  }
 
  private:
   std::byte* area(int rank) const { return segment_.data() + static_cast<std::size_t>(rank) * area_stride_; }
 
   Segment segment_;
   std::size_t slot_stride_ = 0;
+  std::size_t channels_offset_ = 0;
+  ChannelSizes channel_sizes_;
   std::size_t area_stride_ = 0;
 };
 

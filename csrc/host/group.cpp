@@ -6,7 +6,7 @@
 namespace pycomm::host {
 
 Group::Group(std::string name, Membership members)
-    : name_(std::move(name)), members_(std::move(members)), segments_(members_), waiter_(members_) {}
+    : name_(std::move(name)), members_(std::move(members)), segments_(members_), waiter_(members_, &RankFlags::calls) {}
 
 std::byte* Group::symmetric_input(int rank) const {
   const Location& location = members_.control.slot(rank, seq_).locations.input;
@@ -89,8 +89,9 @@ void Group::check_order() const {
 }
 
 void Group::check_usable() const {
+  if (!unusable_) return;
+  const std::lock_guard lock(ending_);
   if (closed_) throw Error(ErrorKind::kGeneral, "communicator '" + name_ + "' is closed");
-  if (failure_ == nullptr) return;
   Error again(failure_->kind, "communicator '" + name_ +
                                   "' cannot be used any more, since an earlier call failed: " + failure_->what());
   again.op = failure_->op;
@@ -111,7 +112,10 @@ void Group::show_end(RankState state, const std::string& reason, const std::vect
 }
 
 void Group::fail(const Error& error) {
+  const std::lock_guard lock(ending_);
+  if (failure_ != nullptr) return;
   failure_ = std::make_unique<Error>(error);
+  unusable_ = true;
   segments_.quarantine();  // a stopped peer may wake up and write
   show_end(RankState::kFailed, error.what(), error.kind == ErrorKind::kPeerLost ? error.ranks : std::vector<int>{});
 }
@@ -124,9 +128,17 @@ void Group::abort(const std::string& reason) {
   waiter_.ring();
 }
 
+bool Group::aborted() const {
+  for (int r = 0; r < world_size(); ++r) {
+    if (load_flag(members_.control.flags(r).aborted) != 0) return true;
+  }
+  return false;
+}
+
 void Group::close() {
+  const std::lock_guard lock(ending_);
   if (closed_) return;
-  closed_ = true;
+  closed_ = unusable_ = true;
   if (failure_ == nullptr && load_flag(members_.control.flags(rank()).aborted) == 0) {
     show_end(RankState::kClosed, "", {});
   }

@@ -7,9 +7,11 @@
 // Everything else (deadlines, lost peers, messages) is done here and in Waiter. Phases count from 1 within a call.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "host/bootstrap.hpp"
@@ -74,9 +76,16 @@ class Group {
   }
 
   void abort(const std::string& reason);
+  /// Whether some rank, this one included, has called abort.
+  bool aborted() const;
   /// Show the peers that this rank leaves and give up the sockets. Idempotent.
   void close();
-  bool failed() const { return failure_ != nullptr; }
+  /// Throws if a call has failed for good, or the group is closed. Thread-safe.
+  void check_usable() const;
+  /// No further call can succeed; tells the peers. Thread-safe; the first cause stays.
+  void fail(const Error& error);
+  /// Whether an error leaves the ranks out of step.
+  static bool poisons(ErrorKind kind) { return !in_step(kind) && kind != ErrorKind::kOutOfMemory; }
   const Deadline& deadline() const { return deadline_; }
   InterruptCheck interrupt() const { return interrupt_; }
   void set_patient(bool patient) { waiter_.set_patient(patient); }
@@ -101,11 +110,8 @@ class Group {
     Group& group_;
   };
 
-  static bool poisons(ErrorKind kind) { return !in_step(kind) && kind != ErrorKind::kOutOfMemory; }
   /// Every rank ended the call in the same way, so that all can go on.
   static bool in_step(ErrorKind kind) { return kind == ErrorKind::kMismatch || kind == ErrorKind::kStrictOrder; }
-  void check_usable() const;
-  void fail(const Error& error);
   void show_end(RankState state, const std::string& reason, const std::vector<int>& lost);
   void begin(const Call& call, const Locations& locations);
   void enter();
@@ -123,7 +129,9 @@ class Group {
   std::vector<std::uint32_t> issue_;  // strict: the running call's issue number for each peer, else empty
   bool entered_ = false;              // by all ranks
   std::uint64_t seq_ = 0;
+  mutable std::mutex ending_;  // the two below: collectives and messages may fail on different threads
   std::unique_ptr<Error> failure_;
+  std::atomic<bool> unusable_ = false;
   bool closed_ = false;
 };
 

@@ -11,38 +11,24 @@
 
 namespace pycomm::host {
 
-namespace {
-
-/// Wait for `ready` until the deadline, looking for interrupts between slices; false if it passed.
-template <class Ready>
-bool wait_in_slices(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, const Deadline& deadline,
-                    InterruptCheck interrupt, const Ready& ready) {
-  constexpr auto kSlice = std::chrono::milliseconds(50);
-  while (!ready()) {
-    if (changed.wait_for(lock, std::min<Deadline::Clock::duration>(kSlice, deadline.left()), ready)) break;
-    if (deadline.expired()) return false;
-    if (interrupt == nullptr) continue;
-    lock.unlock();  // the interrupt takes the GIL
-    interrupt();
-    lock.lock();
-  }
-  return true;
-}
-
-}  // namespace
-
 bool Work::done() const {
   const std::lock_guard lock(mutex_);
   return done_;
 }
 
-void Work::finish(std::exception_ptr error) {
+void Work::finish(std::exception_ptr error, int source) {
   {
     const std::lock_guard lock(mutex_);
     done_ = true;
+    source_ = source;
     error_ = std::move(error);
   }
   finished_.notify_all();
+}
+
+int Work::source() const {
+  const std::lock_guard lock(mutex_);
+  return source_;
 }
 
 void Work::wait(std::optional<double> timeout_s, InterruptCheck interrupt) {

@@ -3,7 +3,9 @@
 // (rounding and flush-to-zero modes), so that a sum has the same bits sync and async.
 #pragma once
 
+#include <algorithm>
 #include <cfenv>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -17,19 +19,39 @@
 
 namespace pycomm::host {
 
+/// Wait for `ready` until the deadline, looking for interrupts between slices; false if it passed.
+template <class Ready>
+bool wait_in_slices(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, const Deadline& deadline,
+                    InterruptCheck interrupt, const Ready& ready) {
+  constexpr auto kSlice = std::chrono::milliseconds(50);
+  while (!ready()) {
+    if (changed.wait_for(lock, std::min<Deadline::Clock::duration>(kSlice, deadline.left()), ready)) break;
+    if (deadline.expired()) return false;
+    if (interrupt == nullptr) continue;
+    lock.unlock();  // the interrupt takes the GIL
+    interrupt();
+    lock.lock();
+  }
+  return true;
+}
+
 /// The handle of one asynchronous operation.
 class Work {
  public:
   bool done() const;
   /// Return when the operation is over; rethrow what it threw. Throws kWaitExpired after `timeout_s`; it goes on then.
   void wait(std::optional<double> timeout_s, InterruptCheck interrupt);
-  void finish(std::exception_ptr error);
+  /// `source`: where a received message came from.
+  void finish(std::exception_ptr error, int source = -1);
+  /// After the end of a receive: the rank that sent.
+  int source() const;
 
  private:
   mutable std::mutex mutex_;
   std::condition_variable finished_;
   bool done_ = false;
   std::exception_ptr error_;
+  int source_ = -1;
 };
 
 class Progress {

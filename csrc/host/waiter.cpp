@@ -49,7 +49,7 @@ int usable_cores() {
   return ::sched_getaffinity(0, sizeof(set), &set) == 0 ? std::max(1, CPU_COUNT(&set)) : 1;
 }
 
-Waiter::Waiter(const Membership& members) : members_(members) {
+Waiter::Waiter(const Membership& members, Bell RankFlags::* bell) : members_(members), bell_(bell) {
   usual_spins_ = members.world_size <= usable_cores() ? kSpins : 0;
   set_patient(false);
 }
@@ -60,7 +60,7 @@ void Waiter::set_patient(bool patient) {
 }
 
 void Waiter::wake(int rank) const {
-  std::uint32_t& doorbell = members_.control.flags(rank).doorbell;
+  std::uint32_t& doorbell = (members_.control.flags(rank).*bell_).doorbell;
   add_flag(doorbell, 1u);
   ::syscall(SYS_futex, &doorbell, FUTEX_WAKE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
 }
@@ -76,7 +76,7 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
     ::sched_yield();
     if (advance()) return;
   }
-  RankFlags& mine = members_.control.flags(members_.rank);
+  Bell& mine = members_.control.flags(members_.rank).*bell_;
   bool warned = false;
   while (true) {
     // The order of these three is the protocol of signal.hpp: announce, remember the bell, look again.

@@ -29,7 +29,8 @@ struct WaitContext {
 
 class Waiter {
  public:
-  explicit Waiter(const Membership& members);
+  /// `bell`: what its sleeping threads are woken by, &RankFlags::calls or &RankFlags::messages.
+  Waiter(const Membership& members, Bell RankFlags::* bell);
 
   /// Return once ready(rank) holds for every rank. `ready` must be monotonic: once true it stays true.
   template <class Ready>
@@ -52,8 +53,12 @@ class Waiter {
   /// Wake every peer that sleeps; call it after each flag that somebody may wait for.
   void ring() const {
     for (int r = 0; r < members_.world_size; ++r) {
-      if (r != members_.rank && load_flag(members_.control.flags(r).sleepers) != 0) wake(r);
+      if (r != members_.rank) ring(r);
     }
+  }
+  /// Wake one rank's threads, this one's own too.
+  void ring(int rank) const {
+    if (load_flag((members_.control.flags(rank).*bell_).sleepers) != 0) wake(rank);
   }
 
   /// Throws kPeerLost if some rank called abort.
@@ -90,6 +95,7 @@ class Waiter {
   std::string activity(int rank, std::uint64_t seq) const;
 
   const Membership& members_;
+  Bell RankFlags::* bell_;
   int spins_ = 0;
   int usual_spins_ = 0;
   Deadline::Clock::duration yield_for_{};

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from pycomm import _C
 from pycomm.errors import BackendUnavailableError
 
-__all__ = ["Backend", "Choice", "choose"]
+__all__ = ["Backend", "Choice", "Message", "choose"]
 
 NAMES = ("auto", "shm", "nccl", "gloo")
+
+
+class Message(NamedTuple):
+    """One send or receive; ``peer`` -1: from any source."""
+
+    is_send: bool
+    tensor: torch.Tensor
+    peer: int
+    tag: int
 
 
 class Backend(Protocol):
@@ -79,6 +88,7 @@ class Backend(Protocol):
         async_op: bool,
         timeout_s: float,
     ) -> _C.Work | None: ...
+    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]: ...
     def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor: ...
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...

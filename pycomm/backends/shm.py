@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C
+from pycomm.backends import Message
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["ShmBackend"]
@@ -130,6 +131,12 @@ class ShmBackend:
         return self._core.scatter(
             output.data_ptr(), _address(input), _moved_code(output), counts, root, async_op, timeout_s
         )
+
+    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
+        specs = [
+            (m.is_send, m.tensor.data_ptr(), m.tensor.numel(), _moved_code(m.tensor), m.peer, m.tag) for m in messages
+        ]
+        return self._core.exchange_messages(specs, async_op, timeout_s)
 
     def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None:
         return self._core.barrier(async_op, timeout_s)

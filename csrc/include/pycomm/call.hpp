@@ -23,6 +23,8 @@ enum class OpKind : std::uint8_t {
   kReduce = 10,
   kGather = 11,
   kScatter = 12,
+  kSend = 13,  // messages are no calls of all ranks: root is the peer, splits the tag
+  kRecv = 14,
 };
 
 struct Call {

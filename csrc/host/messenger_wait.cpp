@@ -1,0 +1,243 @@
+// Who drives progress(), and what ends a wait for messages.
+#include <pthread.h>
+
+#include <algorithm>
+#include <csignal>
+
+#include "host/messenger.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+Call call_of(const MessageSpec& spec) {
+  return {.kind = spec.is_send ? OpKind::kSend : OpKind::kRecv,
+          .dtype = spec.dtype,
+          .root = spec.peer,
+          .count = spec.count,
+          .splits = static_cast<std::uint64_t>(spec.tag)};
+}
+
+/// Whether all that the batch still waits for may come from any rank.
+template <class Batch>
+bool is_from_any(const Batch& batch) {
+  return std::all_of(batch.messages.begin(), batch.messages.end(), [](const auto& message) {
+    return message.done || (message.spec.peer == kAnySource && message.source == kAnySource);
+  });
+}
+
+}  // namespace
+
+Messenger::Messenger(Group& group, InterruptCheck interrupt)
+    : group_(group),
+      members_(group.members()),
+      interrupt_(interrupt),
+      waiter_(members_, &RankFlags::messages),
+      patient_waiter_(members_, &RankFlags::messages),
+      outgoing_(static_cast<std::size_t>(members_.world_size)),
+      incoming_(static_cast<std::size_t>(members_.world_size)) {
+  patient_waiter_.set_patient(true);
+}
+
+Messenger::~Messenger() { stop(); }
+
+std::shared_ptr<Messenger::Batch> Messenger::make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const {
+  group_.check_usable();
+  waiter_.check_aborted();
+  auto batch = std::make_shared<Batch>();
+  batch->deadline = Deadline::after(timeout_s);
+  batch->num_active = specs.size();
+  batch->messages.resize(specs.size());
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    Message& message = batch->messages[i];
+    message.spec = specs[i];
+    message.batch = batch.get();
+    if (specs[i].is_send) message.source = specs[i].peer;
+  }
+  if (!next_candidate(*batch, 0)) batch->candidate = members_.rank;
+  return batch;
+}
+
+void Messenger::post(Batch& batch) {
+  batch.seq = ++num_posted_;
+  for (Message& message : batch.messages) {
+    if (message.spec.is_send) {
+      outgoing_[static_cast<std::size_t>(message.spec.peer)].queued.push_back(&message);
+    } else if (!match_arrived(message)) {
+      receives_.push_back(&message);
+    }
+  }
+  progress();
+}
+
+std::vector<int> Messenger::run(const std::vector<MessageSpec>& specs, double timeout_s) {
+  const std::shared_ptr<Batch> batch = make_batch(specs, timeout_s);
+  if (specs.empty()) return {};
+  {
+    const std::lock_guard lock(mutex_);
+    synchronous_.push_back(batch);
+    post(*batch);
+  }
+  wait(*batch, waiter_, interrupt_, false);
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase(synchronous_, batch);
+  }
+  if (batch->error != nullptr) throw Error(*batch->error);
+  std::vector<int> sources;
+  for (const Message& message : batch->messages) sources.push_back(message.source);
+  return sources;
+}
+
+std::shared_ptr<Work> Messenger::start(const std::vector<MessageSpec>& specs, double timeout_s) {
+  const std::shared_ptr<Batch> batch = make_batch(specs, timeout_s);
+  auto work = std::make_shared<Work>();
+  batch->work = work;
+  if (specs.empty()) {
+    work->finish(nullptr);
+    return work;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
+    asynchronous_.push_back(batch);
+    ++num_started_;
+    post(*batch);
+  }
+  changed_.notify_all();
+  waiter_.ring(members_.rank);  // the thread may sleep on the bell
+  return work;
+}
+
+/// Whether an active message of the batch needs `rank` to act.
+bool Messenger::waits_for(const Batch& batch, int rank) const {
+  return std::any_of(batch.messages.begin(), batch.messages.end(), [&](const Message& message) {
+    if (message.done) return false;
+    const bool any = message.spec.peer == kAnySource && message.source == kAnySource;
+    const int peer = any ? batch.candidate : message.spec.peer == kAnySource ? message.source : message.spec.peer;
+    return peer == rank;
+  });
+}
+
+/// From any source: look for the loss of the next peer; false if there is none. Alone, a rank can only send to itself.
+bool Messenger::next_candidate(Batch& batch, int from) const {
+  const int next = from == members_.rank ? from + 1 : from;
+  if (next >= members_.world_size) return false;
+  batch.candidate = next;
+  return true;
+}
+
+WaitContext Messenger::context(const Batch& batch, InterruptCheck interrupt) const {
+  const auto active =
+      std::find_if(batch.messages.begin(), batch.messages.end(), [](const Message& message) { return !message.done; });
+  const Message& shown = active != batch.messages.end() ? *active : batch.messages.front();
+  return {group_.name(), batch.seq, call_of(shown.spec), batch.deadline, interrupt};
+}
+
+/// Drive progress until the batch is done; where `until_changed`, at most until another is started.
+void Messenger::wait(Batch& batch, const Waiter& waiter, InterruptCheck interrupt, bool until_changed) {
+  std::unique_lock lock(mutex_);
+  const std::uint64_t num_started = num_started_;
+  const WaitContext context = this->context(batch, interrupt);
+  const auto ready = [&](int rank) {
+    const std::lock_guard relock(mutex_);
+    if (batch.num_active != 0) progress();
+    return batch.num_active == 0 || !waits_for(batch, rank) ||
+           (until_changed && (stopping_ || num_started != num_started_));
+  };
+  lock.unlock();
+  while (true) {
+    try {
+      return waiter.wait(ready, context);
+    } catch (const Error& error) {
+      // From any source: the loss of one rank does not end it while another may send.
+      if (error.kind == ErrorKind::kPeerLost && is_from_any(batch) && !group_.aborted() &&
+          error.ranks == std::vector<int>{batch.candidate}) {
+        const std::lock_guard relock(mutex_);
+        if (next_candidate(batch, batch.candidate + 1)) continue;
+      }
+      fail(error);
+      throw;
+    } catch (...) {  // Ctrl-C
+      fail(Error(ErrorKind::kGeneral, "interrupted in " + describe(context.call)));
+      throw;
+    }
+  }
+}
+
+/// The group cannot go on: no message will be touched again, since their owners may free the memory now.
+void Messenger::fail(const Error& error) {
+  group_.fail(error);
+  const std::lock_guard lock(mutex_);
+  drop_all(error);
+}
+
+void Messenger::drop_all(const Error& error) {
+  for (Outgoing& outgoing : outgoing_) {
+    outgoing.queued.clear();
+    outgoing.offered.clear();
+    outgoing.streaming.clear();
+  }
+  for (Incoming& incoming : incoming_) {
+    incoming.copying.clear();
+    incoming.streaming.clear();
+  }
+  receives_.clear();
+  const auto end = [&](Batch& batch) {
+    if (batch.error == nullptr) batch.error = std::make_unique<Error>(error);
+    for (Message& message : batch.messages) message.done = true;
+    batch.num_active = 0;
+  };
+  for (const std::shared_ptr<Batch>& batch : synchronous_) {
+    if (batch->num_active != 0) end(*batch);
+  }
+  for (const std::shared_ptr<Batch>& batch : asynchronous_) {
+    end(*batch);
+    batch->work->finish(std::make_exception_ptr(*batch->error));
+  }
+  synchronous_.clear();
+  asynchronous_.clear();
+  changed_.notify_all();
+  waiter_.ring(members_.rank);
+}
+
+void Messenger::loop() {
+  sigset_t all;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, nullptr);
+  pthread_setname_np(pthread_self(), "pycomm-messages");
+  while (true) {
+    std::shared_ptr<Batch> next;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [this] { return stopping_ || !asynchronous_.empty(); });
+      if (stopping_) return;
+      // The one whose deadline comes first; waiting for it drives all of them.
+      next = *std::min_element(asynchronous_.begin(), asynchronous_.end(),
+                               [](const auto& a, const auto& b) { return a->deadline.left() < b->deadline.left(); });
+    }
+    try {
+      wait(*next, patient_waiter_, nullptr, true);
+    } catch (const Error&) {  // fail() has ended every Work with it
+    }
+  }
+}
+
+bool Messenger::drain(double timeout_s, InterruptCheck interrupt) {
+  std::unique_lock lock(mutex_);
+  return wait_in_slices(lock, changed_, Deadline::after(timeout_s), interrupt,
+                        [this] { return asynchronous_.empty(); });
+}
+
+void Messenger::stop() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    if (!asynchronous_.empty()) drop_all(Error(ErrorKind::kGeneral, "the communicator is closed"));
+  }
+  changed_.notify_all();
+  waiter_.ring(members_.rank);
+  if (thread_.joinable()) thread_.join();
+}
+
+}  // namespace pycomm::host
