@@ -133,6 +133,14 @@ class HostCommunicator:
         timeout_s: float,
         /,
     ) -> Work | None: ...
+    def send(
+        self, data: int, count: int, dtype: int, dst: int, tag: int, async_op: bool, timeout_s: float, /
+    ) -> Work | None: ...
+    def recv(
+        self, data: int, count: int, dtype: int, src: int, tag: int, async_op: bool, timeout_s: float, /
+    ) -> Work | int:
+        """Returns the source; ``src`` -1: any."""
+
     def exchange_messages(
         self, messages: Sequence[tuple[bool, int, int, int, int, int]], async_op: bool, timeout_s: float, /
     ) -> Work | list[int]:

@@ -56,13 +56,22 @@ class Calls:
     def _timeout(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
 
-    def _work(self, core: _C.Work | None, *tensors: torch.Tensor | None) -> Work | None:
-        while self._in_flight and self._in_flight[0][0].done():
-            self._in_flight.popleft()
-        if core is None:
-            return None
+    def _work(self, core: _C.Work, *tensors: torch.Tensor | None) -> Work:
+        self._drop_finished()
         self._in_flight.append((core, tuple(tensor for tensor in tensors if tensor is not None)))
         return Work(core)
+
+    def _outcome(self, core: _C.Work | None, *tensors: torch.Tensor | None) -> Work | None:
+        """Of a call: its Work, if it has one, which keeps the tensors."""
+        if core is not None:
+            return self._work(core, *tensors)
+        if self._in_flight:
+            self._drop_finished()
+        return None
+
+    def _drop_finished(self) -> None:
+        while self._in_flight and self._in_flight[0][0].done():
+            self._in_flight.popleft()
 
 
 def checked_timeout(timeout_s: float) -> float:

@@ -37,7 +37,7 @@ class Collectives(Calls):
             op: "sum", "avg" (floating point only), "min", "max" or "prod".
         """
         tensor = tensor_on(self.device, tensor)
-        return self._work(self._backend.all_reduce(tensor, op, async_op, self._timeout(timeout_s)), tensor)
+        return self._outcome(self._backend.all_reduce(tensor, op, async_op, self._timeout(timeout_s)), tensor)
 
     def reduce(
         self,
@@ -57,7 +57,7 @@ class Collectives(Calls):
             op: as in :meth:`all_reduce`.
         """
         tensor = tensor_on(self.device, tensor)
-        return self._work(self._backend.reduce(tensor, root, op, async_op, self._timeout(timeout_s)), tensor)
+        return self._outcome(self._backend.reduce(tensor, root, op, async_op, self._timeout(timeout_s)), tensor)
 
     def reduce_scatter(
         self,
@@ -84,7 +84,7 @@ class Collectives(Calls):
         counts = split_counts(input, input_splits, self.world_size, "input")
         self._check_part(output, input, part=output, counts=counts, owner=self.rank)
         core = self._backend.reduce_scatter(output, input, counts, op, async_op, self._timeout(timeout_s))
-        return self._work(core, output, input)
+        return self._outcome(core, output, input)
 
     def all_gather(
         self,
@@ -109,7 +109,7 @@ class Collectives(Calls):
         counts = split_counts(output, output_splits, self.world_size, "output")
         self._check_part(output, input, part=input, counts=counts, owner=self.rank)
         core = self._backend.all_gather(output, input, counts, async_op, self._timeout(timeout_s))
-        return self._work(core, output, input)
+        return self._outcome(core, output, input)
 
     def all_to_all(
         self,
@@ -143,7 +143,7 @@ class Collectives(Calls):
         else:
             output_counts = split_counts(output, output_splits, self.world_size, "output")
             core = self._backend.all_to_all_by_splits(output, input, output_counts, input_counts, async_op, timeout_s)
-        return self._work(core, output, input)
+        return self._outcome(core, output, input)
 
     def broadcast(
         self, tensor: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -154,7 +154,7 @@ class Collectives(Calls):
             tensor: same dtype and number of elements on every rank.
         """
         tensor = tensor_on(self.device, tensor)
-        return self._work(self._backend.broadcast(tensor, root, async_op, self._timeout(timeout_s)), tensor)
+        return self._outcome(self._backend.broadcast(tensor, root, async_op, self._timeout(timeout_s)), tensor)
 
     def gather(
         self, output: Any, input: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -172,7 +172,7 @@ class Collectives(Calls):
             check_numel(output, sum(counts), "output")
             self._check_part(output, input, part=input, counts=counts, owner=root)
         core = self._backend.gather(output, input, counts, root, async_op, self._timeout(timeout_s))
-        return self._work(core, output, input)
+        return self._outcome(core, output, input)
 
     def scatter(
         self, output: Any, input: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -190,11 +190,11 @@ class Collectives(Calls):
             check_numel(input, sum(counts), "input")
             self._check_part(output, input, part=output, counts=counts, owner=root)
         core = self._backend.scatter(output, input, counts, root, async_op, self._timeout(timeout_s))
-        return self._work(core, output, input)
+        return self._outcome(core, output, input)
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Work | None:
         """Return once every rank has called it."""
-        return self._work(self._backend.barrier(async_op, self._timeout(timeout_s)))
+        return self._outcome(self._backend.barrier(async_op, self._timeout(timeout_s)))
 
     def _check_part(
         self, output: torch.Tensor, input: torch.Tensor, *, part: torch.Tensor, counts: list[int], owner: int

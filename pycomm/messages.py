@@ -35,9 +35,9 @@ class Messages(Calls):
         Args:
             tag: any integer; matches the receive's.
         """
-        message = self._message(tensor, dst, tag, is_send=True)
-        outcome = self._backend.exchange([message], async_op, self._timeout(timeout_s))
-        return None if isinstance(outcome, list) else self._work(outcome, message.tensor)
+        tensor = tensor_on(self.device, tensor)
+        core = self._backend.send(tensor, self._checked_peer(dst, "dst"), tag, async_op, self._timeout(timeout_s))
+        return self._outcome(core, tensor)
 
     def recv(
         self,
@@ -53,13 +53,10 @@ class Messages(Calls):
         Returns:
             The rank that sent; with ``async_op`` a Work, whose ``source`` it is in the end.
         """
-        message = self._message(tensor, src, tag, is_send=False)
-        outcome = self._backend.exchange([message], async_op, self._timeout(timeout_s))
-        if isinstance(outcome, list):
-            return outcome[0]
-        work = self._work(outcome, message.tensor)
-        assert work is not None
-        return work
+        tensor = tensor_on(self.device, tensor)
+        source = _ANY_SOURCE if src is None else self._checked_peer(src, "src")
+        outcome = self._backend.recv(tensor, source, tag, async_op, self._timeout(timeout_s))
+        return outcome if isinstance(outcome, int) else self._work(outcome, tensor)
 
     def batch(self, *, async_op: bool = False, timeout_s: float | None = None) -> Batch:
         """Messages that progress together, so that ranks can exchange without minding whose turn it is::
@@ -75,11 +72,12 @@ class Messages(Calls):
 
     def _message(self, tensor: Any, peer: int | None, tag: int, *, is_send: bool) -> Message:
         tensor = tensor_on(self.device, tensor)
-        return Message(is_send, tensor, _ANY_SOURCE if peer is None else self._checked_peer(peer, is_send), tag)
+        checked = _ANY_SOURCE if peer is None else self._checked_peer(peer, "dst" if is_send else "src")
+        return Message(is_send, tensor, checked, tag)
 
-    def _checked_peer(self, peer: int, is_send: bool) -> int:
+    def _checked_peer(self, peer: int, name: str) -> int:
         if not 0 <= peer < self.world_size:
-            raise ValueError(f"{'dst' if is_send else 'src'} is {peer}, it must be 0 to {self.world_size - 1}")
+            raise ValueError(f"{name} is {peer}, it must be 0 to {self.world_size - 1}")
         return peer
 
 

@@ -42,6 +42,28 @@ py::object exchange(Communicator& self, const std::vector<Spec>& messages, bool 
 
 }  // namespace
 
-void bind_messages(CommunicatorClass& communicator) { communicator.def("exchange_messages", &exchange); }
+void bind_messages(CommunicatorClass& communicator) {
+  communicator.def("exchange_messages", &exchange)
+      .def(
+          "send",
+          [](Communicator& self, std::uintptr_t address, std::size_t count, int dtype, int dst, std::int64_t tag,
+             bool async_op, double timeout_s) {
+            return self.exchange_messages({spec_of(Spec(true, address, count, dtype, dst, tag))}, {timeout_s, async_op},
+                                          nullptr);
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def("recv",
+           [](Communicator& self, std::uintptr_t address, std::size_t count, int dtype, int src, std::int64_t tag,
+              bool async_op, double timeout_s) -> py::object {
+             std::vector<int> sources;
+             std::shared_ptr<host::Work> work;
+             {
+               const py::gil_scoped_release nogil;
+               work = self.exchange_messages({spec_of(Spec(false, address, count, dtype, src, tag))},
+                                             {timeout_s, async_op}, &sources);
+             }
+             return work != nullptr ? py::cast(work) : py::int_(sources.front());
+           });
+}
 
 }  // namespace pycomm::bindings

@@ -155,6 +155,6 @@ void Entry::enter() {
   }
 }
 
-void Entry::complete() const { store_flag(group_.members_.control.flags(group_.rank()).completed, group_.seq_); }
+void Entry::complete() const { store_note(group_.members_.control.flags(group_.rank()).completed, group_.seq_); }
 
 }  // namespace pycomm::host

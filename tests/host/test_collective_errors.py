@@ -22,7 +22,7 @@ def wrong_arguments(comm: Communicator) -> None:
 
     refused(lambda: comm.reduce_scatter(part, torch.zeros(4 * n + 1)), f"{4 * n + 1} elements, which {n} ranks cannot")
     refused(lambda: comm.reduce_scatter(torch.zeros(11), whole), r"output has 11 elements \(shape \(11,\)\), .* 12")
-    refused(lambda: comm.reduce_scatter(part, whole, "mean"), "op='mean'")
+    refused(lambda: comm.reduce_scatter(part, whole, "mean"), "op mean is not supported")
     refused(lambda: comm.reduce_scatter(part.int(), whole.int(), "avg"), "avg of int32 is not defined")
     refused(lambda: comm.reduce_scatter(part.bool(), whole.bool()), "bool is not supported")
     refused(lambda: comm.reduce_scatter(part, whole, input_splits=[4]), f"one for each of the {n} ranks")

@@ -26,6 +26,12 @@ void store_flag(T& flag, T value) {
   std::atomic_ref<T>(flag).store(value, std::memory_order_seq_cst);
 }
 
+/// For what is only read to tell people: ordered after what came before, no more.
+template <class T>
+void store_note(T& note, T value) {
+  std::atomic_ref<T>(note).store(value, std::memory_order_release);
+}
+
 template <class T>
 T add_flag(T& flag, T value) {
   return std::atomic_ref<T>(flag).fetch_add(value, std::memory_order_seq_cst);
