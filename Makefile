@@ -1,7 +1,7 @@
 # One line each, for people, in an active virtual environment.
-CSRC = $(shell find csrc -name '*.[ch]pp')
+CSRC = $(shell find csrc tests -name '*.[ch]pp')
 
-.PHONY: build test lint format bench
+.PHONY: build test lint format bench sanitize
 
 build:  ## editable install; once more after a change in csrc/
 	python -m pip install -c constraints.txt -e '.[test]'
@@ -14,6 +14,9 @@ lint:  ## what CI refuses: rules, formatting, types
 
 format:  ## put Python and C++ into the enforced format
 	ruff check --fix . && ruff format . && clang-format -i $(CSRC)
+
+sanitize:  ## the host transport under ThreadSanitizer and AddressSanitizer
+	python -m pytest tests/sanitize
 
 bench:  ## all-reduce beside its competitors
 	python benchmarks/allreduce.py --ranks 2 --sizes 1K:256M

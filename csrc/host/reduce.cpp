@@ -12,7 +12,7 @@ namespace {
 constexpr SimdLevel kLevels[] = {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512};
 
 bool is_supported(SimdLevel level) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYCOMM_BASELINE_ONLY)
   // These ask the operating system too, which must save the wide registers.
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   switch (level) {
@@ -29,7 +29,7 @@ bool is_supported(SimdLevel level) {
 }
 
 const ReduceTable& table_of(SimdLevel level) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYCOMM_BASELINE_ONLY)
   if (level == SimdLevel::kAvx512) return avx512::kReduceTable;
   if (level == SimdLevel::kAvx2) return avx2::kReduceTable;
 #endif

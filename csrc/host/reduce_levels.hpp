@@ -13,7 +13,7 @@ namespace baseline {
 extern const ReduceTable kReduceTable;
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PYCOMM_BASELINE_ONLY)
 namespace avx2 {
 extern const ReduceTable kReduceTable;
 }

@@ -5,6 +5,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#ifdef PYCOMM_ONE_MAPPING
+#include <algorithm>
+#include <mutex>
+#include <vector>
+#endif
+
 #include "pycomm/error.hpp"
 
 namespace pycomm::host {
@@ -21,6 +27,46 @@ std::size_t page_bytes() {
   return bytes > kPage ? bytes : kPage;
 }
 
+std::byte* map_fd(int fd, std::size_t bytes) {
+  void* const data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (data == MAP_FAILED) throw_errno("mmap of " + std::to_string(bytes) + " bytes of shared memory");
+  return static_cast<std::byte*>(data);
+}
+
+#ifdef PYCOMM_ONE_MAPPING
+// For sanitizers, with ranks as threads of one process: all of them see a segment at one address. With a mapping each,
+// accesses of different ranks to the same memory would look unrelated.
+struct Mapping {
+  ino_t inode;
+  std::byte* data;
+  std::size_t bytes;
+  int users;
+};
+std::mutex mappings_mutex;
+std::vector<Mapping> mappings;
+
+std::byte* one_mapping(int fd, std::size_t bytes) {
+  struct stat status{};
+  if (::fstat(fd, &status) != 0) throw_errno("fstat of a memfd");
+  const std::lock_guard lock(mappings_mutex);
+  for (Mapping& mapping : mappings) {
+    if (mapping.inode != status.st_ino) continue;
+    ++mapping.users;
+    return mapping.data;
+  }
+  mappings.push_back({status.st_ino, map_fd(fd, bytes), bytes, 1});
+  return mappings.back().data;
+}
+
+void drop_mapping(const std::byte* data) {
+  const std::lock_guard lock(mappings_mutex);
+  const auto found = std::find_if(mappings.begin(), mappings.end(), [&](const Mapping& m) { return m.data == data; });
+  if (--found->users != 0) return;
+  ::munmap(found->data, found->bytes);
+  mappings.erase(found);
+}
+#endif
+
 }  // namespace
 
 std::size_t round_to_pages(std::size_t bytes) {
@@ -33,14 +79,26 @@ void UniqueFd::reset() {
   fd_ = -1;
 }
 
-Segment::Segment(UniqueFd fd, std::size_t bytes) : fd_(std::move(fd)), bytes_(bytes) {
-  void* const data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
-  if (data == MAP_FAILED) throw_errno("mmap of " + std::to_string(bytes) + " bytes of shared memory");
-  data_ = static_cast<std::byte*>(data);
-}
+Segment::Segment(UniqueFd fd, std::size_t bytes) : fd_(std::move(fd)), bytes_(bytes) { data_ = map(); }
 
 Segment::~Segment() {
-  if (data_ != nullptr) ::munmap(data_, bytes_);
+  if (data_ != nullptr) unmap();
+}
+
+std::byte* Segment::map() const {
+#ifdef PYCOMM_ONE_MAPPING
+  return one_mapping(fd_.get(), bytes_);
+#else
+  return map_fd(fd_.get(), bytes_);
+#endif
+}
+
+void Segment::unmap() const {
+#ifdef PYCOMM_ONE_MAPPING
+  drop_mapping(data_);
+#else
+  ::munmap(data_, bytes_);
+#endif
 }
 
 Segment Segment::create(const char* name, std::size_t bytes) {

@@ -62,6 +62,8 @@ class Segment {
 
  private:
   Segment(UniqueFd fd, std::size_t bytes);
+  std::byte* map() const;
+  void unmap() const;
 
   UniqueFd fd_;
   std::byte* data_ = nullptr;

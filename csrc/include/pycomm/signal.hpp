@@ -15,6 +15,11 @@ namespace pycomm {
 
 inline constexpr std::size_t kCacheLine = 64;
 
+// Weakened only by the test that shows that ThreadSanitizer would see it (tests/sanitize).
+#ifndef PYCOMM_FLAG_STORE_ORDER
+#define PYCOMM_FLAG_STORE_ORDER seq_cst
+#endif
+
 template <class T>
 T load_flag(const T& flag) {
   return std::atomic_ref<T>(const_cast<T&>(flag)).load(std::memory_order_seq_cst);
@@ -23,7 +28,7 @@ T load_flag(const T& flag) {
 template <class T>
 void store_flag(T& flag, T value) {
   static_assert(std::atomic_ref<T>::is_always_lock_free, "a lock would be private to one process");
-  std::atomic_ref<T>(flag).store(value, std::memory_order_seq_cst);
+  std::atomic_ref<T>(flag).store(value, std::memory_order::PYCOMM_FLAG_STORE_ORDER);
 }
 
 /// For what is only read to tell people: ordered after what came before, no more.
