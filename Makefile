@@ -18,5 +18,7 @@ format:  ## put Python and C++ into the enforced format
 sanitize:  ## the host transport under ThreadSanitizer and AddressSanitizer
 	python -m pytest tests/sanitize
 
-bench:  ## all-reduce beside its competitors
+bench:  ## every operation beside its competitors
 	python benchmarks/allreduce.py --ranks 2 --sizes 1K:256M
+	python benchmarks/collectives.py --ranks 2 --sizes 1K:64M
+	python benchmarks/p2p.py --sizes 8,1K:64M

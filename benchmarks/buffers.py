@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from operations import PERIOD, Operation, value
+from operations import PERIOD, Check, Operation, value
 
 
 def fill(tensor: torch.Tensor, rank: int, iteration: int) -> None:
@@ -16,12 +16,14 @@ def fill(tensor: torch.Tensor, rank: int, iteration: int) -> None:
 
 def count_wrong(op: Operation, output: torch.Tensor, rank: int, world_size: int, iteration: int) -> int:
     """Elements of the 1-d ``output`` that are not exactly what ``op`` must give (integers wrap as the dtype does)."""
-    part_count = output.numel() // op.parts(world_size)
+    num_parts = op.parts(world_size)
+    part_count = output.numel() // num_parts
+    check = Check(rank, world_size, iteration, part_count)
     wrong = 0
-    for start in range(0, output.numel(), max(part_count, 1)):
-        part = output[start : start + part_count]
-        index = start + torch.arange(min(PERIOD, part_count))
-        tile = op.expected(index, rank, world_size, iteration).to(output.dtype)
+    for number in range(num_parts):
+        part = output[number * part_count : (number + 1) * part_count]
+        index = torch.arange(min(PERIOD, part_count))
+        tile = op.expected(index, number, check).to(output.dtype)
         whole = part_count // PERIOD * PERIOD
         rows = part[:whole].view(-1, PERIOD)
         for begin in range(0, rows.shape[0], 1024):  # blocks: the comparison's own memory stays small

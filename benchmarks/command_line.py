@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contenders import CONTENDERS
-from operations import DTYPES
+from operations import DTYPES, OPERATIONS
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _PICTURES = (".png", ".svg", ".pdf")
@@ -20,6 +20,7 @@ class Options:
     """One run, as asked for on the command line.
 
     Args:
+        operations: names of what is measured, one after the other.
         sizes: message sizes in bytes.
         turns: timed turns of each contender per size, interleaved A B C A B C …
         seconds: wall time that a turn aims at, untimed parts included; ``iterations``, when set, overrules it.
@@ -27,6 +28,7 @@ class Options:
     """
 
     ranks: int
+    operations: tuple[str, ...]
     sizes: tuple[int, ...]
     dtype: str
     backends: tuple[str, ...]
@@ -69,11 +71,19 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def parse_arguments(argv: Sequence[str] | None, description: str) -> Options:
-    """The command line that all benchmark scripts share."""
+def parse_arguments(
+    argv: Sequence[str] | None, description: str, operations: Sequence[str] = ("all_reduce",), sizes: str = "1K:256M"
+) -> Options:
+    """The command line that all benchmark scripts share.
+
+    Args:
+        operations: those of the script, of which ``--ops`` chooses.
+        sizes: the default of ``--sizes``.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="processes of each contender")
-    parser.add_argument("--sizes", default="1K:256M", help="FIRST:LAST[:FACTOR] or a,b,c; bytes, or with K, M, G")
+    parser.add_argument("--ops", default=",".join(operations), help="what to measure")
+    parser.add_argument("--sizes", default=sizes, help="FIRST:LAST[:FACTOR] or a,b,c; bytes, or with K, M, G")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--backends", default=",".join(CONTENDERS), help="the contenders, separated by commas")
     parser.add_argument("--turns", type=int, default=5, help="turns of each contender per size")
@@ -85,15 +95,16 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> Options:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write JSON lines, one row each")
     parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="write a picture (.png, .svg, .pdf)")
     given = parser.parse_args(argv)
-    backends = tuple(name.strip() for name in given.backends.split(",") if name.strip())
-    unknown = [name for name in backends if name not in CONTENDERS]
-    if unknown or not backends:
-        parser.error(f"--backends: unknown: {', '.join(unknown)}; there are {', '.join(CONTENDERS)}")
+    backends = _names(parser, "--backends", given.backends, tuple(CONTENDERS))
+    chosen = _names(parser, "--ops", given.ops, operations)
     for flag, number in (("ranks", given.ranks), ("turns", given.turns), ("iters", given.iters)):
         if number is not None and number < 1:
             parser.error(f"--{flag} must be at least 1")
+    for name in chosen:
+        if given.ranks < OPERATIONS[name].min_ranks:
+            parser.error(f"--ranks: {name} takes at least {OPERATIONS[name].min_ranks}")
     try:
-        sizes = parse_sizes(given.sizes)
+        num_bytes = parse_sizes(given.sizes)
     except ValueError as error:
         parser.error(f"--sizes: {error}")
     for flag, path in (("json", given.json), ("plot", given.plot)):
@@ -101,10 +112,19 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> Options:
             parser.error(f"--{flag}: there is no directory {path.parent}")
     if given.plot is not None and given.plot.suffix not in _PICTURES:
         parser.error(f"--plot: {given.plot} must end in one of {', '.join(_PICTURES)}")
-    if sizes[0] < DTYPES[given.dtype]:
-        parser.error(f"--sizes: {sizes[0]} bytes hold no {given.dtype}")
-    sizes = tuple(size // DTYPES[given.dtype] * DTYPES[given.dtype] for size in sizes)
+    if num_bytes[0] < DTYPES[given.dtype]:
+        parser.error(f"--sizes: {num_bytes[0]} bytes hold no {given.dtype}")
+    num_bytes = tuple(size // DTYPES[given.dtype] * DTYPES[given.dtype] for size in num_bytes)
     return Options(
-        given.ranks, sizes, given.dtype, tuple(dict.fromkeys(backends)), given.turns, given.seconds, given.iters,
+        given.ranks, chosen, num_bytes, given.dtype, backends, given.turns, given.seconds, given.iters,
         given.timeout, given.json, given.plot,
     )  # fmt: skip
+
+
+def _names(parser: argparse.ArgumentParser, flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """A list on the command line, each name once."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        parser.error(f"{flag}: unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    return names

@@ -1,6 +1,6 @@
 """The driver of every benchmark here: alternates the contenders turn by turn and makes rows of their times.
 
-A benchmark script is ``main(bench="allreduce", operations=("all_reduce",))``. The protocol, and what each column
+A benchmark script is one call of ``main``, with the operations that it measures. The protocol, and what each column
 means, is in README.md. Nothing here imports the libraries that are measured.
 """
 
@@ -52,9 +52,11 @@ class Samples:
     times_us: list[float] = field(default_factory=list)
     wrong: int = 0
     iterations: int = 1  # of one turn
+    trips: int = 1  # of one iteration
 
     def add(self, replies: Sequence[Reply]) -> None:
-        self.times_us += [max(ranks) for ranks in zip(*(reply["times_us"] for reply in replies), strict=True)]
+        times_us = (reply["times_us"] for reply in replies)
+        self.times_us += [max(ranks) / self.trips for ranks in zip(*times_us, strict=True)]
         self.wrong += sum(reply["wrong"] for reply in replies)
 
 
@@ -115,7 +117,7 @@ class Suite:
     def measure(self, operation: str, num_bytes: int) -> dict[str, Samples]:
         """All contenders on one size, turn by turn. A contender that fails is reported and left out from then on."""
         samples: dict[str, Samples] = {}
-        if not self._fits(num_bytes):
+        if not self._fits(OPERATIONS[operation].buffer_bytes(num_bytes, self._options.ranks), num_bytes):
             return samples
         for group in list(self._groups):
             self._report.progress(f"{operation} {num_bytes} B: preparing {group.name}")
@@ -132,9 +134,10 @@ class Suite:
                 group.request("release")
         return samples
 
-    def _fits(self, num_bytes: int) -> bool:
-        """Every rank of every contender holds a buffer at once, and a library may hold another beside it."""
-        needed, available = 2 * num_bytes * self._options.ranks * len(self._groups), available_memory_bytes()
+    def _fits(self, buffer_bytes: int, num_bytes: int) -> bool:
+        """Every rank of every contender holds its buffers at once, and a library may hold a copy beside them."""
+        needed = (buffer_bytes + num_bytes) * self._options.ranks * len(self._groups)
+        available = available_memory_bytes()
         if needed > available:
             self._report.note(
                 f"{num_bytes} bytes are not measured: {len(self._groups)} contenders need {needed / 2**30:.1f} GiB, "
@@ -146,9 +149,9 @@ class Suite:
         """Allocate, try out, and choose how many iterations fill a turn; a cell that cannot be done is left out."""
         for reply in group.request("prepare", operation=operation, dtype=self._options.dtype, num_bytes=num_bytes):
             if "unsupported" in reply:
-                self._report.not_available(group.name, reply["unsupported"])
+                self._report.not_available(operation, group.name, reply["unsupported"])
                 return
-        sample = samples[group.name] = Samples()
+        sample = samples[group.name] = Samples(trips=OPERATIONS[operation].trips)
         sample.wrong = sum(reply["wrong"] for reply in group.request("turn", iterations=1))  # pays for page faults
         trial = group.request("turn", iterations=_TRIAL_ITERATIONS)
         sample.wrong += sum(reply["wrong"] for reply in trial)
@@ -197,16 +200,27 @@ def rows_of(bench: str, operation: str, options: Options, num_bytes: int, sample
     return rows
 
 
-def run(bench: str, operations: Sequence[str], options: Options) -> tuple[list[Row], list[str]]:
+def sizes_of(operation: str, options: Options, report: Report) -> list[int]:
+    """The sizes to measure ``operation`` at, ascending: those asked for, rounded down to what it can have."""
+    op = OPERATIONS[operation]
+    if not op.sized:
+        return [0]
+    sizes = {op.message_bytes(size, options.dtype, options.ranks) for size in options.sizes}
+    if 0 in sizes:
+        report.note(f"{operation}: a size that has no {options.dtype} for each of {options.ranks} ranks is left out")
+    return sorted(sizes - {0})
+
+
+def run(bench: str, options: Options) -> tuple[list[Row], list[str]]:
     """Measure what ``options`` asks for, printing and writing as it comes. Returns all rows, and who failed."""
-    report = Report(bench, options.ranks, options.json, options.plot)
+    report = Report(bench, options.operations, options.ranks, options.json, options.plot)
     rows: list[Row] = []
     warning = load_warning()  # before our own processes add to it
     with Suite(options, report) as suite:
         versions = suite.start()
         report.header(describe_host(), versions, warning)
-        for operation in operations:
-            for num_bytes in options.sizes:
+        for operation in options.operations:
+            for num_bytes in sizes_of(operation, options, report):
                 new = rows_of(bench, operation, options, num_bytes, suite.measure(operation, num_bytes))
                 report.rows(new)
                 rows += new
@@ -214,12 +228,12 @@ def run(bench: str, operations: Sequence[str], options: Options) -> tuple[list[R
     return rows, suite.lost
 
 
-def main(bench: str, operations: Sequence[str], description: str, argv: Sequence[str] | None = None) -> int:
+def main(bench: str, operations: Sequence[str], description: str, sizes: str = "1K:256M") -> int:
     """A benchmark script. Returns the exit status: 1 where an element was wrong or a contender failed."""
-    options = parse_arguments(argv, description)
+    options = parse_arguments(None, description, operations, sizes)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        rows, lost = run(bench, operations, options)
+        rows, lost = run(bench, options)
     except KeyboardInterrupt:
         print("interrupted; every process that was started is ended", file=sys.stderr)
         return 130

@@ -1,4 +1,5 @@
-"""The picture of a run: time and bus bandwidth against size, every contender and the bound, both axes logarithmic."""
+"""The picture of a run: time and bus bandwidth against size, every contender and the bound, a line of panels each
+operation, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -27,17 +28,20 @@ _STYLES = {
 
 
 def draw(rows: Sequence[Row], host: dict[str, object], path: Path) -> None:
-    """Write one picture of the first operation in ``rows``; the suffix of ``path`` chooses the format."""
-    rows = [row for row in rows if row.op == rows[0].op]
+    """Write one picture of the operations in ``rows`` that have sizes; the suffix of ``path`` chooses the format."""
+    rows = [row for row in rows if row.bytes > 0 and row.busbw_gbps > 0]
+    if not rows:
+        return
+    operations = list(dict.fromkeys(row.op for row in rows))
     with mpl.rc_context({"svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _panel(left, rows, "time_us_p50", "median time, µs (lower is better)")
-        _panel(right, rows, "busbw_gbps", "bus bandwidth, GB/s (higher is better)")
-        left.legend(frameon=False, fontsize=8, loc="upper left")
-        figure.suptitle(
-            f"{rows[0].op}, {rows[0].dtype}, {rows[0].ranks} ranks on one host ({host['cpu']}, {host['cores']} cores)"
-        )
+        figure = Figure(figsize=(11, 0.6 + 4.2 * len(operations)), layout="constrained")
+        for op, (left, right) in zip(operations, figure.subplots(len(operations), 2, squeeze=False), strict=True):
+            chosen = [row for row in rows if row.op == op]
+            _panel(left, chosen, "time_us_p50", f"{op}: median time, µs (lower is better)")
+            _panel(right, chosen, "busbw_gbps", "bus bandwidth, GB/s (higher is better)")
+            left.legend(frameon=False, fontsize=8, loc="upper left")
+        where = f"{rows[0].ranks} ranks on one host ({host['cpu']}, {host['cores']} cores)"
+        figure.suptitle(f"{rows[0].bench}, {rows[0].dtype}, {where}")
         figure.savefig(path, dpi=150)
 
 

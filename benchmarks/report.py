@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -49,7 +49,7 @@ class Row:
 def size_label(num_bytes: int) -> str:
     """``1 KB`` for 1,024, ``256 MB`` for 2**28; plain bytes where no unit fits."""
     for unit, label in ((2**30, "GB"), (2**20, "MB"), (2**10, "KB")):
-        if num_bytes % unit == 0:
+        if num_bytes > 0 and num_bytes % unit == 0:
             return f"{num_bytes // unit} {label}"
     return f"{num_bytes} B"
 
@@ -73,13 +73,15 @@ class Report:
         plot_path: the picture, written at the end.
     """
 
-    def __init__(self, bench: str, ranks: int, json_path: Path | None, plot_path: Path | None) -> None:
-        self._bench, self._ranks, self._plot_path = bench, ranks, plot_path
+    def __init__(
+        self, bench: str, operations: Sequence[str], ranks: int, json_path: Path | None, plot_path: Path | None
+    ) -> None:
+        self._bench, self._operations, self._ranks, self._plot_path = bench, operations, ranks, plot_path
         self._json: TextIO | None = json_path.open("w") if json_path is not None else None
         self._host: dict[str, object] = {}
         self._all: list[Row] = []
         self._notes: list[str] = []
-        self._unavailable: dict[str, str] = {}
+        self._unavailable: dict[tuple[str, str], str] = {}  # (operation, backend) -> reason
 
     def note(self, text: str) -> None:
         """Say it now and again at the end: a contender that is missing, or that failed."""
@@ -87,9 +89,9 @@ class Report:
         print(text, flush=True)
         self._notes.append(text)
 
-    def not_available(self, backend: str, reason: str) -> None:
-        """A contender that cannot do this dtype or size: its cell is n/a, with a footnote once."""
-        self._unavailable.setdefault(backend, reason)
+    def not_available(self, operation: str, backend: str, reason: str) -> None:
+        """A contender that cannot do this operation, dtype or size: its cell is n/a, with a footnote once."""
+        self._unavailable.setdefault((operation, backend), reason)
 
     def progress(self, text: str) -> None:
         """What is going on, on one line that is overwritten; only on a terminal."""
@@ -112,6 +114,8 @@ class Report:
         """Print rows and append them to the JSON file."""
         self._clear_progress()
         for row in rows:
+            if len(self._operations) > 1 and (not self._all or self._all[-1].op != row.op):
+                print(f"# {row.op}")
             print(format_row(row), flush=True)
             if self._json is not None:
                 extra = {} if self._all else {"host": self._host}
@@ -125,9 +129,9 @@ class Report:
         for op in dict.fromkeys(row.op for row in self._all):
             print(f"\n{op}: median in us, and how many times that of pycomm on symmetric memory")
             Console(width=None if sys.stdout.isatty() else 140).print(
-                self._table([row for row in self._all if row.op == op])
+                self._table(op, [row for row in self._all if row.op == op])
             )
-        for backend, reason in self._unavailable.items():
+        for backend, reason in dict.fromkeys((key[1], reason) for key, reason in self._unavailable.items()):
             print(f"n/a: {backend}: {reason}")
         for text in self._notes:
             print(text)
@@ -137,10 +141,10 @@ class Report:
             draw(self._all, self._host, self._plot_path)
             print(f"picture: {self._plot_path}")
 
-    def _table(self, rows: list[Row]) -> Table:
+    def _table(self, op: str, rows: list[Row]) -> Table:
         table = Table()
         table.add_column("size", justify="right")
-        measured = {row.backend for row in rows} | set(self._unavailable)
+        measured = {row.backend for row in rows} | {name for operation, name in self._unavailable if operation == op}
         names = [name for name in (*CONTENDERS, BOUND.name) if name in measured]
         for name in names:
             table.add_column(name, justify="right")

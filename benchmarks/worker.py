@@ -73,6 +73,8 @@ class Job:
         self._output = self._input  # in place, unless the operation has an output of its own
         if self._op.output_count is not None:
             self._output = contender.empty(self._op.output_count(count, world_size), element)
+        self._sends = self._op.sends(contender.rank, world_size)
+        self._receives = self._op.receives(contender.rank, world_size)
         self._run = getattr(contender, operation)(self._input, self._output)
         self._iteration = 0
 
@@ -83,7 +85,7 @@ class Job:
         gc.disable()
         for i in range(iterations + 1):
             times_us.append(self._iterate())
-            if i in (0, iterations):
+            if self._receives and i in (0, iterations):
                 wrong += count_wrong(
                     self._op, self._output, self._contender.rank, self._contender.world_size, self._iteration
                 )
@@ -92,7 +94,10 @@ class Job:
 
     def _iterate(self) -> float:
         self._iteration += 1
-        fill(self._input, self._contender.rank, self._iteration)
+        if self._receives and self._output is not self._input:
+            self._output.zero_()
+        if self._sends:
+            fill(self._input, self._contender.rank, self._iteration)
         self._contender.sync()
         run = self._run
         self._line.wait()

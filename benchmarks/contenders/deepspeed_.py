@@ -23,6 +23,8 @@ class DeepSpeed(Contender):
         return f"deepspeed {deepspeed.__version__}, shm_open buffers of 32 MiB, {torch.get_num_threads()} thread"
 
     def unsupported(self, operation: str, dtype: torch.dtype, num_bytes: int) -> str | None:
+        if operation != "all_reduce":
+            return "its operator is an all_reduce and nothing else"
         if dtype not in _DTYPES:
             return f"its operator leaves {str(dtype).removeprefix('torch.')} unreduced"
         if num_bytes > 2**31 - 1:

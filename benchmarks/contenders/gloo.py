@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from operations import ROOT
 
 from contenders.base import Contender, Run
 
@@ -25,6 +26,38 @@ class Gloo(Contender):
 
     def all_reduce(self, input: torch.Tensor, output: torch.Tensor) -> Run:
         return lambda: dist.all_reduce(output)
+
+    def reduce_scatter(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        return lambda: dist.reduce_scatter_tensor(output, input)
+
+    def all_gather(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        return lambda: dist.all_gather_into_tensor(output, input)
+
+    def all_to_all(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        return lambda: dist.all_to_all_single(output, input)
+
+    def broadcast(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        return lambda: dist.broadcast(output, ROOT)
+
+    def reduce(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        return lambda: dist.reduce(output, ROOT)
+
+    def gather(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        parts = list(output.chunk(self.world_size)) if self.rank == ROOT else None
+        return lambda: dist.gather(input, parts, ROOT)
+
+    def scatter(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        parts = list(input.chunk(self.world_size)) if self.rank == ROOT else None
+        return lambda: dist.scatter(output, parts, ROOT)
+
+    def barrier(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        return dist.barrier
+
+    def send_to(self, tensor: torch.Tensor, peer: int) -> Run:
+        return lambda: dist.send(tensor, peer)
+
+    def receive_from(self, tensor: torch.Tensor, peer: int) -> Run:
+        return lambda: dist.recv(tensor, peer)
 
     def sync(self) -> None:
         dist.barrier()

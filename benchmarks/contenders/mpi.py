@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from mpi4py import MPI
+from operations import ROOT
 
 from contenders.base import Contender, Run
 
@@ -15,6 +16,11 @@ _DATATYPES = {
     torch.int32: MPI.INT32_T,
     torch.int64: MPI.INT64_T,
 }
+
+
+def _buffer(tensor: torch.Tensor) -> list[object]:
+    """As mpi4py takes it: memory and datatype, from which it derives the counts that MPI wants of this operation."""
+    return [tensor.numpy(), _DATATYPES[tensor.dtype]]
 
 
 class Mpi(Contender):
@@ -36,8 +42,48 @@ class Mpi(Contender):
         return super().unsupported(operation, dtype, num_bytes)
 
     def all_reduce(self, input: torch.Tensor, output: torch.Tensor) -> Run:
-        buffer = [output.numpy(), output.numel(), _DATATYPES[output.dtype]]
+        buffer = _buffer(output)
         return lambda: self._comm.Allreduce(MPI.IN_PLACE, buffer, MPI.SUM)
+
+    def reduce_scatter(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        source, target = _buffer(input), _buffer(output)
+        return lambda: self._comm.Reduce_scatter_block(source, target, MPI.SUM)
+
+    def all_gather(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        source, target = _buffer(input), _buffer(output)
+        return lambda: self._comm.Allgather(source, target)
+
+    def all_to_all(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        source, target = _buffer(input), _buffer(output)
+        return lambda: self._comm.Alltoall(source, target)
+
+    def broadcast(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        buffer = _buffer(output)
+        return lambda: self._comm.Bcast(buffer, ROOT)
+
+    def reduce(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        buffer = _buffer(output)
+        source, target = (MPI.IN_PLACE, buffer) if self.rank == ROOT else (buffer, None)
+        return lambda: self._comm.Reduce(source, target, MPI.SUM, ROOT)
+
+    def gather(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        source, target = _buffer(input), _buffer(output) if self.rank == ROOT else None
+        return lambda: self._comm.Gather(source, target, ROOT)
+
+    def scatter(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        source, target = _buffer(input) if self.rank == ROOT else None, _buffer(output)
+        return lambda: self._comm.Scatter(source, target, ROOT)
+
+    def barrier(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        return self._comm.Barrier
+
+    def send_to(self, tensor: torch.Tensor, peer: int) -> Run:
+        buffer = _buffer(tensor)
+        return lambda: self._comm.Send(buffer, peer)
+
+    def receive_from(self, tensor: torch.Tensor, peer: int) -> Run:
+        buffer = _buffer(tensor)
+        return lambda: self._comm.Recv(buffer, peer)
 
     def sync(self) -> None:
         self._comm.Barrier()

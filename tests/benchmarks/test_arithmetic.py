@@ -5,7 +5,7 @@ import torch
 from buffers import count_wrong, fill
 from command_line import Options, parse_arguments, parse_size, parse_sizes
 from harness import Samples, bandwidths, percentile, rows_of
-from operations import DTYPES, OPERATIONS, PERIOD
+from operations import COLLECTIVES, DTYPES, OPERATIONS, PERIOD
 from report import format_row, size_label
 
 
@@ -53,6 +53,7 @@ def test_what_is_no_range_is_refused(text):
     [
         (["--backends", "gloo,smoke"], "unknown: smoke"),
         (["--backends", ""], "--backends"),
+        (["--ops", "broadcast"], "--ops: unknown: broadcast; there are all_reduce"),
         (["--sizes", "2", "--dtype", "float32"], "hold no float32"),
         (["--ranks", "0"], "at least 1"),
         (["--plot", "curve.gif"], "must end in"),
@@ -68,6 +69,17 @@ def test_a_command_line_that_cannot_work_is_refused_before_anything_starts(flags
 
 def test_sizes_are_rounded_down_to_whole_elements():
     assert parse_arguments(["--sizes", "1003,4K", "--dtype", "int64"], "").sizes == (1000, 4096)
+
+
+def test_operations_are_chosen_of_those_of_the_script_in_the_order_given():
+    assert parse_arguments([], "", COLLECTIVES).operations == COLLECTIVES
+    assert parse_arguments(["--ops", "gather, reduce,gather"], "", COLLECTIVES).operations == ("gather", "reduce")
+
+
+def test_messages_between_two_ranks_take_two(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--ranks", "1"], "", ("send",))
+    assert "send takes at least 2" in capsys.readouterr().err
 
 
 def test_percentile_is_the_nearest_rank():
@@ -94,8 +106,17 @@ def test_an_iteration_takes_as_long_as_its_slowest_rank():
     assert samples.wrong == 4
 
 
+def test_a_ping_pong_is_two_trips_and_shows_one():
+    samples = Samples(trips=OPERATIONS["ping_pong"].trips)
+    samples.add([{"times_us": [6.0], "wrong": 0}, {"times_us": [5.0], "wrong": 0}])
+    assert samples.times_us == [3.0]
+
+
 def _options(ranks=2):
-    return Options(ranks, (1024,), "float32", ("pycomm", "gloo"), turns=1, seconds=0.1, iterations=None, timeout_s=1.0)
+    return Options(
+        ranks, ("all_reduce",), (1024,), "float32", ("pycomm", "gloo"),
+        turns=1, seconds=0.1, iterations=None, timeout_s=1.0,
+    )  # fmt: skip
 
 
 def test_rows_have_ratio_and_share():
@@ -119,7 +140,7 @@ def test_without_the_bound_or_pycomm_the_cells_are_empty_and_the_line_says_so():
 
 
 def test_size_labels():
-    assert [size_label(x) for x in (1000, 1024, 3 * 2**20, 2**30)] == ["1000 B", "1 KB", "3 MB", "1 GB"]
+    assert [size_label(x) for x in (0, 1000, 1024, 3 * 2**20, 2**30)] == ["0 B", "1000 B", "1 KB", "3 MB", "1 GB"]
 
 
 def _reduced(count, dtype, world_size, iteration):

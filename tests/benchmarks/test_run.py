@@ -1,4 +1,4 @@
-"""The script as a user runs it: two ranks, tiny sizes, real processes."""
+"""The scripts as a user runs them: two ranks, tiny sizes, real processes."""
 
 import json
 import shutil
@@ -9,16 +9,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from operations import COLLECTIVES
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "allreduce.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 KEYS = (  # the contract with those who read the file
     {"bench", "backend", "op", "ranks", "dtype", "bytes", "time_us_p50", "time_us_p99"}
     | {"algbw_gbps", "busbw_gbps", "wrong", "bound_share"}
 )
 
 
-def _command(*flags):
-    return [sys.executable, str(SCRIPT), "--ranks", "2", *flags]
+def _command(*flags, script="allreduce"):
+    return [sys.executable, str(SCRIPTS / f"{script}.py"), "--ranks", "2", *flags]
 
 
 def test_two_ranks_end_to_end(tmp_path):
@@ -47,6 +48,44 @@ def test_two_ranks_end_to_end(tmp_path):
     assert all("host" not in row for row in rows[1:])
     drawn = picture.read_text()
     assert all(label in drawn for label in ("pycomm, symmetric", "torch gloo", "bound: plain loop"))
+
+
+@pytest.mark.parametrize(
+    ("script", "operations", "sizes"),
+    [
+        ("collectives", COLLECTIVES, [1024, 5000]),  # 5,003 bytes are no whole number of elements for each of two ranks
+        ("p2p", ("ping_pong", "send"), [8, 5000]),
+    ],
+)
+def test_every_operation_on_two_ranks_is_right(tmp_path, script, operations, sizes):
+    rows_file, picture = tmp_path / "rows.jsonl", tmp_path / "picture.svg"
+    done = subprocess.run(
+        _command(
+            *("--backends", "pycomm,pycomm-ordinary,gloo", "--sizes", f"{sizes[0]},5003", "--turns", "1"),
+            *("--iters", "3", "--json", str(rows_file), "--plot", str(picture)),
+            script=script,
+        ),
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    expected = []
+    for op in operations:
+        backends = ["pycomm", "pycomm-ordinary", "gloo"] + ["bound"] * (op != "barrier")
+        expected += [(op, size, backend) for size in ([0] if op == "barrier" else sizes) for backend in backends]
+    assert [(row["op"], row["bytes"], row["backend"]) for row in rows] == expected
+    for row in rows:
+        assert set(row) >= KEYS
+        assert row["bench"] == script
+        assert row["wrong"] == 0
+        assert row["iterations"] == 3
+        assert 0 < row["time_us_p50"] <= row["time_us_p99"]
+        assert (row["bound_share"] is None) == (row["op"] == "barrier")
+        factor = {"reduce_scatter": 0.5, "all_gather": 0.5, "all_to_all": 0.5, "gather": 0.5, "scatter": 0.5}
+        # One multiplication by 1/2 or 1, which is exact.
+        assert row["busbw_gbps"] == row["algbw_gbps"] * factor.get(row["op"], 1.0)
+    drawn = picture.read_text()
+    assert all(f"{op}: median time" in drawn for op in operations if op != "barrier")
 
 
 def test_a_dtype_that_a_contender_lacks_is_said_to_be_missing_not_dropped(tmp_path):
