@@ -124,6 +124,7 @@ def from_any_source(comm: Communicator) -> list[int]:
             if comm.rank == 1:
                 comm.recv(torch.empty(1), 0, tag=8)
                 comm.send(torch.ones(1), 0, tag=9)
+        comm.barrier()  # else a fast rank's next message may match a receive of this round
     return sources
 
 
