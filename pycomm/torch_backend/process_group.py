@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from pycomm import calls, communicator
 from pycomm.torch_backend.collectives import Collectives, Tensors
+from pycomm.torch_backend.functional import serve_functional_collectives
 from pycomm.torch_backend.tensors import Finish, landing, source
 from pycomm.torch_backend.work import PycommWork
 
@@ -40,6 +41,8 @@ class PycommProcessGroup(Collectives):
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float, name: str) -> None:
         super().__init__(rank, world_size)
+        serve_functional_collectives()
+        self._store = store
         self._names = {"group": name, "description": ""}
         self._timeout_s = timeout_s
         self._collected: list[PycommWork] | None = None  # between _start_coalescing and _end_coalescing
@@ -68,6 +71,9 @@ class PycommProcessGroup(Collectives):
     _set_group_desc = setGroupDesc
     group_name = property(getGroupName)
     group_desc = property(getGroupDesc)
+
+    def get_group_store(self) -> dist.Store:
+        return self._store
 
     @property
     def _device_types(self) -> list[torch.device]:

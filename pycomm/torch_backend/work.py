@@ -45,6 +45,7 @@ class PycommWork(dist.Work):
         self._outputs = outputs
         self._finish = finish
         self._lock = threading.Lock()
+        self._ended: torch.futures.Future[None] | None = None
         self._future: torch.futures.Future[list[torch.Tensor]] | None = None
 
     @classmethod
@@ -101,11 +102,16 @@ class PycommWork(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
-        """Completes when the call does, without anybody waiting, with the tensors that it wrote or what went wrong."""
+        """Completes when the call does, without anybody waiting, with the tensors that it wrote.
+
+        What went wrong is a RuntimeError there, which has the error's name and words: a future that C++ may wait for,
+        as DDP does, takes a Python exception from a callback only.
+        """
         with self._lock:
             if self._future is not None:
                 return self._future
-            self._future = torch.futures.Future()
+            self._ended = torch.futures.Future()
+            self._future = self._ended.then(self._outcome)
         if self.pending() is None:
             self.resolve()
         else:
@@ -118,13 +124,12 @@ class PycommWork(dist.Work):
 
     def resolve(self) -> None:
         """Complete the future of a call that is over."""
-        assert self._future is not None
-        error = self.exception()
-        if error is None:
-            self.wait()
-            self._future.set_result(self._outputs)
-        else:
-            self._future.set_exception(error)
+        assert self._ended is not None
+        self._ended.set_result(None)
+
+    def _outcome(self, _: torch.futures.Future[None]) -> list[torch.Tensor]:
+        self.wait()
+        return self._outputs
 
     def _finish_once(self) -> None:
         with self._lock:
