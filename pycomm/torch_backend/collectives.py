@@ -7,8 +7,6 @@ through the progress thread, and returns a Work that is over.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -263,7 +261,10 @@ class Collectives(dist.ProcessGroup):
 _SUM = ReduceOp(ReduceOp.SUM)
 
 
-def _only(values: Sequence[Any]) -> Any:
+def _only(values: Any) -> Any:
+    """The one element of a list, which some callers leave out."""
+    if isinstance(values, torch.Tensor):
+        return values
     if len(values) != 1:
         raise ValueError(f"{len(values)} tensors in one call: the back end pycomm takes one a process")
     return values[0]
