@@ -63,7 +63,7 @@ class Work:
     def wait(self, timeout_s: float | None = None) -> None: ...
 
 class Completions:
-    """Announces operations that are over to one thread, which takes their tokens. Whoever finishes one runs no Python."""
+    """Tells one thread, which takes tokens, what operations are over. Whoever ends an operation runs no Python."""
 
     def __init__(self) -> None: ...
     def watch(self, work: Work, token: int) -> None:

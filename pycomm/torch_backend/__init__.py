@@ -6,7 +6,12 @@ then runs on pycomm's communicators, unchanged. docs/torch_backend.md says what 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch._C import _distributed_c10d as c10d
 
 __all__ = ["NAME", "register"]
 
@@ -14,13 +19,13 @@ NAME = "pycomm"
 
 
 def register() -> None:
-    """Make the name known to torch; ``import pycomm`` does it. What it takes to run is imported with the first group."""
+    """Make the name known to torch; ``import pycomm`` does it. All else is imported with the first group."""
     if dist.is_available() and NAME.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(NAME, _process_group, extended_api=True, devices=["cpu", "cuda"])
 
 
 def _process_group(
-    options: dist._DistributedBackendOptions, backend_options: dist.Backend.Options | None
+    options: c10d._DistributedBackendOptions, backend_options: c10d.Backend.Options | None
 ) -> dist.ProcessGroup:
     from pycomm.torch_backend.process_group import PycommProcessGroup
 

@@ -21,6 +21,7 @@ from pycomm.torch_backend.tensors import (
     Finish,
     combine,
     flat,
+    kind_of,
     landing,
     operator,
     reduced,
@@ -67,9 +68,7 @@ class Collectives(dist.ProcessGroup):
         if name is None:
             return self._bitwise(tensor, op, opts, writes=is_root)
         wire, finish = reduced(tensor, op)
-        started = self._comm.reduce(
-            wire, opts.rootRank, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts)
-        )
+        started = self._comm.reduce(wire, opts.rootRank, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
         return self._work(started, [tensor], finish if is_root else None)
 
     def _bitwise(self, tensor: torch.Tensor, op: ReduceOp, opts: Any, writes: bool = True) -> PycommWork:
@@ -108,14 +107,11 @@ class Collectives(dist.ProcessGroup):
     ) -> PycommWork:
         opts = opts or c10d.ReduceScatterOptions()
         return self._joined(
-            [
-                self._reduce_scatter(output, input, None, opts)
-                for output, input in zip(outputs, inputs, strict=True)
-            ]
+            [self._reduce_scatter(output, input, None, opts) for output, input in zip(outputs, inputs, strict=True)]
         )
 
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
 
     def _reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, splits: list[int] | None, opts: c10d.ReduceScatterOptions
@@ -123,7 +119,7 @@ class Collectives(dist.ProcessGroup):
         op = opts.reduceOp
         name = operator(op, input.dtype)
         if name is None:
-            raise ValueError(f"reduce_scatter: ReduceOp.{op.op.name} is not supported; use all_reduce")
+            raise ValueError(f"reduce_scatter: ReduceOp.{kind_of(op).name} is not supported; use all_reduce")
         contributions, _ = reduced(input, op)  # what it multiplies or lays out, it does in memory of its own
         wire, finish = reduced(output, _SUM)
         started = self._comm.reduce_scatter(
@@ -148,9 +144,7 @@ class Collectives(dist.ProcessGroup):
     ) -> PycommWork:
         opts = opts or c10d.AllgatherOptions()
         wire, finish = landing(output)
-        started = self._comm.all_gather(
-            wire, source(input), async_op=opts.asyncOp, timeout_s=self._timeout(opts)
-        )
+        started = self._comm.all_gather(wire, source(input), async_op=opts.asyncOp, timeout_s=self._timeout(opts))
         return self._work(started, [output], finish)
 
     def all_gather_single_coalesced(
@@ -172,11 +166,9 @@ class Collectives(dist.ProcessGroup):
         )
 
     _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
 
-    def gather(
-        self, outputs: list[Tensors], inputs: Tensors, opts: c10d.GatherOptions | None = None
-    ) -> PycommWork:
+    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: c10d.GatherOptions | None = None) -> PycommWork:
         opts = opts or c10d.GatherOptions()
         parts, finish, arriving = [], None, None
         if opts.rootRank == self._comm.rank:
@@ -191,16 +183,12 @@ class Collectives(dist.ProcessGroup):
         )
         return self._work(started, parts, finish)
 
-    def scatter(
-        self, outputs: Tensors, inputs: list[Tensors], opts: c10d.ScatterOptions | None = None
-    ) -> PycommWork:
+    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: c10d.ScatterOptions | None = None) -> PycommWork:
         opts = opts or c10d.ScatterOptions()
         output = _only(outputs)
         wire, finish = landing(output)
         leaving = together(_only(inputs))[0] if opts.rootRank == self._comm.rank else None
-        started = self._comm.scatter(
-            wire, leaving, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts)
-        )
+        started = self._comm.scatter(wire, leaving, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
         return self._work(started, [output], finish)
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: c10d.AllToAllOptions | None = None) -> PycommWork:
@@ -239,7 +227,7 @@ class Collectives(dist.ProcessGroup):
         )
         return self._work(started, [output], finish)
 
-    alltoall_base = all_to_all_single
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
 
     def barrier(self, opts: c10d.BarrierOptions | None = None) -> PycommWork:
         opts = opts or c10d.BarrierOptions()

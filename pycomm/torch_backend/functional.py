@@ -45,6 +45,4 @@ def _batch_p2p_ops(
     ]
     for work in works:
         work.wait()
-    return [
-        tensor.new_empty(0) if name == "isend" else tensor for name, tensor in zip(names, tensors, strict=True)
-    ]
+    return [tensor.new_empty(0) if name == "isend" else tensor for name, tensor in zip(names, tensors, strict=True)]

@@ -40,7 +40,7 @@ class PycommProcessGroup(Collectives):
     supports_time_estimate = False
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float, name: str) -> None:
-        super().__init__(rank, world_size)
+        super().__init__(rank, world_size)  # type: ignore[call-arg]
         serve_functional_collectives()
         self._store = store
         self._names = {"group": name, "description": ""}
@@ -53,7 +53,7 @@ class PycommProcessGroup(Collectives):
     def name(self) -> str:
         return "pycomm"
 
-    getBackendName = _get_backend_name = name  # noqa: N815
+    getBackendName = _get_backend_name = name
 
     def getGroupName(self) -> str:  # noqa: N802
         return self._names["group"]
@@ -68,7 +68,7 @@ class PycommProcessGroup(Collectives):
         self._names["description"] = description
 
     _set_group_name = setGroupName
-    _set_group_desc = setGroupDesc
+    _set_group_desc = setGroupDesc  # type: ignore[assignment]
     group_name = property(getGroupName)
     group_desc = property(getGroupDesc)
 

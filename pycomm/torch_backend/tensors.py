@@ -1,6 +1,6 @@
 """What torch.distributed hands over and what a communicator takes: layouts, dtypes, reduce operators.
 
-A communicator takes contiguous tensors of ten dtypes. Others are laid out contiguously first, and copied back when the
+A communicator takes contiguous tensors of nine dtypes. Others are laid out contiguously first, and copied back when the
 operation is over; complex numbers travel as pairs, and dtypes that are only moved as bytes.
 """
 
@@ -14,7 +14,7 @@ from torch.distributed import ReduceOp
 
 from pycomm.errors import BackendUnavailableError
 
-__all__ = ["Finish", "combine", "flat", "landing", "operator", "reduced", "source", "spread", "together"]
+__all__ = ["Finish", "combine", "flat", "kind_of", "landing", "operator", "reduced", "source", "spread", "together"]
 
 # What is left to do when the operation is over; None: nothing.
 Finish = Callable[[], None] | None
@@ -56,6 +56,11 @@ _BITWISE = {
 }
 
 
+def kind_of(op: ReduceOp) -> ReduceOp.RedOpType:
+    """The operator without its factor, which can be looked up."""
+    return op.op  # type: ignore[attr-defined, no-any-return]
+
+
 def source(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of ``tensor``, to be read: its own memory if a communicator takes it, a copy otherwise."""
     if tensor.is_cpu and tensor.dtype in _MOVED and tensor.is_contiguous():
@@ -73,7 +78,7 @@ def landing(tensor: torch.Tensor) -> tuple[torch.Tensor, Finish]:
 
 def reduced(tensor: torch.Tensor, op: ReduceOp) -> tuple[torch.Tensor, Finish]:
     """As :func:`landing`, for a tensor that ``op`` reduces; multiplied already if the operator says so."""
-    if op.op == ReduceOp.PREMUL_SUM:
+    if kind_of(op) == ReduceOp.PREMUL_SUM:
         with torch.no_grad():
             # As NCCL does: every rank's factor, and the product rounded to the tensor's dtype.
             scaled = torch.mul(_dense(tensor), op.factor).to(tensor.dtype)
@@ -90,7 +95,7 @@ def operator(op: ReduceOp, dtype: torch.dtype) -> str | None:
     Raises:
         ValueError: it has no meaning there.
     """
-    kind = op.op
+    kind = kind_of(op)
     name = _BOOL_NAMES.get(kind) if dtype is torch.bool else _NAMES.get(kind)
     if name is None and (kind not in _BITWISE or dtype.is_floating_point or dtype.is_complex):
         raise ValueError(f"ReduceOp.{kind.name} over {dtype} has no meaning")
@@ -101,7 +106,7 @@ def operator(op: ReduceOp, dtype: torch.dtype) -> str | None:
 
 def combine(target: torch.Tensor, parts: torch.Tensor, op: ReduceOp) -> None:
     """Bitwise ``op`` over dim 0 of ``parts`` [ranks, *shape], in rank order, into ``target`` [*shape]."""
-    function = _BITWISE[op.op]
+    function = _BITWISE[kind_of(op)]
     total = parts[0].clone()
     for part in parts[1:]:
         function(total, part, out=total)

@@ -112,9 +112,7 @@ def checkpoint() -> Numbers:
     fresh, fresh_optimizer = sharded()
     states = dict(zip(("model", "optimizer"), get_state_dict(fresh, fresh_optimizer), strict=True))
     load(states, checkpoint_id=folder[0])
-    set_state_dict(
-        fresh, fresh_optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
-    )
+    set_state_dict(fresh, fresh_optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     for loaded, saved in zip(fresh.parameters(), model.parameters(), strict=True):
         assert torch.equal(whole(loaded), whole(saved))
     return [whole(parameter) for parameter in fresh.parameters()]
@@ -309,8 +307,8 @@ def _trainer() -> Numbers:
     ]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, use_cpu=True, max_steps=3, per_device_train_batch_size=2, report_to=[], save_strategy="no",
-            logging_steps=1, disable_tqdm=True, seed=0, optim="sgd", learning_rate=0.1,
+            output_dir=folder, use_cpu=True, max_steps=3, per_device_train_batch_size=2, report_to=[],
+            save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0, optim="sgd", learning_rate=0.1,
         )  # fmt: skip
         trainer = Trainer(BertForSequenceClassification(config), arguments, train_dataset=data)
         assert arguments.world_size == dist.get_world_size()

@@ -104,8 +104,8 @@ def reductions():
         op.BAND: bits[op.BAND], op.BOR: bits[op.BOR], op.BXOR: bits[op.BXOR],
     }  # fmt: skip
     by_dtype = {torch.bool: logic, torch.complex64: {op.SUM: numbers[op.SUM]}}
-    by_dtype |= {dtype: numbers for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
-    by_dtype |= {dtype: numbers | bits for dtype in (torch.int8, torch.uint8, torch.int32, torch.int64)}
+    by_dtype |= dict.fromkeys((torch.float32, torch.float64, torch.float16, torch.bfloat16), numbers)
+    by_dtype |= dict.fromkeys((torch.int8, torch.uint8, torch.int32, torch.int64), numbers | bits)
     for dtype, operators in by_dtype.items():
         for name, reference in operators.items():
             everyone = [contribution(r, (n, 3), dtype) for r in range(n)]
@@ -117,7 +117,7 @@ def reductions():
                 tensor = layout(everyone[rank])
                 dist.reduce(tensor, n - 1, name)
                 same(tensor, expected if rank == n - 1 else everyone[rank])
-                if name in bits and dtype is not torch.bool or name == op.BXOR:
+                if (name in bits and dtype is not torch.bool) or name == op.BXOR:
                     continue
                 for single in (True, False):
                     part = layout(torch.zeros(1, 3, dtype=dtype))
