@@ -185,7 +185,8 @@ def _group(comm, connection, **options):
 def dies_in_training(comm, connection):
     _group(comm, connection)
     model = DistributedDataParallel(nn.Linear(3, 3))
-    model(torch.ones(1, 3)).sum().backward()
+    for _ in range(2):  # the second step rebuilds the buckets, after which only gradients travel
+        model(torch.ones(1, 3)).sum().backward()
     dist.barrier()
     if comm.rank == 1:
         os._exit(0)
@@ -193,7 +194,7 @@ def dies_in_training(comm, connection):
     for attempt in (
         lambda: model(torch.ones(1, 3)).sum().backward(),
         lambda: dist.all_reduce(torch.ones(1)),
-        lambda: dist.all_reduce(torch.ones(1), async_op=True),
+        lambda: dist.all_reduce(torch.ones(1), async_op=True).wait(),
     ):
         try:
             attempt()
