@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -203,44 +202,6 @@ def test_wrong_arguments_send_nothing(pool: Pool, world_size: int) -> None:
     pool.run(world_size, wrong_arguments)
 
 
-def random_exchanges(comm: Communicator, seed: int, num_rounds: int) -> None:
-    """All ranks draw the same program: each round a set of messages, as one batch or as single asynchronous calls."""
-    draw = random.Random(seed)
-    for round_number in range(num_rounds):
-        works: list[Any] = []
-        received = []
-        as_batch = draw.random() < 0.5
-        symmetric = draw.random() < 0.3
-        batch = comm.batch()
-        for number in range(draw.randrange(1, 7)):
-            source, destination = draw.randrange(comm.world_size), draw.randrange(comm.world_size)
-            count = draw.choice(COUNTS)
-            tag = draw.choice([number, -number])
-            expected = values(count, 7 * round_number + number)
-            block = comm.empty(count) if symmetric else torch.empty(count)
-            calls = batch if as_batch else comm
-            options = {} if as_batch else {"async_op": True}
-            if comm.rank == source:
-                block.copy_(expected)
-                works.append(calls.send(block, destination, tag, **options))
-            if comm.rank == destination:
-                into = torch.zeros(count)
-                works.append(calls.recv(into, source, tag, **options))
-                received.append((into, expected))
-        with batch:
-            pass
-        for work in works:
-            if work is not None:
-                work.wait()
-        for into, expected in received:
-            assert torch.equal(into, expected), (seed, round_number)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_random_exchanges(pool: Pool, world_size: int) -> None:
-    pool.run(world_size, random_exchanges, 20_261_124, 40)
-
-
 def without_strict(comm: Communicator, path: str) -> None:
     """Small sends return at once, received or not."""
     store = file_store(path, comm.world_size)
@@ -253,7 +214,6 @@ def without_strict(comm: Communicator, path: str) -> None:
             free.recv(tensor, peer)
             assert (tensor == number).all()
         ring(free, "ordinary")
-        random_exchanges(free, 7, 20)
         free.barrier()
 
 
