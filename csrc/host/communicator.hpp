@@ -23,7 +23,8 @@ struct CallOptions {
 
 class Communicator {
  public:
-  Communicator(std::string name, Membership members, InterruptCheck interrupt);
+  Communicator(std::string name, Membership members, InterruptCheck interrupt,
+               std::shared_ptr<WaitGraph> graph = nullptr);
   Communicator(const Communicator&) = delete;  // its thread holds its address
   Communicator& operator=(const Communicator&) = delete;
   ~Communicator();

@@ -30,13 +30,13 @@ Tuning default_tuning(int world_size) {
 }
 
 Control::Control(Segment segment, int world_size, const Tuning& tuning)
-    : segment_(std::move(segment)),
+    : segment_(std::make_shared<Segment>(std::move(segment))),
       slot_stride_(slot_stride(tuning)),
       channels_offset_(channels_offset(tuning)),
       channel_sizes_(tuning.channel),
       area_stride_(area_stride(world_size, tuning)) {
-  if (segment_.bytes() < bytes_for(world_size, tuning)) {
-    throw Error(ErrorKind::kGeneral, "control segment has " + std::to_string(segment_.bytes()) + " bytes, needs " +
+  if (segment_->bytes() < bytes_for(world_size, tuning)) {
+    throw Error(ErrorKind::kGeneral, "control segment has " + std::to_string(segment_->bytes()) + " bytes, needs " +
                                          std::to_string(bytes_for(world_size, tuning)));
   }
 }

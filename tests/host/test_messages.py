@@ -154,6 +154,35 @@ def test_asynchronous_exchange_and_collectives(pool: Pool) -> None:
     pool.run(2, async_exchange)
 
 
+def sleeps_of_the_messages_thread() -> int:
+    """How often it has given up its core to wait."""
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().strip() == "pycomm-messages":
+            lines = (task / "status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
+    return 0
+
+
+def copy_asynchronously(comm: Communicator) -> int:
+    peer = 1 - comm.rank
+    mine = comm.empty(32_000_000).fill_(comm.rank)
+    theirs = torch.full_like(mine, -1.0)
+    comm.barrier()
+    before = sleeps_of_the_messages_thread()
+    work = comm.recv(theirs, peer, async_op=True)
+    comm.send(mine, peer, async_op=True)
+    work.wait()
+    after = sleeps_of_the_messages_thread()
+    assert (theirs == peer).all()
+    comm.barrier()
+    return after - before
+
+
+def test_copying_in_place_never_sleeps_between_chunks(pool: Pool) -> None:
+    """128 chunks of 1 MB. What it may sleep for is the offer, the reply and the lock."""
+    assert max(pool.run(2, copy_asynchronously)) < 16
+
+
 def disagreement(comm: Communicator) -> dict[int, str]:
     peer = 1 - comm.rank
     for count in (4, 70_001):
