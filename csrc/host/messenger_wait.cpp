@@ -42,8 +42,7 @@ Messenger::Messenger(Group& group, InterruptCheck interrupt)
 Messenger::~Messenger() { stop(); }
 
 std::shared_ptr<Messenger::Batch> Messenger::make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const {
-  group_.check_usable();
-  waiter_.check_aborted();
+  begin();
   auto batch = std::make_shared<Batch>();
   batch->deadline = Deadline::after(timeout_s);
   batch->num_active = specs.size();
@@ -68,6 +67,22 @@ void Messenger::post(Batch& batch) {
     }
   }
   progress();
+}
+
+void Messenger::begin() const {
+  group_.check_usable();
+  waiter_.check_aborted();
+  if (group_.graph() != nullptr) group_.graph()->issue();
+}
+
+void Messenger::send(const MessageSpec& spec, double timeout_s) {
+  begin();
+  if (!send_at_once(spec)) run({spec}, timeout_s);
+}
+
+int Messenger::recv(const MessageSpec& spec, double timeout_s) {
+  begin();
+  return recv_at_once(spec) ? spec.peer : run({spec}, timeout_s).front();
 }
 
 std::vector<int> Messenger::run(const std::vector<MessageSpec>& specs, double timeout_s) {
