@@ -10,7 +10,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <string>
 
 #include "host/channel.hpp"
 #include "host/segment.hpp"
@@ -84,6 +86,12 @@ struct Tuning {
 };
 /// From the sizes of this machine's caches and the number of ranks.
 Tuning default_tuning(int world_size);
+
+using Thresholds = std::map<std::string, std::uint64_t>;
+/// slice_bytes, one_shot_bytes, eager_bytes and stream_bytes.
+Thresholds thresholds_of(const Tuning& tuning);
+/// The default with other values for some of them. Throws std::invalid_argument for a name or a value that cannot be.
+Tuning tuning_with(int world_size, const Thresholds& thresholds);
 
 class Control {
  public:
