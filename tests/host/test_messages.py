@@ -15,7 +15,7 @@ from tests.host.test_faults import Ranks
 from tests.pool import Pool, file_store
 
 # Eager, just above it, larger than the ring that streams, and no multiple of anything.
-COUNTS = [0, 1, 7, 1000, 2049, 70_001, 700_003]
+COUNTS = [0, 1, 7, 1000, 4097, 8193, 70_001, 700_003]
 
 
 def values(count: int, source: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
