@@ -9,6 +9,7 @@ from pycomm import errors, pipeline
 from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
 from pycomm.data_parallel import DataParallel
+from pycomm.mesh import Mesh
 
 __version__ = _version()
-__all__ = ["Communicator", "DataParallel", "Work", "__version__", "errors", "init", "pipeline"]
+__all__ = ["Communicator", "DataParallel", "Mesh", "Work", "__version__", "errors", "init", "pipeline"]
