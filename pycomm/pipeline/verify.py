@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pycomm.errors import ScheduleError
 from pycomm.pipeline.actions import COMPUTE, KINDS, TRANSFERS, Action, Schedule, held_after, last_uses, mate, steps
 
-__all__ = ["slots_needed", "verify"]
+__all__ = ["buffers", "slots_needed", "verify"]
 
 Key = tuple[str, int, int]
 
@@ -51,20 +51,26 @@ def verify(schedule: Schedule, slots: int | None = None, streams: int = 1) -> No
     _check_memory(schedule)
 
 
-def slots_needed(schedule: Schedule) -> int:
-    """The least ``slots`` that :func:`verify` accepts where transfers wait at their place in the order (one stream)."""
-    most = 1
+def buffers(schedule: Schedule) -> dict[tuple[str, int], int]:
+    """(RECV_F or RECV_B, receiving stage) -> the most that the stage has received and not released at once."""
+    most: dict[tuple[str, int], int] = {}
     for actions in schedule.ranks:
         release = last_uses(actions)
         taken: Counter[tuple[str, int]] = Counter()
         for action in actions:
+            link = action.kind, action.stage
             if action.kind in ("RECV_F", "RECV_B"):
-                taken[action.kind, action.stage] += 1
-                most = max(most, taken[action.kind, action.stage])
+                taken[link] += 1
+                most[link] = max(most.get(link, 0), taken[link])
             elif action.key in release:
                 taken["RECV_F", action.stage] -= 1
                 taken["RECV_B", action.stage] -= 1
     return most
+
+
+def slots_needed(schedule: Schedule) -> int:
+    """The least ``slots`` that :func:`verify` accepts where transfers wait at their place in the order (one stream)."""
+    return max(buffers(schedule).values(), default=1)
 
 
 def _check_places(schedule: Schedule) -> None:
