@@ -6,7 +6,8 @@ keep the names that they have in the whole model, so state dicts of stages add u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -85,7 +86,12 @@ def split_gpt(model: GPT, num_stages: int, costs: Sequence[float] | None = None)
 
 
 def gpt_stages(
-    model: GPT, comm: Communicator, rank_of: Sequence[int], cuts: Sequence[range] | None = None
+    model: GPT,
+    comm: Communicator,
+    rank_of: Sequence[int],
+    cuts: Sequence[range] | None = None,
+    *,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
 ) -> list[PipelineStage]:
     """This rank's stages of ``model``, a tied embedding shared between those that have it.
 
@@ -94,6 +100,7 @@ def gpt_stages(
         comm: the pipeline's ranks.
         rank_of: stage -> rank, as a Schedule has it.
         cuts: the layers of each stage; None: :func:`split_gpt`.
+        wrap: what to make of a stage's module, such as a DataParallel.
 
     Raises:
         ValueError: the cuts do not divide the layers among the stages.
@@ -107,7 +114,11 @@ def gpt_stages(
     for index, (rank, layers) in enumerate(zip(rank_of, cuts, strict=True)):
         if rank == comm.rank:
             module = GPTStage(model, layers)
-            tied = model.token_embedding.weight
-            shared = [param for param in module.parameters() if is_tied and param is tied]
-            stages.append(PipelineStage(module, index, len(cuts), comm, shared={TIED: shared[0]} if shared else None))
+            if is_tied and module.scores:
+                # A copy, also where the embedding is on the same rank: then sums do not depend on where stages are.
+                module.unembedding = copy.deepcopy(model.unembedding)
+            ends = {"token_embedding.weight", "unembedding.weight"} if is_tied else set()
+            shared = {TIED: param for name, param in module.named_parameters() if name in ends}  # noqa: B035  (one, or none)
+            wrapped = module if wrap is None else wrap(module)
+            stages.append(PipelineStage(wrapped, index, len(cuts), comm, shared=shared))
     return stages

@@ -82,6 +82,8 @@ class PipelineStage:
             if torch.is_grad_enabled() and stage_input.is_floating_point():
                 stage_input.requires_grad_()
         output: Tensor = self.module(stage_input)
+        if not self.is_first and isinstance(output, Tensor) and _same_memory(output, stage_input):
+            output = output.clone()  # the input's memory goes back to its sender before the last use of the output
         if loss_of is not None:
             output = loss_of(output)
         if torch.is_grad_enabled():
@@ -111,7 +113,7 @@ class PipelineStage:
             else:
                 held.split = SplitBackward(held.output, self.module.parameters())
                 grad = held.split.inputs(output_grad, wanted)
-        return _or_zeros(grad, wanted)
+        return _own(grad, wanted, output_grad)
 
     def backward_weight(self, microbatch: int) -> None:
         """W: what :meth:`backward_input` left; then nothing of the micro-batch is kept."""
@@ -122,6 +124,7 @@ class PipelineStage:
         elif held.output.requires_grad:
             params = [param for param in self.module.parameters() if param.requires_grad]
             torch.autograd.backward([held.output], _listed(held.output_grad), inputs=params)
+        self._own_gradients(held.output_grad)
 
     def backward(self, microbatch: int, output_grad: Tensor | None, is_last: bool) -> Tensor | None:
         """B and W in one; then nothing of the micro-batch is kept."""
@@ -130,13 +133,22 @@ class PipelineStage:
             return None
         with nullcontext() if is_last else self._no_sync():
             torch.autograd.backward([held.output], _listed(output_grad))
+        self._own_gradients(output_grad)
         if self.is_first or not held.stage_input.requires_grad:
             return None
-        return _or_zeros(held.stage_input.grad, held.stage_input)
+        return _own(held.stage_input.grad, held.stage_input, output_grad)
 
     def drop(self) -> None:
         """Forget all micro-batches."""
         self._held.clear()
+
+    def _own_gradients(self, output_grad: Tensor | None) -> None:
+        """Autograd may make ``.grad`` a view of the gradient that came in, whose memory goes back to its sender."""
+        if output_grad is None:
+            return
+        for param in self.module.parameters():
+            if param.grad is not None and _same_memory(param.grad, output_grad):
+                param.grad = param.grad.clone()
 
     @property
     def _communicates(self) -> bool:
@@ -150,6 +162,14 @@ def _listed(grad: Tensor | None) -> list[Tensor] | None:
     return None if grad is None else [grad]
 
 
-def _or_zeros(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The stage before waits for a gradient also where the output does not depend on the input."""
-    return torch.zeros_like(like) if grad is None and like is not None else grad
+def _own(grad: Tensor | None, stage_input: Tensor | None, output_grad: Tensor | None) -> Tensor | None:
+    """The input's gradient in memory of its own; zeros, not None, where the output does not depend on the input."""
+    if stage_input is None:
+        return None
+    if grad is None:
+        return torch.zeros_like(stage_input)
+    return grad.clone() if output_grad is not None and _same_memory(grad, output_grad) else grad
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0

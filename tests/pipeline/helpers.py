@@ -69,7 +69,7 @@ class Reference:
         self.params = dict(self.whole.named_parameters())
         self.abs_sums = {name: torch.zeros_like(param) for name, param in self.params.items()}
 
-    def step(self, step: int = 0) -> float:
+    def step(self, step: int = 0, *, tied: bool = True) -> float:
         inputs, targets = (part.tensor_split(MICROBATCHES) for part in batch(step))
         total = torch.tensor(0.0, dtype=self.whole.final_norm.weight.dtype)
         embedding, output = self.params["token_embedding.weight"], self.params["unembedding.weight"]
@@ -83,7 +83,8 @@ class Reference:
                 self.abs_sums[name] += grad.abs()
         assert embedding.grad is not None
         assert output.grad is not None
-        embedding.grad = output.grad = embedding.grad + output.grad
+        if tied:
+            embedding.grad = output.grad = embedding.grad + output.grad
         return float(total)
 
 
