@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
-from pycomm.errors import MismatchError
+from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
 from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, mate, steps
 from pycomm.pipeline.links import Arrived, Links, check_sendable
 from pycomm.pipeline.measure import gather_spans
@@ -134,7 +134,9 @@ class Pipeline:
                 run.do(step)
             self._links.settle()
         except BaseException as error:
-            self._comm.abort(f"Pipeline: {type(error).__name__}: {error}")
+            # A wait that failed has told the peers who is at its root; all else they must hear from here.
+            if run.is_computing or not isinstance(error, (PeerLostError, PeerTimeoutError)):
+                self._comm.abort(f"Pipeline: {type(error).__name__}: {error}")
             raise
         finally:
             for stage in self._stages.values():
@@ -149,6 +151,7 @@ class _Run:
         self.loss: Tensor | None = None
         self.spans: list[Span] = []
         self.sent: dict[tuple[str, int], int] = {}
+        self.is_computing = False
         self._pipe = pipeline
         self._links = pipeline._links
         self._stages = pipeline._stages
@@ -176,22 +179,21 @@ class _Run:
 
     def _compute(self, action: Action) -> None:
         kind, stage, i = action.key
+        given: Tensor | None = None
         if kind == "F":
-            stage_input = self._input_of(stage, i)
-            start = time.perf_counter()
-            self._forward(stage, i, stage_input)
+            given = self._input_of(stage, i)
+        elif kind != "W" and stage + 1 < self._pipe._num_stages:
+            given = self._take("RECV_B", "B", stage, i)
+        start = time.perf_counter()
+        self.is_computing = True
+        if kind == "F":
+            assert given is not None
+            self._forward(stage, i, given)
         elif kind == "W":
-            start = time.perf_counter()
             self._stages[stage].backward_weight(i)
         else:
-            grad = self._take("RECV_B", "B", stage, i) if stage + 1 < self._pipe._num_stages else None
-            start = time.perf_counter()
-            is_last = (stage, i) in self._pipe._last_backward
-            owner = self._stages[stage]
-            backward = owner.backward if kind == "BW" else owner.backward_input
-            input_grad = backward(i, grad, is_last)
-            if stage > 0:
-                self._ready["B", stage, i] = self._checked("B", stage, i, input_grad)
+            self._backward(kind, stage, i, given)
+        self.is_computing = False
         self.spans.append(Span(action, start, time.perf_counter()))
         if action.key in self._pipe._release or not torch.is_grad_enabled():
             for receive in ("RECV_F", "RECV_B"):
@@ -240,6 +242,13 @@ class _Run:
         loss = owner.forward(i, stage_input, weighted_loss).detach()
         self.loss = loss if self.loss is None else self.loss + loss
 
+    def _backward(self, kind: str, stage: int, i: int, grad: Tensor | None) -> None:
+        owner = self._stages[stage]
+        backward = owner.backward if kind == "BW" else owner.backward_input
+        input_grad = backward(i, grad, (stage, i) in self._pipe._last_backward)
+        if stage > 0:
+            self._ready["B", stage, i] = self._checked("B", stage, i, input_grad)
+
     def _outgoing(self, action: Action) -> tuple[Action, Tensor, int]:
         kind, stage, i = action.key
         tensor = self._ready.pop((kind[-1], stage, i)).detach()
@@ -276,6 +285,14 @@ def _checked_comm(stages: Sequence[PipelineStage], schedule: Schedule) -> Commun
     if not stages:
         raise ValueError("this rank has no stage: every rank of a pipeline has at least one")
     comm = stages[0].comm
+    seen: dict[nn.Parameter, int] = {}
+    for stage in stages:
+        for param in stage.module.parameters() if hasattr(stage.module, "no_sync") else ():
+            if seen.setdefault(param, stage.stage_index) != stage.stage_index:
+                raise ValueError(
+                    f"stages {seen[param]} and {stage.stage_index} are wrapped and have a parameter in common: give "
+                    "each a copy, and both copies one name in `shared`"
+                )
     if any(stage.comm is not comm for stage in stages):
         raise ValueError("the stages have different communicators: a pipeline has one")
     if len(schedule.ranks) != comm.world_size:

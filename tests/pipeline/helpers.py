@@ -55,9 +55,9 @@ def on_this_rank(comm: Communicator, schedule: Schedule, step: int = 0) -> tuple
 class Reference:
     """One process that goes through the same micro-batches in the same order, gradients adding up over steps.
 
-    The embedding and the output projection are two parameters here. A pipeline whose first and last stage are on
-    different ranks keeps the old sum and the embedding's gradients in one copy and the output's in the other, and adds
-    the two at the end of a step. So does this; all else happens in one order anyway. So the bits are the same.
+    The embedding and the output projection are two parameters here. A pipeline of several stages keeps the old sum and
+    the embedding's gradients in one copy and the output's in the other, and adds the two at the end of a step. So does
+    this; all else happens in one order anyway. So the bits are the same.
 
     Attributes:
         abs_sums: of each parameter, the sum of the absolute values of all gradients that were added.
