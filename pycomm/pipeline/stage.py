@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
-from pycomm.pipeline.backward import SplitBackward
+from pycomm.pipeline.backward import Leaves, SplitBackward, leaves_of
 
 __all__ = ["PipelineStage"]
 
@@ -62,6 +62,7 @@ class PipelineStage:
             if id(param) not in own:
                 raise ValueError(f"the shared parameter {name!r} is not a parameter of stage {stage_index}'s module")
         self._held: dict[int, _Held] = {}
+        self._leaves: Leaves | None = None  # of a step
 
     @property
     def is_first(self) -> bool:
@@ -111,7 +112,7 @@ class PipelineStage:
                     [held.output], [wanted], grads, retain_graph=True, allow_unused=True
                 )[0]
             else:
-                held.split = SplitBackward(held.output, self.module.parameters())
+                held.split = SplitBackward(held.output, self._gradients_of())
                 grad = held.split.inputs(output_grad, wanted)
         return _own(grad, wanted, output_grad)
 
@@ -139,8 +140,14 @@ class PipelineStage:
         return _own(held.stage_input.grad, held.stage_input, output_grad)
 
     def drop(self) -> None:
-        """Forget all micro-batches."""
+        """End of a step: forget all micro-batches."""
         self._held.clear()
+        self._leaves = None
+
+    def _gradients_of(self) -> Leaves:
+        if self._leaves is None:
+            self._leaves = leaves_of(self.module.parameters())
+        return self._leaves
 
     def _own_gradients(self, output_grad: Tensor | None) -> None:
         """Autograd may make ``.grad`` a view of the gradient that came in, whose memory goes back to its sender."""
