@@ -5,10 +5,12 @@ but one parameter: the product of a linear layer, a convolution. B lets the grad
 and catches what enters each joint; autograd computes there only what flows on. W later sends what was caught into each
 joint's branch to its parameter. Nothing is computed twice.
 
-The product of a linear layer is added to ``.grad`` by the matrix product itself, without a tensor in between; it then
-rounds once less than autograd would. Vectors, such as the scales of norms, are not worth a second visit, and get their
-gradients in B. So do a parameter that several joints lead to (tied weights in one stage), and what lies behind a node
-with several outputs.
+A linear layer needs no graph for that: its input and what was caught are enough. W adds their product to ``.grad`` in
+the multiplication itself, which rounds once less than autograd would. If all joints of a stage are such, the graph with
+everything else that it has saved is gone after B.
+
+Vectors, such as the scales of norms, are not worth a second visit, and get their gradients in B. So do a parameter that
+several joints lead to (tied weights in one stage), and what lies behind a node with several outputs.
 
 Ref: "Zero Bubble Pipeline Parallelism" (2023), section 2.1; the graph is cut as torch.distributed.pipelining does.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,43 +39,46 @@ class SplitBackward:
     """The two halves of one micro-batch's backward from ``output``.
 
     Args:
-        output: what the stage returned, or its loss.
+        output: what the stage returned, or its loss. Drop it after :meth:`inputs`, so that its graph can go.
         leaves: of the parameters whose gradients are wanted.
     """
 
     def __init__(self, output: Tensor, leaves: Leaves) -> None:
-        self._output = output
-        self._leaves = leaves
+        self._output: Tensor | None = output
         branches = list(_branches(get_gradient_edge(output), leaves))
         uses = Counter(id(param) for joint, param in branches if joint is not None)
         unsplit = {id(p) for joint, p in branches if joint is None or uses[id(p)] > 1}
         vectors = {joint for joint, _ in branches} - {joint for joint, param in branches if param.ndim > 1}
         unsplit |= {id(param) for joint, param in branches if joint in vectors}
         self._at_once = list({id(param): param for _, param in branches if id(param) in unsplit}.values())
-        self._joints: dict[Node, list[nn.Parameter]] = {}
+        joints: dict[Node, list[nn.Parameter]] = {}
         for joint, param in branches:
             if joint is not None and id(param) not in unsplit:
-                self._joints.setdefault(joint, []).append(param)
+                joints.setdefault(joint, []).append(param)
+        self._parts: list[_Linear | _Joint] = [
+            _linear(joint, params, leaves) or _Joint(joint, params) for joint, params in joints.items()
+        ]
+        self._edges = [GradientEdge(joint, 0) for joint in joints]
         self._caught: list[Tensor | None] = []
 
     def inputs(self, grad: Tensor | None, stage_input: Tensor | None) -> Tensor | None:
         """B: the gradient of ``stage_input`` (None: none is wanted), given that of the output (None: a scalar's, 1)."""
-        edges = [GradientEdge(joint, 0) for joint in self._joints]
-        wanted: list[Tensor | GradientEdge] = [*edges, *self._at_once]
+        wanted: list[Tensor | GradientEdge] = [*self._edges, *self._at_once]
         if stage_input is not None:
             wanted.append(stage_input)
-        if not wanted:
+        output, self._output = self._output, None
+        if not wanted or output is None:
             return None
-        # Retained, since W needs what the joints have saved.
         found = torch.autograd.grad(
-            [self._output],
+            [output],
             wanted,  # type: ignore[arg-type]  # torch takes both kinds in one list
             None if grad is None else [grad],
-            retain_graph=True,
+            retain_graph=any(isinstance(part, _Joint) for part in self._parts),
             allow_unused=True,
         )
-        self._caught = list(found[: len(edges)])
-        for param, part in zip(self._at_once, found[len(edges) :], strict=False):
+        self._caught = list(found[: len(self._edges)])
+        self._edges.clear()
+        for param, part in zip(self._at_once, found[len(self._caught) :], strict=False):
             if part is not None:
                 # A copy: it may share memory with what came in, which is used again.
                 _accumulate(param, part.clone() if param.grad is None else part)
@@ -80,41 +86,67 @@ class SplitBackward:
 
     def weights(self) -> None:
         """W: accumulate into ``.grad`` what B left over. Once."""
-        for (joint, params), grad in zip(self._joints.items(), self._caught, strict=True):
-            if grad is not None and not _add_product(joint, params, grad, self._leaves):
-                torch.autograd.backward([GradientEdge(joint, 0)], [grad], inputs=params)
-        self._joints.clear()
-        self._caught.clear()
+        while self._parts and self._caught:
+            part, grad = self._parts.pop(), self._caught.pop()
+            if grad is not None:
+                part.accumulate(grad)
 
 
-def _add_product(joint: Node, params: list[nn.Parameter], grad: Tensor, leaves: Leaves) -> bool:
-    """W of a linear layer without autograd; False if ``joint`` is nothing of the kind, or somebody has hooks there."""
-    if joint.name() not in ("MmBackward0", "AddmmBackward0"):
-        return False
+@dataclass
+class _Joint:
+    """Any joint: autograd runs it again, for its parameters alone."""
+
+    node: Node
+    params: list[nn.Parameter]
+
+    def accumulate(self, grad: Tensor) -> None:
+        torch.autograd.backward([GradientEdge(self.node, 0)], [grad], inputs=self.params)
+
+
+@dataclass
+class _Linear:
+    """The joint of a linear layer, by the layer's input [rows, in]."""
+
+    x: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def accumulate(self, grad: Tensor) -> None:
+        with torch.no_grad():
+            if self.weight.grad is None:
+                self.weight.grad = grad.t() @ self.x
+            else:
+                self.weight.grad.addmm_(grad.t(), self.x)
+            if self.bias is not None:
+                _accumulate(self.bias, grad.sum(0))
+
+
+_SAVED_INPUT = {"MmBackward0": "self", "AddmmBackward0": "mat1"}
+
+
+def _linear(joint: Node, params: list[nn.Parameter], leaves: Leaves) -> _Linear | None:
+    """``joint`` as a linear layer, if it is one as nn.Linear makes them and nobody has hooks there."""
+    saved = _SAVED_INPUT.get(joint.name())
     transposed = joint.next_functions[-1][0]
-    if transposed is None or transposed.name() != "TBackward0":
-        return False
+    if saved is None or transposed is None or transposed.name() != "TBackward0":
+        return None
     following = transposed.next_functions[0][0]
     weight = None if following is None else leaves.get(following)
     biases = [param for param in params if param is not weight]
-    if weight is None or len(biases) == len(params) or any(bias.shape != grad.shape[1:] for bias in biases):
-        return False
-    if any(param._backward_hooks or param._post_accumulate_grad_hooks for param in params):
-        return False
-    with_bias = joint.name() == "AddmmBackward0"
-    if with_bias and (joint._saved_alpha, joint._saved_beta) != (1, 1):  # type: ignore[attr-defined]
-        return False
-    x = joint._saved_mat1 if with_bias else joint._saved_self  # type: ignore[attr-defined]
-    if x is None or not x.dtype == grad.dtype == weight.dtype or grad.is_complex():
-        return False
-    with torch.no_grad():
-        if weight.grad is None:
-            weight.grad = grad.t() @ x
-        else:
-            weight.grad.addmm_(grad.t(), x)
-        for bias in biases:
-            _accumulate(bias, grad.sum(0))
-    return True
+    if weight is None or len(biases) == len(params) or any(bias.shape != weight.shape[:1] for bias in biases):
+        return None
+    if any(param._backward_hooks or param._post_accumulate_grad_hooks for param in params):  # DataParallel's, too
+        return None
+    if saved == "mat1" and (joint._saved_alpha, joint._saved_beta) != (1, 1):  # type: ignore[attr-defined]
+        return None
+    if (
+        getattr(getattr(joint, f"_raw_saved_{saved}"), "unpack_hook", None) is not None
+    ):  # checkpointing computes it anew
+        return None
+    x: Tensor | None = getattr(joint, f"_saved_{saved}")
+    if x is None or x.dtype != weight.dtype or weight.is_complex():
+        return None
+    return _Linear(x, weight, biases[0] if biases else None)
 
 
 def _accumulate(param: nn.Parameter, grad: Tensor) -> None:

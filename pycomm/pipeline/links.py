@@ -194,13 +194,12 @@ class Links:
         slots.num_lent -= 1
 
 
-def check_sendable(tensor: object, what: str) -> Tensor:
-    """``tensor``; TypeError or ValueError, with ``what`` in front, unless a token can describe it."""
+def check_sendable(tensor: object, what: str) -> None:
+    """Raise TypeError or ValueError, with ``what`` in front, unless a token can describe ``tensor``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} is {type(tensor).__name__}: a stage takes one tensor and returns one")
     if tensor.dtype not in _DTYPES or tensor.ndim > _MAX_DIMS:
         raise ValueError(f"{what} is {tensor.dtype} with {tensor.ndim} dimensions: it cannot be sent to another stage")
-    return tensor
 
 
 def _sending_stage(link: Link) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
 from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, mate, steps
-from pycomm.pipeline.links import Arrived, Links, check_sendable
+from pycomm.pipeline.links import Arrived, Links
 from pycomm.pipeline.measure import gather_spans
 from pycomm.pipeline.shared import SharedParameters
 from pycomm.pipeline.simulate import Span, Timeline
@@ -247,6 +247,7 @@ class _Run:
         backward = owner.backward if kind == "BW" else owner.backward_input
         input_grad = backward(i, grad, (stage, i) in self._pipe._last_backward)
         if stage > 0:
+            assert input_grad is not None
             self._ready["B", stage, i] = self._checked("B", stage, i, input_grad)
 
     def _outgoing(self, action: Action) -> tuple[Action, Tensor, int]:
@@ -257,10 +258,9 @@ class _Run:
         self.sent[receive, to] = max(num_bytes, self.sent.get((receive, to), 0))
         return action, tensor, self._rows[i]
 
-    def _checked(self, kind: str, stage: int, i: int, output: object) -> Tensor:
-        """``output``, if its shape is that of the other micro-batches with as many rows."""
+    def _checked(self, kind: str, stage: int, i: int, tensor: Tensor) -> Tensor:
+        """``tensor``, if its shape is that of the other micro-batches with as many rows."""
         what = f"the {'output' if kind == 'F' else 'input gradient'} of stage {stage}, micro-batch {i},"
-        tensor = check_sendable(output, what)
         first, shape, dtype = self._shapes.setdefault((kind, stage, self._rows[i]), (i, tensor.shape, tensor.dtype))
         if (shape, dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.pipeline.backward import Leaves, SplitBackward, leaves_of
+from pycomm.pipeline.links import check_sendable
 
 __all__ = ["PipelineStage"]
 
@@ -20,7 +21,9 @@ class _Held:
     """A micro-batch between its F and its last B or W."""
 
     stage_input: Tensor
-    output: Tensor  # of the last stage: the weighted loss
+    output: (
+        Tensor | None
+    )  # of the last stage: the weighted loss; None where nothing needs a gradient, or B has split it
     output_grad: Tensor | None = None
     split: SplitBackward | None = None
 
@@ -83,16 +86,18 @@ class PipelineStage:
             if torch.is_grad_enabled() and stage_input.is_floating_point():
                 stage_input.requires_grad_()
         output: Tensor = self.module(stage_input)
-        if not self.is_first and isinstance(output, Tensor) and _same_memory(output, stage_input):
-            output = output.clone()  # the input's memory goes back to its sender before the last use of the output
         if loss_of is not None:
             output = loss_of(output)
+        else:
+            check_sendable(output, f"the output of stage {self.stage_index}, micro-batch {microbatch},")
+        if not self.is_first and _same_memory(output, stage_input):
+            output = output.clone()  # the input's memory goes back to its sender before the last use of the output
         if torch.is_grad_enabled():
-            self._held[microbatch] = _Held(stage_input, output)
+            self._held[microbatch] = _Held(stage_input, output if output.requires_grad else None)
         return output
 
     def backward_input(self, microbatch: int, output_grad: Tensor | None, is_last: bool) -> Tensor | None:
-        """B: the input's gradient; None where nobody wants it.
+        """B: the input's gradient; None in the first stage.
 
         Args:
             is_last: no micro-batch comes after this one in this stage.
@@ -100,21 +105,20 @@ class PipelineStage:
         held = self._held[microbatch]
         held.output_grad = output_grad
         wanted = None if self.is_first or not held.stage_input.requires_grad else held.stage_input
-        if not held.output.requires_grad:
-            return None
+        if held.output is None:
+            return self._for_previous(None, held)
+        grad: Tensor | None = None
         with self._no_sync():
             if is_last and self._communicates:
                 # W of this one is a whole backward, since only that runs the hooks of the wrapper.
-                if wanted is None:
-                    return None
-                grads = None if output_grad is None else [output_grad]
-                grad: Tensor | None = torch.autograd.grad(
-                    [held.output], [wanted], grads, retain_graph=True, allow_unused=True
-                )[0]
+                if wanted is not None:
+                    grads = _listed(output_grad)
+                    grad = torch.autograd.grad([held.output], [wanted], grads, retain_graph=True, allow_unused=True)[0]
             else:
                 held.split = SplitBackward(held.output, self._gradients_of())
+                held.output = None  # what W does not need of its graph goes while B runs
                 grad = held.split.inputs(output_grad, wanted)
-        return _own(grad, wanted, output_grad)
+        return self._for_previous(grad, held)
 
     def backward_weight(self, microbatch: int) -> None:
         """W: what :meth:`backward_input` left; then nothing of the micro-batch is kept."""
@@ -122,7 +126,7 @@ class PipelineStage:
         if held.split is not None:
             with self._no_sync():
                 held.split.weights()
-        elif held.output.requires_grad:
+        elif held.output is not None:
             params = [param for param in self.module.parameters() if param.requires_grad]
             torch.autograd.backward([held.output], _listed(held.output_grad), inputs=params)
         self._own_gradients(held.output_grad)
@@ -130,14 +134,13 @@ class PipelineStage:
     def backward(self, microbatch: int, output_grad: Tensor | None, is_last: bool) -> Tensor | None:
         """B and W in one; then nothing of the micro-batch is kept."""
         held = self._held.pop(microbatch)
-        if not held.output.requires_grad:
-            return None
+        held.output_grad = output_grad
+        if held.output is None:
+            return self._for_previous(None, held)
         with nullcontext() if is_last else self._no_sync():
             torch.autograd.backward([held.output], _listed(output_grad))
         self._own_gradients(output_grad)
-        if self.is_first or not held.stage_input.requires_grad:
-            return None
-        return _own(held.stage_input.grad, held.stage_input, output_grad)
+        return self._for_previous(held.stage_input.grad, held)
 
     def drop(self) -> None:
         """End of a step: forget all micro-batches."""
@@ -148,6 +151,14 @@ class PipelineStage:
         if self._leaves is None:
             self._leaves = leaves_of(self.module.parameters())
         return self._leaves
+
+    def _for_previous(self, grad: Tensor | None, held: _Held) -> Tensor | None:
+        """The input's gradient in memory of its own. The stage before waits for one, if only for zeros."""
+        if self.is_first:
+            return None
+        if grad is None:
+            return torch.zeros_like(held.stage_input)
+        return grad.clone() if held.output_grad is not None and _same_memory(grad, held.output_grad) else grad
 
     def _own_gradients(self, output_grad: Tensor | None) -> None:
         """Autograd may make ``.grad`` a view of the gradient that came in, whose memory goes back to its sender."""
@@ -167,15 +178,6 @@ class PipelineStage:
 
 def _listed(grad: Tensor | None) -> list[Tensor] | None:
     return None if grad is None else [grad]
-
-
-def _own(grad: Tensor | None, stage_input: Tensor | None, output_grad: Tensor | None) -> Tensor | None:
-    """The input's gradient in memory of its own; zeros, not None, where the output does not depend on the input."""
-    if stage_input is None:
-        return None
-    if grad is None:
-        return torch.zeros_like(stage_input)
-    return grad.clone() if output_grad is not None and _same_memory(grad, output_grad) else grad
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

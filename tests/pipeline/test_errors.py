@@ -240,3 +240,31 @@ def test_one_process_alone() -> None:
         want = sum(squared(module(part), part) / 3 for part in X.tensor_split(3))
         assert float(loss) == pytest.approx(float(want.detach()), rel=1e-6)
         assert len(pipe.timeline().ranks[0]) == 6
+
+
+def frozen_stage(comm: Communicator, name: str) -> Tensor | None:
+    """The middle stage trains nothing and the last one ignores its input: every stage still gets a gradient, zeros."""
+    module: nn.Module = nn.Linear(2, 2)
+    if comm.rank == 1:
+        module.requires_grad_(False)
+    if comm.rank == 2:
+        module = Ignores()
+    stage = PipelineStage(module, comm.rank, comm.world_size, comm)
+    Pipeline(stage, build(name, comm.world_size, 3), squared).step(X, X)
+    return next(module.parameters()).grad
+
+
+class Ignores(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.ones_like(x))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
+def test_stages_that_train_nothing(pool: Pool, name: str) -> None:
+    first, middle, last = pool.run(3, frozen_stage, name)
+    assert torch.equal(first, torch.zeros(2, 2))
+    assert middle is None
+    assert float(last.abs().sum()) > 0
