@@ -6,7 +6,6 @@ devices itself, and answers questions about "its back end" with itself.
 
 from __future__ import annotations
 
-import logging
 from datetime import timedelta
 
 import torch
@@ -19,8 +18,6 @@ from pycomm.torch_backend.tensors import Finish, landing, source
 from pycomm.torch_backend.work import PycommWork
 
 __all__ = ["PycommProcessGroup"]
-
-_log = logging.getLogger("pycomm")
 
 
 class PycommProcessGroup(Collectives):
@@ -46,7 +43,9 @@ class PycommProcessGroup(Collectives):
         self._names = {"group": name, "description": ""}
         self._timeout_s = timeout_s
         self._collected: list[PycommWork] | None = None  # between _start_coalescing and _end_coalescing
-        self._comm = communicator.init(timeout_s=timeout_s, store=store, rank=rank, world_size=world_size)
+        self._comm = communicator.init(
+            timeout_s=timeout_s, store=store, rank=rank, world_size=world_size, name=f"torch.distributed {name}"
+        )
 
     # Names. The camel-cased ones are what C++ looks for.
 
