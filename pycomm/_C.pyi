@@ -141,6 +141,9 @@ class HostCommunicator:
     ) -> Work | int:
         """Returns the source; ``src`` -1: any."""
 
+    def receive_arrived(self, data: int, count: int, dtype: int, tag: int, timeout_s: float, /) -> Work | None:
+        """Receive from whoever has sent a message with this tag already; None if nobody has."""
+
     def exchange_messages(
         self, messages: Sequence[tuple[bool, int, int, int, int, int]], async_op: bool, timeout_s: float, /
     ) -> Work | list[int]:

@@ -52,6 +52,13 @@ void bind_messages(CommunicatorClass& communicator) {
                                           nullptr);
           },
           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "receive_arrived",
+          [](Communicator& self, std::uintptr_t address, std::size_t count, int dtype, std::int64_t tag,
+             double timeout_s) {
+            return self.receive_arrived(spec_of(Spec(false, address, count, dtype, host::kAnySource, tag)), timeout_s);
+          },
+          py::call_guard<py::gil_scoped_release>())
       .def("recv",
            [](Communicator& self, std::uintptr_t address, std::size_t count, int dtype, int src, std::int64_t tag,
               bool async_op, double timeout_s) -> py::object {

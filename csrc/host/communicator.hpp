@@ -53,6 +53,9 @@ class Communicator {
   std::shared_ptr<Work> exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
                                           std::vector<int>* sources);
 
+  /// Receive from whoever has sent a message with this tag already; nullptr if nobody has.
+  std::shared_ptr<Work> receive_arrived(const MessageSpec& spec, double timeout_s);
+
   std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
   /// `rank`'s counterpart of a range of this rank's symmetric memory.
   std::unique_ptr<SymmetricBuffer> peer(const void* data, std::size_t bytes, int rank);

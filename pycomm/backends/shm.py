@@ -168,6 +168,12 @@ class ShmBackend:
             tensor.data_ptr(), tensor.numel(), _MOVED_DTYPES[tensor.dtype], src, tag, async_op, timeout_s
         )
 
+    def receive_arrived(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> _C.Work | None:
+        """Receive from whoever has sent a message with this tag already; None if nobody has."""
+        return self._core.receive_arrived(
+            tensor.data_ptr(), tensor.numel(), _MOVED_DTYPES[tensor.dtype], tag, timeout_s
+        )
+
     def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
         specs = [
             (m.is_send, m.tensor.data_ptr(), m.tensor.numel(), _MOVED_DTYPES[m.tensor.dtype], m.peer, m.tag)

@@ -23,6 +23,7 @@ class Case:
     Attributes:
         counts: elements from rank s (row) for rank d (column). One row is the same for all ranks: the parts of the
             tensor that has one for each. Calls in place have a single number.
+        hosts: the ranks of each host, where the sums of hosts are added; empty: all ranks in order.
         memory: one letter a rank and tensor, "s"ymmetric or "o"rdinary: inputs of all ranks, then outputs.
     """
 
@@ -36,6 +37,7 @@ class Case:
     in_place: bool = False
     async_op: bool = False
     by_splits: bool = False
+    hosts: tuple[tuple[int, ...], ...] = ()
 
 
 def case_from_seed(seed: int, world_size: int) -> Case:
@@ -79,19 +81,26 @@ def values(case: Case, rank: int, count: int) -> torch.Tensor:
     return (torch.randn(count, generator=generator) * scale).to(dtype)
 
 
-def reduced(tensors: list[torch.Tensor], op: str) -> torch.Tensor:
-    """From the first, in order; 16-bit floats accumulate in fp32 and round once."""
+def reduced(tensors: list[torch.Tensor], case: Case) -> torch.Tensor:
+    """Ranks in order, or those of each host and then the hosts; 16-bit floats accumulate in fp32 and round once."""
     dtype = tensors[0].dtype
-    accumulator = tensors[0].float() if dtype in (torch.bfloat16, torch.float16) else tensors[0].clone()
+    wide = [tensor.float() if dtype in (torch.bfloat16, torch.float16) else tensor for tensor in tensors]
+    if case.hosts:
+        wide = [in_order([wide[rank] for rank in ranks], case.op) for ranks in case.hosts]
+    result = in_order(wide, case.op)
+    return (result / len(tensors) if case.op == "avg" else result).to(dtype)
+
+
+def in_order(tensors: list[torch.Tensor], op: str) -> torch.Tensor:
+    accumulator = tensors[0].clone()
     for tensor in tensors[1:]:
-        tensor = tensor.to(accumulator.dtype)
         if op in ("sum", "avg"):
             accumulator = accumulator + tensor
         elif op == "prod":
             accumulator = accumulator * tensor
         else:
             accumulator = torch.minimum(accumulator, tensor) if op == "min" else torch.maximum(accumulator, tensor)
-    return (accumulator / len(tensors) if op == "avg" else accumulator).to(dtype)
+    return accumulator
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -157,10 +166,10 @@ class Caller:
             expected = inputs[case.root]
             work = comm.broadcast(tensor, case.root, async_op=case.async_op)
         elif case.call == "reduce":
-            expected = reduced(inputs, case.op) if comm.rank == case.root else inputs[comm.rank]
+            expected = reduced(inputs, case) if comm.rank == case.root else inputs[comm.rank]
             work = comm.reduce(tensor, case.root, case.op, async_op=case.async_op)
         else:
-            expected = reduced(inputs, case.op)
+            expected = reduced(inputs, case)
             work = comm.all_reduce(tensor, case.op, async_op=case.async_op)
         return Issued(case, work, [(tensor, expected)])
 
@@ -221,5 +230,5 @@ def expected_of(case: Case, world_size: int, rank: int) -> tuple[list[torch.Tens
     inputs = [values(case, r, sum(counts)) for r in ranks]
     parts = [tensor[start : start + counts[rank]] for tensor in inputs]
     if case.call == "reduce_scatter":
-        return inputs, reduced(parts, case.op)
+        return inputs, reduced(parts, case)
     return inputs, parts[case.root] if case.call == "scatter" else torch.cat(parts)
