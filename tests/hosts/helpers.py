@@ -97,7 +97,8 @@ class Hosts:
     def expect(self, text: str) -> None:
         """Wait until every rank has sent this."""
         for connection in self.connections:
-            assert connection.recv() == text
+            received = connection.recv()
+            assert received == text, received
 
     def result(self, rank: int) -> tuple[Any, float]:
         """What the rank's body returned or raised, and after how many seconds."""

@@ -281,6 +281,8 @@ class HostsBackend:
             self._frames.flush(Limit(_FAREWELL_S).deadline)
         self._local.close(limit.left_s)
         self._failure.close("the communicator is closed")
+        if self._wire is not None:
+            self._wire.cut()
         self._queue.stop()
         if self._mail is not None:
             self._mail.stop()

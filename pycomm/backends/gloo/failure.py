@@ -81,7 +81,8 @@ class Failure:
 
     def close(self, reason: str) -> None:
         """From now on nothing can be called; nobody is told."""
-        self.settle(Cause("lost", (self._topology.rank,), reason), announce=False)
+        with self._lock:
+            self.cause = self.cause or Cause("lost", (self._topology.rank,), reason)
 
     def of_wire(self, error: WireError, timeout_s: float) -> Cause:
         """Why a connection failed: what its peer, or somebody else, tells within a second; else what is seen here."""
