@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
-from pycomm.backends import Backend, Message
+from pycomm.arguments import Checked, Message
+from pycomm.backends import Backend, Calls
 from pycomm.backends.gloo.calls import Call, dtype_name, hash_of_counts
 from pycomm.backends.gloo.causes import Cause
 from pycomm.backends.gloo.failure import Failure
@@ -60,6 +61,7 @@ class HostsBackend:
         strict: bool,
         timeout_s: float,
     ) -> None:
+        self.calls: Calls = Checked(self, timeout_s)
         self.name = name
         self.group = group
         self.rank = topology.rank
@@ -205,11 +207,11 @@ class HostsBackend:
         return self._run(Call(0, "barrier"), lambda steps, limit: None, async_op, timeout_s)
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
-        operation = self._post(Message(True, tensor, dst, tag), timeout_s)
+        operation = self._post((True, tensor, dst, tag), timeout_s)
         return self._outcome(operation, async_op)
 
-    def recv(self, tensor: torch.Tensor, src: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | int:
-        operation = self._post(Message(False, tensor, src, tag), timeout_s)
+    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, async_op: bool, timeout_s: float) -> _C.Work | int:
+        operation = self._post((False, tensor, src, tag), timeout_s)
         return self._outcome(operation, async_op) or operation.source()
 
     def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
@@ -344,13 +346,16 @@ class HostsBackend:
             raise ValueError(f"tag={tag}: it is an integer of 64 bits, and -2**63 is taken")
         if self._failure.cause is not None:
             raise self._failure.cause.error("send" if is_send else "recv", self._seq, self.group, later=True)
-        if self._mail is None or (peer >= 0 and self._topology.is_here(peer)):
-            place = peer if peer < 0 else self._topology.local_of[peer]
-            start = self._local.send if is_send else self._local.receive
-            return self._here(start(tensor, place, tag, timeout_s))
+        if self._mail is None or (peer is not None and self._topology.is_here(peer)):
+            place = None if peer is None else self._topology.local_of[peer]
+            if is_send:
+                assert place is not None
+                return self._here(self._local.send(tensor, place, tag, timeout_s))
+            return self._here(self._local.receive(tensor, place, tag, timeout_s))
         if is_send:
+            assert peer is not None
             return self._mail.send(tensor, peer, tag, timeout_s)
-        return self._mail.receive(tensor, None if peer < 0 else peer, tag, timeout_s)
+        return self._mail.receive(tensor, peer, tag, timeout_s)
 
     def _receive_here(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> LocalOperation | None:
         work = self._local.receive_arrived(tensor, tag, timeout_s)

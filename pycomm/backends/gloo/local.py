@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C
-from pycomm.backends import Message
 from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.shm import ShmBackend
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["LocalGroup"]
 
-_TAG = -(2**63)  # of messages that are steps of a collective; Mail refuses it to callers
+_TAG = -(2**63)  # of messages that are steps of a collective; callers may not use it
 
 
 class LocalGroup:
     """Ranks are places in ``topology.neighbours``. Every call raises what the host transport raises."""
 
-    def __init__(self, shm: ShmBackend) -> None:
-        self.shm = shm
-        self.size = shm.world_size
+    def __init__(self, core: _C.HostCommunicator) -> None:
+        self.shm = ShmBackend(core)
+        self.size = core.world_size
+        self._core = core
 
     @classmethod
     def connect(cls, rendezvous: Rendezvous, topology: Topology, name: str) -> LocalGroup:
@@ -35,48 +35,47 @@ class LocalGroup:
         elif size > 1:
             address = rendezvous.get(f"shm/{leader}", rank=leader)
         # Not strict: the host transport would compare orders of steps, which are not the caller's calls.
-        core = _C.HostCommunicator(name, topology.local_rank, size, listener, address, rendezvous.timeout_s, False)
-        return cls(ShmBackend(core))
+        return cls(_C.HostCommunicator(name, topology.local_rank, size, listener, address, rendezvous.timeout_s, False))
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], op: str, timeout_s: float
     ) -> None:
-        self.shm.reduce_scatter(output, input, counts, op, False, timeout_s)
+        self._core.reduce_scatter(output, input, op, counts, False, timeout_s)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], timeout_s: float) -> None:
-        self.shm.all_gather(output, input, counts, False, timeout_s)
+        self._core.all_gather(output, input, counts, False, timeout_s)
 
     def broadcast(self, tensor: torch.Tensor, root: int, timeout_s: float) -> None:
-        self.shm.broadcast(tensor, root, False, timeout_s)
+        self._core.broadcast(tensor, root, False, timeout_s)
 
     def exchange(
         self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], timeout_s: float
     ) -> None:
         """(tensor, peer) each; a step of a collective."""
-        messages = [Message(False, tensor, peer, _TAG) for tensor, peer in receives]
-        messages += [Message(True, tensor, peer, _TAG) for tensor, peer in sends]
-        self.shm.exchange(messages, False, timeout_s)
+        messages = [(False, tensor, peer, _TAG) for tensor, peer in receives]
+        messages += [(True, tensor, peer, _TAG) for tensor, peer in sends]
+        self._core.exchange(messages, False, timeout_s)
 
     def send(self, tensor: torch.Tensor, peer: int, tag: int, timeout_s: float) -> _C.Work:
-        work = self.shm.send(tensor, peer, tag, True, timeout_s)
+        work = self._core.send(tensor, peer, tag, True, timeout_s)
         assert work is not None
         return work
 
-    def receive(self, tensor: torch.Tensor, peer: int, tag: int, timeout_s: float) -> _C.Work:
-        work = self.shm.recv(tensor, peer, tag, True, timeout_s)
+    def receive(self, tensor: torch.Tensor, peer: int | None, tag: int, timeout_s: float) -> _C.Work:
+        work = self._core.recv(tensor, peer, tag, True, timeout_s)
         assert not isinstance(work, int)
         return work
 
     def receive_arrived(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> _C.Work | None:
         """Receive from whoever has sent already; None if nobody has."""
-        return self.shm.receive_arrived(tensor, tag, timeout_s)
+        return self._core.receive_arrived(tensor, tag, timeout_s)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> LocalGroup | None:
-        shm = self.shm.split(color, key, timeout_s)
-        return None if shm is None else LocalGroup(shm)
+        core = self._core.split(color, key, timeout_s)
+        return None if core is None else LocalGroup(core)
 
     def abort(self, reason: str) -> None:
-        self.shm.abort(reason)
+        self._core.abort(reason)
 
     def close(self, drain_s: float) -> None:
-        self.shm.close(drain_s)
+        self._core.close(drain_s)
