@@ -119,6 +119,7 @@ def from_any_source(comm: Communicator, _: Any) -> list[int]:
             if work is not None:
                 work.wait()
                 assert (work.source, torch.equal(tensor, values(count, sender))) == (sender, True)
+            comm.barrier()  # else the next rank's message may come first
     return sources
 
 
