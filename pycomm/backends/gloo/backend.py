@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from collections.abc import Hashable, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,16 @@ import torch.distributed as dist
 from pycomm import _C, env
 from pycomm.arguments import Checked, Message
 from pycomm.backends import Backend, Calls
-from pycomm.backends.gloo.calls import Call, dtype_name, hash_of_counts
+from pycomm.backends.gloo.calls import Call
 from pycomm.backends.gloo.causes import Cause
+from pycomm.backends.gloo.collectives import Body, HostsCollectives
 from pycomm.backends.gloo.failure import Failure
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
 from pycomm.backends.gloo.local import LocalGroup
 from pycomm.backends.gloo.mail import Mail
 from pycomm.backends.gloo.operations import CallQueue, LocalOperation, Operation, Together
 from pycomm.backends.gloo.steps import Limit, Steps
-from pycomm.backends.gloo.topology import Part, Topology
+from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.gloo.wire import Wire, WireError, open_device
 from pycomm.errors import MismatchError, PycommError
 from pycomm.rendezvous import Rendezvous
@@ -38,10 +39,8 @@ _FAREWELL_S = 1.0  # for the last frames of a rank that leaves
 _MOST_TAG = 2**63 - 1
 _SPLIT = struct.Struct("<?qq")
 
-Body = Callable[[Steps, Limit], None]
 
-
-class HostsBackend:
+class HostsBackend(HostsCollectives):
     """One rank's end; see :class:`pycomm.backends.Backend`.
 
     Args:
@@ -108,103 +107,6 @@ class HostsBackend:
         store = rendezvous.store
         device = None if store is None else open_device(rendezvous.address(), env.gloo_interface())
         return cls(name, group, topology, local, store, device, strict, rendezvous.timeout_s)
-
-    def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
-        call = _call("all_reduce", tensor, op=op)
-        flat = _flat(tensor)
-        return self._run(call, lambda steps, limit: steps.all_reduce(flat, op, limit), async_op, timeout_s)
-
-    def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None:
-        call = _call("broadcast", tensor, root=root)
-        flat = _flat(tensor)
-        return self._run(call, lambda steps, limit: steps.broadcast(flat, root, limit), async_op, timeout_s)
-
-    def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
-        call = _call("reduce", tensor, op=op, root=root)
-        flat = _flat(tensor)
-        return self._run(call, lambda steps, limit: steps.reduce(flat, root, op, limit), async_op, timeout_s)
-
-    def reduce_scatter(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        counts: Sequence[int],
-        op: str,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        call = _call("reduce_scatter", input, op=op, splits=hash_of_counts(counts))
-        out, flat, parts = _flat(output), _flat(input), parts_of(counts)
-
-        def body(steps: Steps, limit: Limit) -> None:
-            mine = steps.reduce_parts(flat, parts, op, limit)
-            assert mine is not None  # every rank owns one
-            out.copy_(mine)
-
-        return self._run(call, body, async_op, timeout_s)
-
-    def all_gather(
-        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
-    ) -> _C.Work | None:
-        call = _call("all_gather", output, splits=hash_of_counts(counts))
-        out, flat, parts = _flat(output), _flat(input), parts_of(counts)
-        return self._run(call, lambda steps, limit: steps.gather_parts(out, parts, flat, limit), async_op, timeout_s)
-
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
-    ) -> _C.Work | None:
-        call = _call("all_to_all", input)
-        out, flat = _flat(output), _flat(input)
-        return self._run(
-            call, lambda steps, limit: steps.all_to_all(out, flat, counts, counts, limit), async_op, timeout_s
-        )
-
-    def all_to_all_by_splits(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_counts: Sequence[int],
-        input_counts: Sequence[int],
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        call = Call(0, "all_to_all", dtype_name(input.dtype, moved=True), splits=1)
-        out, flat = _flat(output), _flat(input)
-
-        def body(steps: Steps, limit: Limit) -> None:
-            check_pairs(steps, input_counts, output_counts, limit)
-            steps.all_to_all(out, flat, output_counts, input_counts, limit)
-
-        return self._run(call, body, async_op, timeout_s)
-
-    def gather(
-        self,
-        output: torch.Tensor | None,
-        input: torch.Tensor,
-        counts: Sequence[int],
-        root: int,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        call = _call("gather", input, root=root, count=sum(counts))
-        out, flat = None if output is None else _flat(output), _flat(input)
-        return self._run(call, lambda steps, limit: steps.gather(out, flat, root, limit), async_op, timeout_s)
-
-    def scatter(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor | None,
-        counts: Sequence[int],
-        root: int,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        call = _call("scatter", output, root=root, count=sum(counts))
-        out, flat = _flat(output), None if input is None else _flat(input)
-        return self._run(call, lambda steps, limit: steps.scatter(out, flat, root, limit), async_op, timeout_s)
-
-    def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None:
-        return self._run(Call(0, "barrier"), lambda steps, limit: None, async_op, timeout_s)
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
         operation = self._post((True, tensor, dst, tag), timeout_s)
@@ -410,36 +312,3 @@ class HostsBackend:
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise PycommError("this is a forked process: the communicator belongs to its parent")
-
-
-def parts_of(counts: Sequence[int]) -> list[Part]:
-    """Of a tensor that has ``counts[rank]`` elements of each rank, one after the other."""
-    parts, begin = [], 0
-    for rank, count in enumerate(counts):
-        parts.append(Part(rank, begin, count))
-        begin += count
-    return parts
-
-
-def check_pairs(steps: Steps, sent: Sequence[int], received: Sequence[int], limit: Limit) -> None:
-    """MismatchError on every rank unless what each rank sends to each other is what that one receives."""
-    size = len(sent)
-    form = struct.Struct(f"<{2 * size}q")
-    rows = [form.unpack(row) for row in steps.table(form.pack(*sent, *received), limit)]
-    for src in range(size):
-        for dst in range(size):
-            if rows[src][dst] != rows[dst][size + src]:
-                out, into = f"sends {rows[src][dst]} to rank {dst}", f"takes {rows[dst][size + src]} from rank {src}"
-                raise MismatchError(
-                    f"all_to_all by splits: rank {src} {out}, rank {dst} {into} (elements)",
-                    calls={src: f"all_to_all: {out}", dst: f"all_to_all: {into}"},
-                )
-
-
-def _call(kind: str, tensor: torch.Tensor, **fields: Any) -> Call:
-    moved = kind not in ("all_reduce", "reduce", "reduce_scatter")
-    return Call(0, kind, dtype_name(tensor.dtype, moved=moved), **{"count": tensor.numel(), **fields})
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(-1)

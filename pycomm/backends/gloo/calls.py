@@ -6,10 +6,11 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "Call", "describe_message", "dtype_name", "hash_of_counts"]
+__all__ = ["DTYPES", "Call", "call_of", "describe_message", "dtype_name", "hash_of_counts"]
 
 _STRUCT = struct.Struct("<QBBBBiQQ")  # seq, kind, dtype, op, reserved, root, count, splits
 _OPS = ("sum", "avg", "min", "max", "prod")
@@ -77,6 +78,12 @@ class Call:
             "scatter": f"{root}, {elements} in all",
         }
         return f"{self.kind}({arguments.get(self.kind, '')})"
+
+
+def call_of(kind: str, tensor: torch.Tensor, **fields: Any) -> Call:
+    """A call on ``tensor``; ``fields`` as those of :class:`Call`."""
+    moved = kind not in ("all_reduce", "reduce", "reduce_scatter")
+    return Call(0, kind, dtype_name(tensor.dtype, moved=moved), **{"count": tensor.numel(), **fields})
 
 
 def dtype_name(dtype: torch.dtype, *, moved: bool = False) -> str:

@@ -16,6 +16,7 @@ Ref: "Optimization of Collective Communication Operations in MPICH" (2005), for 
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from pycomm.backends.gloo.calls import dtype_name
 from pycomm.backends.gloo.local import LocalGroup
 from pycomm.backends.gloo.topology import Part, Topology, even_parts, in_agents_order
 from pycomm.backends.gloo.wire import Wire, WireError
-from pycomm.errors import PycommError
+from pycomm.errors import MismatchError, PycommError
 
 __all__ = ["Limit", "Steps"]
 
@@ -98,6 +99,23 @@ class Steps:
             self._local.broadcast(rows.view(-1), 0, limit.local_s)
         by_rank = dict(zip(order, rows.numpy(), strict=True))
         return [by_rank[rank].tobytes() for rank in range(len(order))]
+
+    def check_pairs(self, sent: Sequence[int], received: Sequence[int], limit: Limit) -> None:
+        """MismatchError on every rank unless what each rank sends to each other is what that one receives."""
+        size = len(sent)
+        form = struct.Struct(f"<{2 * size}q")
+        rows = [form.unpack(row) for row in self.table(form.pack(*sent, *received), limit)]
+        for src in range(size):
+            for dst in range(size):
+                if rows[src][dst] != rows[dst][size + src]:
+                    out, into = (
+                        f"sends {rows[src][dst]} to rank {dst}",
+                        f"takes {rows[dst][size + src]} from rank {src}",
+                    )
+                    raise MismatchError(
+                        f"all_to_all by splits: rank {src} {out}, rank {dst} {into} (elements)",
+                        calls={src: f"all_to_all: {out}", dst: f"all_to_all: {into}"},
+                    )
 
     def exchange(self, sends: Sequence[Transfer], receives: Sequence[Transfer], limit: Limit) -> None:
         """Send and receive, all at once; those of a pair of ranks match in order, and are equally long."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["Part", "Topology", "even_parts", "in_agents_order"]
+__all__ = ["Part", "Topology", "even_parts", "in_agents_order", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,15 @@ def even_parts(count: int, owners: Sequence[int]) -> list[Part]:
     for i, owner in enumerate(owners):
         parts.append(Part(owner, begin, size + (i < rest)))
         begin += parts[-1].count
+    return parts
+
+
+def parts_of(counts: Sequence[int]) -> list[Part]:
+    """Of a tensor that has ``counts[rank]`` elements of each rank, one after the other."""
+    parts, begin = [], 0
+    for rank, count in enumerate(counts):
+        parts.append(Part(rank, begin, count))
+        begin += count
     return parts
 
 
