@@ -115,6 +115,9 @@ void Tensor::refuse_unreadable(std::optional<dlpack::Device> device) const {
     throw py::value_error(std::string(name_) + " has layout " + text(attribute("layout")) +
                           ": only strided tensors can be sent, so pass tensor.to_dense() or its parts");
   }
+  if (attribute("is_nested").cast<bool>()) {
+    throw py::value_error(std::string(name_) + " is a nested tensor: pass the tensors that it is made of");
+  }
   refuse_dtype(*this, true);
 }
 

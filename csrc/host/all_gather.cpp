@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "host/copy.hpp"
 #include "host/rounds.hpp"
 
 namespace pycomm::host {
@@ -39,7 +40,7 @@ void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, cons
   const auto part_of = [&](std::byte* whole, int r) { return whole + parts.start(r) * element_bytes; };
   const auto copy_own_to = [&](std::byte* whole) {
     std::byte* const part = part_of(whole, rank);
-    if (own_bytes != 0 && part != tensors.input) std::memcpy(part, tensors.input, own_bytes);
+    if (part != tensors.input) copy(part, tensors.input, own_bytes, group.around_caches(output_bytes));
   };
 
   const bool is_small = output_bytes <= group.tuning().one_shot_bytes;
@@ -59,8 +60,8 @@ void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, cons
   }
   rounds.run([&](std::uint64_t k) {
     if (!reads(rank)) return;
-    if (k == 0) copy_own_to(output);
-    for (int i = 1; i < group.world_size(); ++i) {
+    if (k == 0 && reader == rank) copy_own_to(output);  // it shows nothing, so its rounds have nothing of its own
+    for (int i = 0; i < group.world_size(); ++i) {
       const int r = (rank + i) % group.world_size();
       rounds.copy(r, k, part_of(output, r));
     }

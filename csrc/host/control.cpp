@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
 #include <string>
 
 #include "pycomm/error.hpp"
@@ -18,6 +19,15 @@ std::size_t area_stride(int world_size, const Tuning& tuning) {
   return round_to_pages(channels_offset(tuning) + channels);  // whole pages: their owner touches them first
 }
 
+/// Of the cache that all cores share. The kernel's figure: under a hypervisor, sysconf's may be that of a larger one.
+std::uint64_t last_cache_bytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
+  std::uint64_t kib = 0;
+  if (file >> kib && kib != 0) return kib * 1024;
+  const long l3 = ::sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return l3 > 0 ? static_cast<std::uint64_t>(l3) : 8 * 1024 * 1024;
+}
+
 }  // namespace
 
 Tuning default_tuning(int world_size) {
@@ -25,8 +35,12 @@ Tuning default_tuning(int world_size) {
   const std::uint64_t cache = l2 > 0 ? static_cast<std::uint64_t>(l2) : 512 * 1024;
   // Two staging buffers, the slice of the user's tensor and what comes from the peers share the L2.
   const std::uint64_t slice = std::clamp<std::uint64_t>(cache / 8, 32 * 1024, 256 * 1024) / kCacheLine * kCacheLine;
-  return Tuning{
-      .slice_bytes = slice, .one_shot_bytes = 4 * 1024, .strict = 0, .channel = ChannelSizes::for_ranks(world_size)};
+  return Tuning{.slice_bytes = slice,
+                .one_shot_bytes = 4 * 1024,
+                // Every rank's input and output together.
+                .cached_bytes = last_cache_bytes() / (2 * static_cast<std::uint64_t>(world_size)),
+                .strict = 0,
+                .channel = ChannelSizes::for_ranks(world_size)};
 }
 
 Control::Control(Segment segment, int world_size, const Tuning& tuning)

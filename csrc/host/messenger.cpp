@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "host/copy.hpp"
+
 namespace pycomm::host {
 
 namespace {
@@ -233,7 +235,8 @@ void Messenger::copy_in_place(Incoming& incoming) {
   if (incoming.copying.empty()) return;
   Message& receive = *incoming.copying.front();
   const std::size_t chunk = std::min(kInPlaceChunk, receive.bytes() - receive.moved);
-  std::memcpy(static_cast<std::byte*>(receive.spec.data) + receive.moved, receive.in_place + receive.moved, chunk);
+  copy(static_cast<std::byte*>(receive.spec.data) + receive.moved, receive.in_place + receive.moved, chunk,
+       group_.around_caches(receive.bytes()));
   receive.moved += chunk;
   if (receive.moved < receive.bytes()) return;
   incoming.copying.pop_front();
@@ -263,7 +266,8 @@ void Messenger::stream_in(int peer, Incoming& incoming, const Channel& channel) 
     const std::size_t chunk = std::min<std::uint64_t>(
         {load_flag(header.streamed) - position, capacity - position % capacity, receive.bytes() - receive.moved});
     if (chunk == 0) return;
-    std::memcpy(static_cast<std::byte*>(receive.spec.data) + receive.moved, channel.stream(position), chunk);
+    copy(static_cast<std::byte*>(receive.spec.data) + receive.moved, channel.stream(position), chunk,
+         group_.around_caches(receive.bytes()));
     receive.moved += chunk;
     store_flag(header.stream_read, position + chunk);
     waiter_.ring(peer);
