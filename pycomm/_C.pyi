@@ -10,6 +10,9 @@ MAX_RANKS: int
 def version() -> str:
     """The version of pycomm that the extension was built from."""
 
+def tuning(world_size: int, thresholds: dict[str, int]) -> dict[str, int]:
+    """The host transport's thresholds in bytes for so many ranks here, with ``thresholds`` in place of the defaults."""
+
 def build_id() -> int:
     """A hash of the sources that the extension was built from; ranks that meet must have the same one."""
 
@@ -86,6 +89,7 @@ class HostCommunicator:
         address: str,
         timeout_s: float,
         strict: bool,
+        thresholds: dict[str, int],
     ) -> None: ...
     @property
     def rank(self) -> int: ...
@@ -94,7 +98,7 @@ class HostCommunicator:
     @property
     def name(self) -> str: ...
     def tuning(self) -> dict[str, int]:
-        """Sizes and thresholds in bytes: ``slice_bytes``, ``one_shot_bytes``; rank 0's, on every rank."""
+        """Sizes and thresholds in bytes, by name (docs/tuning.md); rank 0's, on every rank."""
 
     # The calls of pycomm.backends.Calls.
     def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> Work | None: ...

@@ -130,8 +130,9 @@ def init(
             memory on one host, and on several shared memory inside each and gloo between them.
         timeout_s: seconds that any wait for another rank may take, here and in later calls.
         store: where the ranks meet, with ``rank`` and ``world_size``.
-        strict: reject what works on the host but hangs on NCCL: calls on several communicators that ranks issue in
-            different orders raise ``StrictOrderError`` on every rank. For tests; costs O(world_size ** 2) a call.
+        strict: reject what hangs on NCCL: calls on several communicators that ranks issue in different orders, and
+            blocking calls that wait for each other, raise ``StrictOrderError`` on every rank that is part of it.
+            For tests; costs O(world_size ** 2) a call.
 
     Raises:
         ValueError: contradicting or missing arguments or environment variables.

@@ -45,10 +45,11 @@ std::vector<int> members_of(const std::vector<SplitChoice>& choices, std::int64_
 
 }  // namespace
 
-Communicator::Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt)
+Communicator::Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt,
+                           std::shared_ptr<WaitGraph> graph)
     : timeout_s_(timeout_s),
       interrupt_(interrupt),
-      group_(std::make_unique<Group>(std::move(name), std::move(members))),
+      group_(std::make_unique<Group>(std::move(name), std::move(members), std::move(graph))),
       progress_(std::make_unique<Progress>()),
       messenger_(std::make_unique<Messenger>(*group_, interrupt)),
       generation_(fork_generation()) {}
@@ -90,10 +91,15 @@ template <class Body>
 std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
   check_not_forked();
   std::vector<std::uint32_t> issue;
-  if (group_->tuning().strict != 0) issue = next_issue(group_->members().tokens);
+  std::shared_ptr<void> under_way;
+  if (const auto& graph = group_->graph(); graph != nullptr) {
+    issue = next_issue(group_->members().tokens);
+    graph->issue();
+    if (options.async_op) under_way = graph->start_async();
+  }
   if (options.async_op) {
     return progress_->submit(
-        [this, timeout_s = options.timeout_s, issue = std::move(issue), body = std::move(body)]() mutable {
+        [this, timeout_s = options.timeout_s, issue = std::move(issue), under_way, body = std::move(body)]() mutable {
           const std::lock_guard lock(executing_);
           group_->set_patient(true);
           group_->run(timeout_s, nullptr, std::move(issue), body);
@@ -234,7 +240,7 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
                               std::string(address.text.begin(), address.text.end()), group.tuning(), group.deadline(),
                               group.interrupt());
     result = std::make_unique<Communicator>(group.name() + suffix + "[" + std::to_string(*color) + "]",
-                                            std::move(members), timeout_s_, interrupt_);
+                                            std::move(members), timeout_s_, interrupt_, group.graph());
   });
   return result;
 }

@@ -23,8 +23,9 @@ struct CallOptions {
 
 class Communicator {
  public:
-  /// `timeout_s`: of calls that are not given one; here only remembered.
-  Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt);
+  /// `timeout_s`: of calls that are not given one; here only remembered. `graph`: strict, and split from another.
+  Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt,
+               std::shared_ptr<WaitGraph> graph = nullptr);
   Communicator(const Communicator&) = delete;  // its thread holds its address
   Communicator& operator=(const Communicator&) = delete;
   ~Communicator();

@@ -105,7 +105,7 @@ void Messenger::post_offers(int peer, Outgoing& outgoing, const Channel& channel
       outgoing.offered.emplace(message.id, &message);
     }
   }
-  if (posted) waiter_.ring(peer);
+  if (posted) ring(peer);
 }
 
 void Messenger::read_replies(Outgoing& outgoing, const Channel& channel) {
@@ -113,11 +113,13 @@ void Messenger::read_replies(Outgoing& outgoing, const Channel& channel) {
   while (header.replies_read < load_flag(header.replied)) {
     const Reply reply = channel.reply(header.replies_read);
     store_flag(header.replies_read, header.replies_read + 1);
+    if (group_.graph() != nullptr) group_.graph()->move();
     const auto found = outgoing.offered.find(reply.id);
     if (found == outgoing.offered.end()) continue;  // not strict: an eager send was done before
     Message& message = *found->second;
     outgoing.offered.erase(found);
     if (reply.kind == Reply::Kind::kSend) {
+      message.matched = true;
       outgoing.streaming.push_back(&message);
     } else {
       finish(message, reply.kind == Reply::Kind::kMismatch ? mismatch(message, reply.count, reply.dtype) : nullptr);
@@ -141,12 +143,17 @@ void Messenger::stream_out(int peer, Outgoing& outgoing, const Channel& channel)
     message.moved += chunk;
     store_flag(header.streamed, position + chunk);
     wrote = true;
-    waiter_.ring(peer);
+    ring(peer);
     if (message.moved < message.bytes()) continue;
     outgoing.streaming.pop_front();
     finish(message);
   }
-  if (wrote) waiter_.ring(peer);
+  if (wrote) ring(peer);
+}
+
+void Messenger::ring(int peer) const {
+  if (group_.graph() != nullptr) group_.graph()->move();
+  waiter_.ring(peer);
 }
 
 void Messenger::receive_from(int peer) {
@@ -178,7 +185,7 @@ void Messenger::take_offers(int peer, Incoming& incoming, const Channel& channel
     store_flag(header.taken, number + 1);
     took = true;
   }
-  if (took) waiter_.ring(peer);
+  if (took) ring(peer);
 }
 
 Messenger::Message* Messenger::find_receive(int peer, std::int64_t tag) {
@@ -209,6 +216,7 @@ bool Messenger::match_arrived(Message& receive) {
 void Messenger::accept(int peer, Message& receive, const Offer& offer, const std::byte* eager) {
   Incoming& incoming = incoming_[static_cast<std::size_t>(peer)];
   receive.source = peer;
+  receive.matched = true;
   receive.id = offer.id;
   Reply reply{.id = offer.id, .count = receive.spec.count, .dtype = receive.spec.dtype};
   if (offer.count != receive.spec.count || offer.dtype != receive.spec.dtype) {
@@ -238,7 +246,7 @@ void Messenger::copy_in_place(Incoming& incoming) {
   copy(static_cast<std::byte*>(receive.spec.data) + receive.moved, receive.in_place + receive.moved, chunk,
        group_.around_caches(receive.bytes()));
   receive.moved += chunk;
-  if (receive.moved < receive.bytes()) return;
+  if (receive.moved < receive.bytes()) return ring(members_.rank);  // go on at once instead of sleeping now
   incoming.copying.pop_front();
   incoming.replies.push_back({.id = receive.id});
   finish(receive);
@@ -254,7 +262,7 @@ void Messenger::flush_replies(int peer, Incoming& incoming, const Channel& chann
     store_flag(header.replied, header.replied + 1);
     replied = true;
   }
-  if (replied) waiter_.ring(peer);
+  if (replied) ring(peer);
 }
 
 void Messenger::stream_in(int peer, Incoming& incoming, const Channel& channel) {
@@ -270,7 +278,7 @@ void Messenger::stream_in(int peer, Incoming& incoming, const Channel& channel) 
          group_.around_caches(receive.bytes()));
     receive.moved += chunk;
     store_flag(header.stream_read, position + chunk);
-    waiter_.ring(peer);
+    ring(peer);
     if (receive.moved < receive.bytes()) continue;
     incoming.streaming.pop_front();
     finish(receive);

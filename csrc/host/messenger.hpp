@@ -71,6 +71,7 @@ class Messenger {
     std::size_t moved = 0;    // bytes
     int source = kAnySource;  // of a matched receive
     const std::byte* in_place = nullptr;
+    bool matched = false;  // the other side has posted it, too, as far as is known here
     bool done = false;
 
     std::size_t bytes() const { return spec.bytes(); }
@@ -81,7 +82,8 @@ class Messenger {
     std::size_t num_active = 0;
     std::unique_ptr<Error> error;
     std::shared_ptr<Work> work;  // asynchronous
-    int candidate = 0;           // from any source: the rank whose loss is looked for at present
+    std::shared_ptr<void> under_way;
+    int candidate = 0;  // from any source: the rank whose loss is looked for at present
     Deadline deadline = Deadline::after(0);
     std::uint64_t seq = 0;
   };
@@ -104,17 +106,21 @@ class Messenger {
 
   std::shared_ptr<Batch> make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const;
   void wait(Batch& batch, const Waiter& waiter, InterruptCheck interrupt, bool until_changed);
-  WaitContext context(const Batch& batch, InterruptCheck interrupt) const;
+  WaitContext context(const Batch& batch, InterruptCheck interrupt, const std::function<Needs()>& needs) const;
   void fail(const Error& error);
   void loop();
 
-  void check_usable() const;
+  /// Of every call: whether it may be issued.
+  void begin() const;
   bool send_at_once(const MessageSpec& spec);
   bool recv_at_once(const MessageSpec& spec);
 
   // All of these are called under mutex_.
   void post(Batch& batch);
   bool waits_for(const Batch& batch, int rank) const;
+  Needs needs_of(const Batch& batch) const;
+  /// Something was done that `peer` may wait for.
+  void ring(int peer) const;
   bool next_candidate(Batch& batch, int from) const;
   void start(const std::shared_ptr<Batch>& batch);
   bool has_arrived(std::int64_t tag);

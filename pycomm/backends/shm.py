@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from pycomm import _C
+from pycomm import _C, env
 from pycomm.backends import Calls
 from pycomm.rendezvous import Rendezvous
 
-__all__ = ["ShmBackend"]
+__all__ = ["ShmBackend", "tuning_here"]
 
 
 class ShmBackend:
@@ -27,8 +27,15 @@ class ShmBackend:
         self.group = core.name
 
     @classmethod
-    def connect(cls, rendezvous: Rendezvous, name: str, strict: bool) -> ShmBackend:
-        """Meet the other ranks of this host: rank 0 publishes a random socket address, the others come there."""
+    def connect(
+        cls, rendezvous: Rendezvous, name: str, strict: bool, thresholds: dict[str, int] | None = None
+    ) -> ShmBackend:
+        """Meet the other ranks of this host: rank 0 publishes a random socket address, the others come there.
+
+        Args:
+            thresholds: in bytes, by name, in place of the defaults; rank 0's count. None: those of PYCOMM_TUNE.
+        """
+        thresholds = tuning_here(rendezvous.world_size) if thresholds is None else thresholds
         listener, address = None, ""
         if rendezvous.world_size > 1 and rendezvous.rank == 0:
             listener = _C.Listener()
@@ -37,7 +44,14 @@ class ShmBackend:
             address = rendezvous.get("shm/address", rank=0)
         return cls(
             _C.HostCommunicator(
-                name, rendezvous.rank, rendezvous.world_size, listener, address, rendezvous.timeout_s, strict
+                name,
+                rendezvous.rank,
+                rendezvous.world_size,
+                listener,
+                address,
+                rendezvous.timeout_s,
+                strict,
+                thresholds,
             )
         )
 
@@ -64,6 +78,19 @@ class ShmBackend:
 
     def close(self, drain_s: float) -> None:
         self._core.close(drain_s)
+
+
+def tuning_here(world_size: int) -> dict[str, int]:
+    """All thresholds that so many ranks use here, in bytes: the defaults, and those of PYCOMM_TUNE.
+
+    Raises:
+        ValueError: PYCOMM_TUNE names no threshold, or asks for a value that cannot be.
+    """
+    thresholds = env.tune()
+    try:
+        return _C.tuning(world_size, thresholds)
+    except ValueError as error:
+        raise ValueError(f"PYCOMM_TUNE: {error}") from None
 
 
 def _view(buffer: _C.SymmetricBuffer, num_elements: int, dtype: torch.dtype) -> torch.Tensor:

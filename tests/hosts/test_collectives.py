@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from dataclasses import replace
 from itertools import product
@@ -13,20 +14,17 @@ import torch
 
 from pycomm import Communicator
 from pycomm.errors import MismatchError
+from tests.host.blocks import FLOATS, INTS, Arena, bits, values
 from tests.host.collective_cases import (
     CALLS,
-    FLOATS,
     IN_PLACE,
-    INTS,
+    ONE_TENSOR,
     REDUCTIONS,
-    Arena,
     Caller,
     Case,
     Issued,
-    bits,
-    case_from_seed,
+    random_case,
     reduced,
-    values,
 )
 from tests.host.reduce_reference import CASES, STORAGE, reference, some_sources
 from tests.hosts.helpers import LAYOUTS, Hosts, hosts_of
@@ -37,14 +35,14 @@ Layout = tuple[tuple[int, ...], ...]
 def random_cases(comm: Communicator, _: Any, hosts: Layout, first: int, count: int) -> None:
     """Several in flight, some asynchronous, with splits, in place, in symmetric memory."""
     arena = Arena(comm, 16 << 20)
-    caller = Caller(comm, arena)
+    caller = Caller(comm, arena, Caller(comm, arena))
     under_way: deque[Issued] = deque()
     for seed in range(first, first + count):
         if arena.used_bytes > 8 << 20 or len(under_way) > 6:
             while under_way:
                 under_way.popleft().check()
             arena.used_bytes = 0
-        under_way.append(caller.issue(replace(case_from_seed(seed, comm.world_size), hosts=hosts)))
+        under_way.append(caller.issue(replace(random_case(random.Random(seed), seed, comm.world_size), hosts=hosts)))
     for issued in under_way:
         issued.check()
 
@@ -75,8 +73,8 @@ def every_call(comm: Communicator, _: Any, hosts: Layout) -> None:
                 case = Case(
                     call,
                     dtype,
-                    counts=((count,) * (1 if call in ("all_reduce", "reduce", "broadcast") else n),),
-                    memory="so"[number % 2] * 2 * n,
+                    counts=((count,) * (1 if call in ONE_TENSOR else n),),
+                    memory="son"[number % 3] * 2 * n,
                     op=op,
                     root=(number + count) % n,
                     seed=count,
@@ -124,14 +122,14 @@ def test_sixteen_bit_floats_round_once() -> None:
 
 def same_bits_in_every_piece(comm: Communicator, _: Any, hosts: Layout) -> None:
     """Where a tensor is cut does not show in the bits, nor which rank owns what."""
-    case = Case("all_reduce", "float32", ((10_007,),), "oooo", seed=3, hosts=hosts)
-    inputs = [values(case, rank, 10_007) for rank in range(comm.world_size)]
-    whole = inputs[comm.rank].clone()
+    case = Case("all_reduce", "float32", ((10_007,),), "oooo", hosts=hosts)
+    inputs = [values("float32", 10_007, rank) for rank in range(comm.world_size)]
+    whole = torch.from_numpy(inputs[comm.rank].copy())
     comm.all_reduce(whole)
-    pieces = inputs[comm.rank].clone()
+    pieces = torch.from_numpy(inputs[comm.rank].copy())
     for piece in pieces.split(1013):
         comm.all_reduce(piece)
-    assert bits(whole) == bits(pieces) == bits(reduced(inputs, case))
+    assert bits(whole) == bits(pieces) == reduced(case, inputs).tobytes()
 
 
 @pytest.mark.parametrize("layout", ["aabb", "baab", "aaab"])

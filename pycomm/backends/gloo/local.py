@@ -8,7 +8,7 @@ import torch
 
 from pycomm import _C
 from pycomm.backends.gloo.topology import Topology
-from pycomm.backends.shm import ShmBackend
+from pycomm.backends.shm import ShmBackend, tuning_here
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["LocalGroup"]
@@ -35,7 +35,8 @@ class LocalGroup:
         elif size > 1:
             address = rendezvous.get(f"shm/{leader}", rank=leader)
         # Not strict: the host transport would compare orders of steps, which are not the caller's calls.
-        return cls(_C.HostCommunicator(name, topology.local_rank, size, listener, address, rendezvous.timeout_s, False))
+        timeout_s, place = rendezvous.timeout_s, topology.local_rank
+        return cls(_C.HostCommunicator(name, place, size, listener, address, timeout_s, False, tuning_here(size)))
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], op: str, timeout_s: float

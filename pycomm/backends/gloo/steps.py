@@ -34,7 +34,7 @@ __all__ = ["Limit", "Steps"]
 
 # A step inside a host waits longer than one between hosts, so that the rank that misses another host says so first.
 _SLACK_S = 3.0
-_HALF = (torch.float16, torch.bfloat16)
+_HALF_NAN = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}  # docs/determinism.md
 
 Transfer = tuple[torch.Tensor, int]  # a flat tensor, and the rank at its other end
 
@@ -151,7 +151,7 @@ class Steps:
         """
         topology, local = self._topology, self._local
         dtype = source.dtype
-        if not topology.flat and dtype in _HALF:
+        if not topology.flat and dtype in _HALF_NAN:
             source = source.float()
         groups = in_agents_order(topology, parts)
         ordered = [part for group in groups for part in group]
@@ -182,7 +182,7 @@ class Steps:
             _C.reduce(dtype_name(mine.dtype), whole_op, addresses, [result.data_ptr()], mine.numel())
         if whole_op != op:
             result.div_(topology.world_size)
-        return result.to(dtype)
+        return result if dtype == result.dtype else _rounded(result, dtype)
 
     def gather_parts(
         self, output: torch.Tensor, parts: Sequence[Part], mine: torch.Tensor | None, limit: Limit
@@ -286,6 +286,13 @@ class Steps:
     def _remote(self) -> Wire:
         assert self._wire is not None  # there are other hosts
         return self._wire
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 to 16 bits, to nearest even; every NaN is the one of the host transport, which torch's need not be."""
+    rounded = values.to(dtype)
+    rounded.view(torch.int16).masked_fill_(values.isnan(), _HALF_NAN[dtype])
+    return rounded
 
 
 def _copy(output: torch.Tensor, input: torch.Tensor) -> None:
