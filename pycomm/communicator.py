@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pycomm import _C, env
 from pycomm.arguments import checked_timeout, tensor_on
 from pycomm.backends import Backend, choose
+from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.shm import ShmBackend
 from pycomm.calls import InFlight, Work
 from pycomm.collectives import Collectives
@@ -126,7 +127,8 @@ def init(
     of one.
 
     Args:
-        backend: "auto" or "shm" (processes of one host).
+        backend: "auto"; "shm": processes of one host; "gloo": sockets alone, between any processes. "auto" takes shared
+            memory on one host, and on several shared memory inside each and gloo between them.
         timeout_s: seconds that any wait for another rank may take, here and in later calls.
         store: where the ranks meet, with ``rank`` and ``world_size``.
         strict: reject what hangs on NCCL: calls on several communicators that ranks issue in different orders, and
@@ -149,7 +151,10 @@ def init(
     choice = choose(backend, [greeting.host for greeting in greetings])
     if rendezvous.rank == 0:
         _log.info("back end %s: %s", choice.name, choice.reason)
-    return Communicator(ShmBackend.connect(rendezvous, name, strict), timeout_s, rendezvous)
+    if choice.name == "shm":
+        return Communicator(ShmBackend.connect(rendezvous, name, strict), timeout_s, rendezvous)
+    hosts = list(range(len(greetings))) if choice.name == "gloo" else [greeting.host for greeting in greetings]
+    return Communicator(HostsBackend.connect(choice.name, rendezvous, hosts, name, strict), timeout_s, rendezvous)
 
 
 def _close(backend: Backend, in_flight: InFlight, drain_s: float) -> None:

@@ -7,7 +7,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Launch", "cache_dir", "elastic_error_file", "export_num_threads", "is_ci", "launch", "simd", "tune"]
+__all__ = [
+    "Launch",
+    "cache_dir",
+    "elastic_error_file",
+    "export_num_threads",
+    "gloo_interface",
+    "is_ci",
+    "launch",
+    "simd",
+    "tune",
+]
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,11 @@ def cache_dir() -> Path:
     if "PYCOMM_CACHE_DIR" in os.environ:
         return Path(os.environ["PYCOMM_CACHE_DIR"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pycomm"
+
+
+def gloo_interface() -> str | None:
+    """GLOO_SOCKET_IFNAME, as torch reads it: the network interface that connects this host to the others."""
+    return os.environ.get("GLOO_SOCKET_IFNAME") or None
 
 
 def is_ci() -> bool:

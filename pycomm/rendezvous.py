@@ -71,6 +71,7 @@ class Rendezvous:
     def __init__(self, store: dist.Store | None, rank: int | None, world_size: int | None, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._store: dist.Store | None = None
+        self._is_one_host = True
         self._owner = store  # keeps a TCPStore's server alive
         launched = env.launch() if rank is None or world_size is None or store is None else None
         if rank is not None or world_size is not None:
@@ -101,6 +102,23 @@ class Rendezvous:
         count = self._owner.add(f"pycomm/{run}/inits/{self.rank}", 1)
         self._store = dist.PrefixStore(f"pycomm/{run}/{count}", self._owner)
 
+    @property
+    def store(self) -> dist.Store | None:
+        """The store of this call of init, for connections that are made through one; None in a world of one."""
+        return self._store
+
+    def address(self) -> str:
+        """This host's own address on the way to the store, for others to connect to; 127.0.0.1 where it has none."""
+        store = self._owner
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        if not isinstance(store, dist.TCPStore):
+            return "127.0.0.1" if self._is_one_host else socket.gethostname()
+        family, kind, protocol, _, address = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of a datagram socket: chooses the route, sends nothing
+            return str(probe.getsockname()[0])
+
     def put(self, key: str, value: str) -> None:
         """Publish ``value`` under ``key``."""
         if self._store is not None:
@@ -130,6 +148,7 @@ class Rendezvous:
         self._wait({r: f"greeting/{r}" for r in range(self.world_size)})
         texts = self._store.multi_get([f"greeting/{r}" for r in range(self.world_size)])
         greetings = [Greeting(**json.loads(str(text, "utf-8"))) for text in texts]
+        self._is_one_host = len({greeting.host for greeting in greetings}) == 1
         for field in ("version", "protocol", "build", "world_size", "backend", "strict"):
             values = {r: str(getattr(greeting, field)) for r, greeting in enumerate(greetings)}
             if len(set(values.values())) == 1:

@@ -159,11 +159,11 @@ def test_ranks_that_differ_are_both_named(tmp_path: Path, field: str, value: obj
     assert caught.value.calls[1] == f"init({field}={value})"
 
 
-def test_ranks_on_two_hosts_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_shared_memory_across_two_hosts_is_refused_with_the_reason(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
-    greet_as(path, 1, host="another boot")
+    greet_as(path, 1, host="another boot", backend="shm")
     with pytest.raises(BackendUnavailableError, match="2 hosts"):
-        pycomm.init(store=file_store(path, 2), rank=0, world_size=2, timeout_s=10)
+        pycomm.init("shm", store=file_store(path, 2), rank=0, world_size=2, timeout_s=10)
 
 
 def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:

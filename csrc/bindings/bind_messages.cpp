@@ -47,6 +47,15 @@ std::variant<int, std::shared_ptr<host::Work>> recv(Communicator& self, py::hand
   return self.recv(spec, options.timeout_s);
 }
 
+/// A Work, or None if nobody has sent such a message yet.
+std::shared_ptr<host::Work> receive_arrived(Communicator& self, py::handle tensor, std::int64_t tag,
+                                            Timeout timeout_s) {
+  const MessageSpec spec = spec_of(self, false, tensor, std::nullopt, tag);
+  const host::CallOptions options = options_of(self, true, timeout_s);
+  const py::gil_scoped_release nogil;
+  return self.receive_arrived(spec, options.timeout_s);
+}
+
 /// Messages (is_send, tensor, peer, tag) that progress together: their sources, or a Work if asynchronous.
 std::variant<std::vector<int>, std::shared_ptr<host::Work>> exchange(
     Communicator& self, const std::vector<std::tuple<bool, py::handle, Source, std::int64_t>>& messages, bool async_op,
@@ -65,7 +74,10 @@ std::variant<std::vector<int>, std::shared_ptr<host::Work>> exchange(
 }  // namespace
 
 void bind_messages(CommunicatorClass& communicator) {
-  communicator.def("send", &send).def("recv", &recv).def("exchange", &exchange);
+  communicator.def("send", &send)
+      .def("recv", &recv)
+      .def("exchange", &exchange)
+      .def("receive_arrived", &receive_arrived);
 }
 
 }  // namespace pycomm::bindings

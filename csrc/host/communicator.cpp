@@ -193,6 +193,11 @@ std::shared_ptr<Work> Communicator::start_messages(const std::vector<MessageSpec
   return messenger_->start(specs, timeout_s);
 }
 
+std::shared_ptr<Work> Communicator::receive_arrived(const MessageSpec& spec, double timeout_s) {
+  check_not_forked();
+  return messenger_->start_arrived(spec, timeout_s);
+}
+
 std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double timeout_s) {
   std::unique_ptr<SymmetricBuffer> buffer;
   run({.timeout_s = timeout_s}, [&](Group& group) { buffer = group.segments().allocate(group, bytes); });

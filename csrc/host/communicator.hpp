@@ -59,6 +59,9 @@ class Communicator {
   std::vector<int> run_messages(const std::vector<MessageSpec>& specs, double timeout_s);
   std::shared_ptr<Work> start_messages(const std::vector<MessageSpec>& specs, double timeout_s);
 
+  /// Receive from whoever has sent a message with this tag already; nullptr if nobody has.
+  std::shared_ptr<Work> receive_arrived(const MessageSpec& spec, double timeout_s);
+
   std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
   /// `rank`'s counterpart of a range of this rank's symmetric memory.
   std::unique_ptr<SymmetricBuffer> peer(const void* data, std::size_t bytes, int rank);

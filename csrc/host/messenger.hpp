@@ -55,6 +55,8 @@ class Messenger {
   std::vector<int> run(const std::vector<MessageSpec>& specs, double timeout_s);
   /// Post them and return at once.
   std::shared_ptr<Work> start(const std::vector<MessageSpec>& specs, double timeout_s);
+  /// Receive from whoever has sent a message with this tag already; nullptr if nobody has.
+  std::shared_ptr<Work> start_arrived(const MessageSpec& spec, double timeout_s);
   /// Return once no asynchronous message is active; false if `timeout_s` passes before.
   bool drain(double timeout_s, InterruptCheck interrupt);
   /// Join the thread; the group must have failed, or nothing be active. Idempotent.
@@ -120,6 +122,8 @@ class Messenger {
   /// Something was done that `peer` may wait for.
   void ring(int peer) const;
   bool next_candidate(Batch& batch, int from) const;
+  void start(const std::shared_ptr<Batch>& batch);
+  bool has_arrived(std::int64_t tag);
   void drop_all(const Error& error);
   void progress();
   void send_to(int peer);

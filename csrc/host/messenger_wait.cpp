@@ -114,15 +114,43 @@ std::shared_ptr<Work> Messenger::start(const std::vector<MessageSpec>& specs, do
   }
   {
     const std::lock_guard lock(mutex_);
-    if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
-    if (group_.graph() != nullptr) batch->under_way = group_.graph()->start_async();
-    asynchronous_.push_back(batch);
-    ++num_started_;
-    post(*batch);
+    start(batch);
   }
   changed_.notify_all();
   waiter_.ring(members_.rank);  // the thread may sleep on the bell
   return work;
+}
+
+std::shared_ptr<Work> Messenger::start_arrived(const MessageSpec& spec, double timeout_s) {
+  const std::shared_ptr<Batch> batch = make_batch({spec}, timeout_s);
+  batch->work = std::make_shared<Work>();
+  {
+    const std::lock_guard lock(mutex_);
+    if (!has_arrived(spec.tag)) return nullptr;
+    start(batch);
+  }
+  changed_.notify_all();
+  waiter_.ring(members_.rank);
+  return batch->work;
+}
+
+void Messenger::start(const std::shared_ptr<Batch>& batch) {
+  if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
+  if (group_.graph() != nullptr) batch->under_way = group_.graph()->start_async();
+  asynchronous_.push_back(batch);
+  ++num_started_;
+  post(*batch);
+}
+
+/// Whether a message with this tag waits for a receive.
+bool Messenger::has_arrived(std::int64_t tag) {
+  for (int peer = 0; peer < members_.world_size; ++peer) {
+    Incoming& incoming = incoming_[static_cast<std::size_t>(peer)];
+    take_offers(peer, incoming, members_.control.channel(peer, members_.rank));
+    const auto fits = [&](const Arrived& arrived) { return arrived.offer.tag == tag; };
+    if (std::any_of(incoming.arrived.begin(), incoming.arrived.end(), fits)) return true;
+  }
+  return false;
 }
 
 /// Whether an active message of the batch needs `rank` to act.

@@ -110,12 +110,18 @@ def choose(requested: str, hosts: Sequence[str]) -> Choice:
     if requested not in NAMES:
         raise ValueError(f"backend={requested!r}: it is one of {', '.join(NAMES)}")
     num_hosts = len(set(hosts))
-    if requested in ("nccl", "gloo"):
-        raise BackendUnavailableError(f"backend={requested!r} is not in this version of pycomm; use 'shm' or 'auto'")
-    if num_hosts > 1:
+    if requested == "nccl":
+        raise BackendUnavailableError("backend='nccl' is not in this version of pycomm; use 'shm', 'gloo' or 'auto'")
+    if requested == "gloo":
+        return Choice("gloo", "asked for: every message goes through sockets, inside a host, too")
+    if num_hosts == 1:
+        reason = "asked for" if requested == "shm" else f"all {len(hosts)} rank(s) share this host's memory"
+        return Choice("shm", reason)
+    if requested == "shm":
         raise BackendUnavailableError(
-            f"backend={requested!r}: the {len(hosts)} ranks are on {num_hosts} hosts (or in separate network "
-            f"namespaces), and this version of pycomm runs on one host"
+            f"backend='shm': the {len(hosts)} ranks are on {num_hosts} hosts (or in separate network namespaces), "
+            f"which share no memory; 'auto' takes shared memory inside each host and gloo between them"
         )
-    reason = "asked for" if requested == "shm" else f"all {len(hosts)} rank(s) share this host's memory"
-    return Choice("shm", reason)
+    return Choice(
+        "gloo+shm", f"the {len(hosts)} ranks are on {num_hosts} hosts: shared memory inside each, gloo between them"
+    )

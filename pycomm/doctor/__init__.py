@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pycomm import _C
+from pycomm import _C, env
 from pycomm.backends import choose
 from pycomm.doctor import gpu, host, tune
 from pycomm.doctor.checks import Check, Report, Section
@@ -72,7 +72,7 @@ def report(timeout_s: float = 60.0) -> Report:
         Section("Machine", host.machine()),
         Section("Limits", host.limits()),
         Section("GPU", gpu.gpu()),
-        Section("Back end", [auto_backend()]),
+        Section("Back end", [auto_backend(), several_hosts()]),
     ]
     if timeout_s > 0:
         sections.append(Section("Self-test", self_test(timeout_s)))
@@ -95,6 +95,15 @@ def auto_backend() -> Check:
     except BackendUnavailableError as error:
         return Check("auto", "failed", str(error))
     return Check("auto", "ok", f"{choice.name}: {choice.reason}")
+
+
+def several_hosts() -> Check:
+    """What ``pycomm.init("auto")`` takes for ranks on two hosts."""
+    if not torch.distributed.is_gloo_available():
+        return Check("several hosts", "absent", "this torch is built without gloo, which connects hosts")
+    interface = env.gloo_interface()
+    where = "the address that reaches MASTER_ADDR" if interface is None else f"{interface} (GLOO_SOCKET_IFNAME)"
+    return Check("several hosts", "ok", f"{choose('auto', ['a', 'b']).name}: shared memory inside, gloo at {where}")
 
 
 def extension(package: str, compiled: str, build_id: int) -> Check:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pycomm import Communicator, Work
 from tests.host.blocks import FLOATS, INTS, Arena, Block, values
-from tests.host.reduce_reference import Raw, reference
+from tests.host.reduce_reference import Raw, narrow, reference, widen
 
 REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter")
 CALLS = (*REDUCTIONS, "all_gather", "all_to_all", "gather", "scatter", "broadcast")
@@ -29,6 +29,7 @@ class Case:
             tensor that has one for each. Calls of one tensor have a single number.
         memory: one letter a rank and tensor, inputs of all ranks, then outputs: "s"ymmetric, "o"rdinary, a "n"umpy
             array, or symmetric memory of another communicator ("e"lsewhere), which is ordinary for this one.
+        hosts: the ranks of each host, where the sums of hosts are added; empty: all ranks in order.
         offset: elements by which this case's tensors are off from the start of their memory.
     """
 
@@ -43,6 +44,7 @@ class Case:
     async_op: bool = False
     by_splits: bool = False
     offset: int = 0
+    hosts: tuple[tuple[int, ...], ...] = ()
 
 
 def random_memory(rng: random.Random, num_tensors: int) -> str:
@@ -96,19 +98,30 @@ def inputs_of(case: Case, world_size: int) -> list[Raw]:
     return [values(case.dtype, count(rank), 64 * case.seed + rank) for rank in range(world_size)]
 
 
+def reduced(case: Case, sources: list[Raw]) -> Raw:
+    """All ranks in order; or the ranks of each host, then the hosts, one rounding and one division at the end."""
+    if not case.hosts:
+        return reference(case.dtype, case.op, sources)
+    wide = "float32" if case.dtype in ("bfloat16", "float16") else case.dtype
+    op = "sum" if case.op == "avg" else case.op
+    values = [widen(case.dtype, source) for source in sources]
+    total = reference(wide, op, [reference(wide, op, [values[rank] for rank in ranks]) for ranks in case.hosts])
+    return narrow(case.dtype, total / total.dtype.type(len(sources)) if case.op == "avg" else total)
+
+
 def expected_of(case: Case, inputs: list[Raw], rank: int) -> Raw:
     """The output of ``rank``, of a call of one tensor: its tensor afterwards."""
     if case.call == "broadcast":
         return inputs[case.root]
     if case.call in ("all_reduce", "reduce"):
         takes_part = case.call == "all_reduce" or rank == case.root
-        return reference(case.dtype, case.op, inputs) if takes_part else inputs[rank]
+        return reduced(case, inputs) if takes_part else inputs[rank]
     if case.call in ("all_gather", "gather"):
         return np.concatenate(inputs)
     rows = case.counts if len(case.counts) > 1 else case.counts * len(inputs)
     parts = [raw[sum(row[:rank]) : sum(row[: rank + 1])] for raw, row in zip(inputs, rows, strict=True)]
     if case.call == "reduce_scatter":
-        return reference(case.dtype, case.op, parts)
+        return reduced(case, parts)
     return parts[case.root] if case.call == "scatter" else np.concatenate(parts)
 
 

@@ -1,0 +1,314 @@
+"""Several hosts without GPUs: shared memory inside each host, torch's gloo between them.
+
+:class:`HostsBackend` takes part in every call in the same way: the ranks compare what they call, then follow
+``steps.py``. One thread a communicator runs its collectives in issue order; messages between hosts have their own
+(``mail.py``). With one rank a host, real or taken as such (``backend="gloo"``), nothing but gloo is used.
+docs/several_hosts.md has topology, bytes, order of sums and errors.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Hashable, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+
+from pycomm import _C, env
+from pycomm.arguments import Checked, Message
+from pycomm.backends import Backend, Calls
+from pycomm.backends.gloo.calls import Call
+from pycomm.backends.gloo.causes import Cause
+from pycomm.backends.gloo.collectives import Body, HostsCollectives
+from pycomm.backends.gloo.failure import Failure
+from pycomm.backends.gloo.frames import Frame, Frames, Kind
+from pycomm.backends.gloo.local import LocalGroup
+from pycomm.backends.gloo.mail import Mail
+from pycomm.backends.gloo.operations import CallQueue, LocalOperation, Operation, Together
+from pycomm.backends.gloo.steps import Limit, Steps
+from pycomm.backends.gloo.topology import Topology
+from pycomm.backends.gloo.wire import Wire, WireError, open_device
+from pycomm.errors import MismatchError, PycommError
+from pycomm.rendezvous import Rendezvous
+
+__all__ = ["HostsBackend"]
+
+_FAREWELL_S = 1.0  # for the last frames of a rank that leaves
+_MOST_TAG = 2**63 - 1
+_SPLIT = struct.Struct("<?qq")
+
+
+class HostsBackend(HostsCollectives):
+    """One rank's end; see :class:`pycomm.backends.Backend`.
+
+    Args:
+        store: where connections are made, of this group and of its parts; not used otherwise. None: a world of one.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        name: str,
+        group: str,
+        topology: Topology,
+        local: LocalGroup,
+        store: dist.Store | None,
+        device: dist.ProcessGroupGloo.Device | None,
+        strict: bool,
+        timeout_s: float,
+    ) -> None:
+        self.calls: Calls = Checked(self, timeout_s)
+        self.name = name
+        self.group = group
+        self.rank = topology.rank
+        self.world_size = topology.world_size
+        self._topology = topology
+        self._local = local
+        self._store = store
+        self._device = device
+        self._strict = strict
+        self._timeout_s = timeout_s
+        self._process = os.getpid()
+        self._seq = 0
+        self._num_splits = 0
+        self._closed = False
+        self._queue = CallQueue("pycomm-hosts")
+        self._wire: Wire | None = None
+        self._frames: Frames | None = None
+        self._mail: Mail | None = None
+        if store is not None and device is not None and self.world_size > 1:
+            wires = [
+                Wire(dist.PrefixStore(f"{group}/{use}", store), device, self.rank, self.world_size, timeout_s)
+                for use in ("collectives", "messages")
+            ]
+            self._wire = wires[0]
+            self._frames = Frames(wires[1], self.rank, self.world_size, self._on_frame, self._on_gone)
+            # The data of messages go the way of their frames, so that both arrive in order.
+            self._mail = Mail(self.rank, strict, wires[1], self._frames, self._fail, self._receive_here)
+        self._failure = Failure(topology, self._frames, self._cut)
+        self._steps = Steps(topology, local, self._wire)
+        if self._frames is not None:
+            self._frames.start()
+
+    @classmethod
+    def connect(
+        cls, name: str, rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str, strict: bool
+    ) -> HostsBackend:
+        """Meet the ranks of this host, then those of all others.
+
+        Args:
+            hosts: by rank, the host by any name; ranks of equal names share memory.
+        """
+        topology = Topology.of(rendezvous.rank, hosts)
+        local = LocalGroup.connect(rendezvous, topology, group)
+        store = rendezvous.store
+        device = None if store is None else open_device(rendezvous.address(), env.gloo_interface())
+        return cls(name, group, topology, local, store, device, strict, rendezvous.timeout_s)
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
+        operation = self._post((True, tensor, dst, tag), timeout_s)
+        return self._outcome(operation, async_op)
+
+    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, async_op: bool, timeout_s: float) -> _C.Work | int:
+        operation = self._post((False, tensor, src, tag), timeout_s)
+        return self._outcome(operation, async_op) or operation.source()
+
+    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
+        operations = [self._post(message, timeout_s) for message in messages]
+        return self._outcome(Together(operations), async_op) or [operation.source() for operation in operations]
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
+        """Symmetric inside each host."""
+        found: list[torch.Tensor] = []
+
+        def body(steps: Steps, limit: Limit) -> None:
+            refused = ""
+            try:
+                found.append(self._local.shm.empty(shape, dtype, limit.local_s))
+            except MemoryError as error:
+                refused = str(error)
+            without = [rank for rank, row in enumerate(steps.table(bytes([not refused]), limit)) if not row[0]]
+            if without:
+                found.clear()
+                raise MemoryError(refused or f"{call}: rank(s) {without} cannot have their memory")
+
+        call = Call(0, "empty", count=torch.Size(shape).numel() * dtype.itemsize)
+        self._run(call, body, False, timeout_s)
+        return found[0]
+
+    def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if len(self._topology.hosts) > 1:
+            hosts = "; ".join(" ".join(map(str, ranks)) for ranks in self._topology.hosts)
+            raise ValueError(
+                f"peers: this group is on {len(self._topology.hosts)} hosts (ranks {hosts}), and only ranks of one "
+                f"host map each other's memory: split the group by host, and allocate in the part"
+            )
+        return self._local.shm.peers(tensor)
+
+    def split(self, color: int | None, key: int, timeout_s: float) -> Backend | None:
+        found: list[Backend] = []
+
+        def body(steps: Steps, limit: Limit) -> None:
+            rows = steps.table(_SPLIT.pack(color is not None, color or 0, key), limit)
+            choices = [_SPLIT.unpack(row) for row in rows]
+            chosen = [(k, r) for r, (member, c, k) in enumerate(choices) if member and c == color]
+            ranks = [r for _, r in sorted(chosen)] if color is not None else []
+            position = ranks.index(self.rank) if ranks else 0
+            local = self._local.split(color, position, limit.local_s)
+            self._num_splits += 1
+            if local is not None:
+                found.append(self._part(local, ranks, f"{self.group}.{self._num_splits - 1}[{color}]"))
+
+        self._run(Call(0, "split"), body, False, timeout_s)
+        return found[0] if found else None
+
+    def abort(self, reason: str) -> None:
+        self._check_process()
+        self._fail(Cause("lost", (self.rank,), f"rank {self.rank} aborted: {reason}"))
+
+    def close(self, drain_s: float) -> None:
+        """Finish what is queued, tell the others, close all connections. Local; idempotent."""
+        if self._closed or self._process != os.getpid():
+            return
+        self._closed = True
+        limit = Limit(drain_s)
+        done = self._queue.drain(limit.left_s) and (self._mail is None or self._mail.drain(limit.left_s))
+        if not done:
+            self.abort(f"closed with operations that no peer had joined after {drain_s:g} s")
+        if self._frames is not None:
+            for rank in range(self.world_size):
+                if rank != self.rank:
+                    self._frames.send(rank, Frame(Kind.LEFT, self.rank))
+            self._frames.flush(Limit(_FAREWELL_S).deadline)
+        self._local.close(limit.left_s)
+        self._failure.close("the communicator is closed")
+        if self._wire is not None:
+            self._wire.cut()
+        self._queue.stop()
+        if self._mail is not None:
+            self._mail.stop()
+        if self._frames is not None:
+            self._frames.close()
+
+    def _run(self, call: Call, body: Body, async_op: bool, timeout_s: float) -> _C.Work | None:
+        """Queue a collective; wait for it unless asynchronous."""
+        self._check_process()
+        operation = Operation(str(call))
+        self._queue.submit(operation, lambda: self._execute(call, body, Limit(timeout_s)))
+        return self._outcome(operation, async_op)
+
+    def _outcome(self, operation: Operation | LocalOperation | Together, async_op: bool) -> _C.Work | None:
+        if async_op:
+            return cast(_C.Work, operation)  # it has what a Communicator uses of one: wait, done, source
+        try:
+            operation.wait()
+        except KeyboardInterrupt:
+            self.abort("interrupted while it waited")
+            raise
+        return None
+
+    def _execute(self, call: Call, body: Body, limit: Limit) -> None:
+        """On the queue's thread: enter the call with all ranks, then do it."""
+        if self._failure.cause is not None:
+            raise self._failure.cause.error(str(call), self._seq, self.group, later=True)
+        self._seq += 1
+        call = call.numbered(self._seq)
+        try:
+            limit.restart()
+            self._enter(call, limit)
+            body(self._steps, limit)
+        except MismatchError:
+            raise
+        except WireError as error:
+            cause = self._fail(self._failure.of_wire(error, limit.timeout_s))
+        except PycommError as error:
+            cause = self._fail(self._failure.of_host(error, limit.timeout_s))
+        else:
+            return
+        raise cause.error(f"{call}, call {call.seq} of {self.group!r}", call.seq, self.group)
+
+    def _enter(self, call: Call, limit: Limit) -> None:
+        rows = self._steps.table(call.pack(), limit)
+        if all(row == rows[self.rank] for row in rows):
+            return
+        calls = {rank: str(Call.unpack(row)) for rank, row in enumerate(rows)}
+        if len(set(calls.values())) == 1:
+            calls = {rank: f"{text}, its call {Call.unpack(rows[rank]).seq}" for rank, text in calls.items()}
+        text = ", ".join(f"rank {rank} called {text}" for rank, text in calls.items())
+        raise MismatchError(f"call {call.seq} of group {self.group!r}: {text}", calls=calls)
+
+    def _post(self, message: Message, timeout_s: float) -> Operation | LocalOperation:
+        """Start a message: inside the host by the host transport, else by mail."""
+        self._check_process()
+        is_send, tensor, peer, tag = message
+        if not -_MOST_TAG <= tag <= _MOST_TAG:
+            raise ValueError(f"tag={tag}: it is an integer of 64 bits, and -2**63 is taken")
+        if self._failure.cause is not None:
+            raise self._failure.cause.error("send" if is_send else "recv", self._seq, self.group, later=True)
+        if self._mail is None or (peer is not None and self._topology.is_here(peer)):
+            place = None if peer is None else self._topology.local_of[peer]
+            if is_send:
+                assert place is not None
+                return self._here(self._local.send(tensor, place, tag, timeout_s))
+            return self._here(self._local.receive(tensor, place, tag, timeout_s))
+        if is_send:
+            assert peer is not None
+            return self._mail.send(tensor, peer, tag, timeout_s)
+        return self._mail.receive(tensor, peer, tag, timeout_s)
+
+    def _receive_here(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> LocalOperation | None:
+        work = self._local.receive_arrived(tensor, tag, timeout_s)
+        return None if work is None else self._here(work)
+
+    def _here(self, work: _C.Work) -> LocalOperation:
+        return LocalOperation(work, self._topology.neighbours, self._of_host)
+
+    def _of_host(self, error: BaseException) -> BaseException:
+        """An error of a message inside this host, with the group's ranks; it ends the group unless it is a mismatch."""
+        if isinstance(error, MismatchError):
+            return self._failure.mismatch(error)
+        assert isinstance(error, PycommError)
+        cause = self._fail(self._failure.of_host(error, self._timeout_s))
+        return cause.error("a message inside the host", self._seq, self.group)
+
+    def _on_frame(self, frame: Frame) -> None:
+        """On the thread that reads frames."""
+        assert self._mail is not None
+        if frame.kind == Kind.FAILED:
+            cause = Cause.decode(frame.body.decode(errors="replace"))
+            self._failure.settle(cause or Cause("lost", (frame.rank,), "it failed"), announce=False)
+        elif frame.kind == Kind.LEFT:
+            self._failure.left.add(frame.rank)
+            self._on_gone(frame.rank)
+        else:
+            self._mail.on_frame(frame)
+
+    def _on_gone(self, rank: int) -> None:
+        assert self._mail is not None
+        self._mail.on_gone(rank, self._failure.of_gone(rank))
+
+    def _fail(self, cause: Cause) -> Cause:
+        return self._failure.settle(cause, announce=True)
+
+    def _cut(self, cause: Cause) -> None:
+        """End all that waits on this rank."""
+        self._local.abort(cause.encode())
+        if self._wire is not None:
+            self._wire.cut()
+        if self._mail is not None:
+            self._mail.end(lambda call: cause.error(call, 0, self.group))
+
+    def _part(self, local: LocalGroup, ranks: Sequence[int], group: str) -> Backend:
+        """A new group of these ranks, of which this is one."""
+        hosts = [self._topology.host_of[rank] for rank in ranks]
+        if not self._topology.flat and len(set(hosts)) == 1:
+            return local.shm
+        topology = Topology.of(ranks.index(self.rank), hosts)
+        return HostsBackend(self.name, group, topology, local, self._store, self._device, self._strict, self._timeout_s)
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise PycommError("this is a forked process: the communicator belongs to its parent")

@@ -1,0 +1,110 @@
+"""The first failure of a group, seen from one rank: found out, told to the others, remembered.
+
+A rank that fails tells the ranks of its host through the host transport, and all others by frames, before it closes its
+connections. So every rank names the root of the failure and not the neighbour that noticed first.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+
+from pycomm.backends.gloo.causes import Cause, ranks_text
+from pycomm.backends.gloo.frames import Frame, Frames, Kind
+from pycomm.backends.gloo.topology import Topology
+from pycomm.backends.gloo.wire import WireError
+from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
+
+__all__ = ["Failure"]
+
+_GRACE_S = 1.0  # for news of the reason, before a rank names what it saw itself
+_LOOK_S = 0.02
+_LEFT = "exited normally (it closed the communicator)"
+
+
+class Failure:
+    """See the module.
+
+    Args:
+        cut: ends all waits of this rank, and of its peers for it.
+    """
+
+    def __init__(self, topology: Topology, frames: Frames | None, cut: Callable[[Cause], None]) -> None:
+        self.cause: Cause | None = None
+        self.left: set[int] = set()  # ranks that have closed their communicator
+        self._topology = topology
+        self._frames = frames
+        self._cut = cut
+        self._lock = threading.Lock()
+        self._known = threading.Event()
+
+    def settle(self, cause: Cause, *, announce: bool) -> Cause:
+        """The group cannot go on because of ``cause``, unless it has failed already; returns what counts."""
+        with self._lock:
+            if self.cause is not None:
+                return self.cause
+            self.cause = cause
+        if announce and self._frames is not None:
+            news = Frame(Kind.FAILED, self._topology.rank, body=cause.encode().encode())
+            for rank in range(self._topology.world_size):
+                if rank != self._topology.rank:
+                    self._frames.send(rank, news)
+        self._cut(cause)
+        self._known.set()
+        return cause
+
+    def of_host(self, error: PycommError, timeout_s: float) -> Cause:
+        """What an error of the host transport says, with the numbers of the whole group."""
+        cause = Cause.decode(str(error))
+        if cause is not None:  # passed on by a rank of this host
+            return cause
+        here = self._topology.neighbours
+        if isinstance(error, PeerTimeoutError):
+            ranks = tuple(here[place] for place in error.missing_ranks)
+            return Cause("expired", ranks, f"{ranks_text(ranks)} did not come within {timeout_s:g} s")
+        if isinstance(error, PeerLostError) and error.lost_ranks:
+            ranks = tuple(here[place] for place in error.lost_ranks)
+            return Cause("lost", ranks, f"{ranks_text(ranks)} {_how(str(error))}")
+        return Cause("lost", (), str(error))
+
+    def mismatch(self, error: MismatchError) -> MismatchError:
+        """Of a message inside this host, with the numbers of the whole group."""
+        here = self._topology.neighbours
+
+        def renumber(text: str) -> str:
+            return re.sub(r"\b(rank |dst=|src=)(\d+)", lambda found: f"{found[1]}{here[int(found[2])]}", text)
+
+        calls = {here[place]: renumber(call) for place, call in error.calls.items()}
+        return MismatchError(renumber(str(error)), calls=calls)
+
+    def close(self, reason: str) -> None:
+        """From now on nothing can be called; nobody is told."""
+        with self._lock:
+            self.cause = self.cause or Cause("lost", (self._topology.rank,), reason)
+
+    def of_wire(self, error: WireError, timeout_s: float) -> Cause:
+        """Why a connection failed: what its peer, or somebody else, tells within a second; else what is seen here."""
+        end = time.monotonic() + _GRACE_S
+        while self.cause is None and time.monotonic() < end:
+            if self._frames is not None and error.rank in self._frames.gone and not error.expired:
+                break  # its last frame has been read
+            self._known.wait(_LOOK_S)
+        if self.cause is not None:
+            return self.cause
+        if error.expired:
+            text = f"{ranks_text(error.silent)} on another host sent nothing within {timeout_s:g} s"
+            return Cause("expired", error.silent, text)
+        return self.of_gone(error.rank)
+
+    def of_gone(self, rank: int) -> Cause:
+        """A rank's connection is closed, and it has not said why."""
+        return Cause("lost", (rank,), f"rank {rank} {_LEFT if rank in self.left else 'died'}")
+
+
+def _how(text: str) -> str:
+    if "exited normally" in text:
+        return _LEFT
+    _, aborted, reason = text.partition(" aborted: ")
+    return f"aborted: {reason}" if aborted else "died"

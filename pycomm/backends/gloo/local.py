@@ -1,0 +1,82 @@
+"""The ranks of one host inside a group of several hosts: the host transport, called synchronously on flat tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from pycomm import _C
+from pycomm.backends.gloo.topology import Topology
+from pycomm.backends.shm import ShmBackend, tuning_here
+from pycomm.rendezvous import Rendezvous
+
+__all__ = ["LocalGroup"]
+
+_TAG = -(2**63)  # of messages that are steps of a collective; callers may not use it
+
+
+class LocalGroup:
+    """Ranks are places in ``topology.neighbours``. Every call raises what the host transport raises."""
+
+    def __init__(self, core: _C.HostCommunicator) -> None:
+        self.shm = ShmBackend(core)
+        self.size = core.world_size
+        self._core = core
+
+    @classmethod
+    def connect(cls, rendezvous: Rendezvous, topology: Topology, name: str) -> LocalGroup:
+        """Meet the other ranks of this host: its first rank publishes a socket address, the others come there."""
+        leader, size = topology.neighbours[0], len(topology.neighbours)
+        listener, address = None, ""
+        if size > 1 and topology.rank == leader:
+            listener = _C.Listener()
+            rendezvous.put(f"shm/{leader}", listener.address)
+        elif size > 1:
+            address = rendezvous.get(f"shm/{leader}", rank=leader)
+        # Not strict: the host transport would compare orders of steps, which are not the caller's calls.
+        timeout_s, place = rendezvous.timeout_s, topology.local_rank
+        return cls(_C.HostCommunicator(name, place, size, listener, address, timeout_s, False, tuning_here(size)))
+
+    def reduce_scatter(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], op: str, timeout_s: float
+    ) -> None:
+        self._core.reduce_scatter(output, input, op, counts, False, timeout_s)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], timeout_s: float) -> None:
+        self._core.all_gather(output, input, counts, False, timeout_s)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, timeout_s: float) -> None:
+        self._core.broadcast(tensor, root, False, timeout_s)
+
+    def exchange(
+        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], timeout_s: float
+    ) -> None:
+        """(tensor, peer) each; a step of a collective."""
+        messages = [(False, tensor, peer, _TAG) for tensor, peer in receives]
+        messages += [(True, tensor, peer, _TAG) for tensor, peer in sends]
+        self._core.exchange(messages, False, timeout_s)
+
+    def send(self, tensor: torch.Tensor, peer: int, tag: int, timeout_s: float) -> _C.Work:
+        work = self._core.send(tensor, peer, tag, True, timeout_s)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: torch.Tensor, peer: int | None, tag: int, timeout_s: float) -> _C.Work:
+        work = self._core.recv(tensor, peer, tag, True, timeout_s)
+        assert not isinstance(work, int)
+        return work
+
+    def receive_arrived(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> _C.Work | None:
+        """Receive from whoever has sent already; None if nobody has."""
+        return self._core.receive_arrived(tensor, tag, timeout_s)
+
+    def split(self, color: int | None, key: int, timeout_s: float) -> LocalGroup | None:
+        core = self._core.split(color, key, timeout_s)
+        return None if core is None else LocalGroup(core)
+
+    def abort(self, reason: str) -> None:
+        self._core.abort(reason)
+
+    def close(self, drain_s: float) -> None:
+        self._core.close(drain_s)

@@ -1,0 +1,144 @@
+"""Operations of a back end in Python, and the thread that runs a group's collectives in issue order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pycomm import _C
+
+__all__ = ["CallQueue", "LocalOperation", "Operation", "Together"]
+
+
+class Operation:
+    """What :class:`pycomm._C.Work` is on the host transport: something under way that ends once, well or not."""
+
+    def __init__(self, call: str) -> None:
+        self.call = call
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+        self._source = -1
+
+    def finish(self, source: int = -1) -> None:
+        self._end(None, source)
+
+    def fail(self, error: BaseException) -> None:
+        self._end(error, -1)
+
+    def done(self) -> bool:
+        return self._over.is_set()
+
+    def source(self) -> int:
+        return self._source
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return at its end, or raise its error; TimeoutError after ``timeout_s``, and it goes on."""
+        if not self._over.wait(timeout_s):
+            raise TimeoutError(f"{self.call}: not done after {timeout_s:g} s; it goes on")
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+
+    def _end(self, error: BaseException | None, source: int) -> None:
+        with self._lock:
+            if self._over.is_set():
+                return
+            self._error, self._source = error, source
+            self._over.set()
+
+
+class LocalOperation:
+    """A message inside this host: the host transport's Work, with ranks of the whole group in source and errors."""
+
+    def __init__(
+        self, work: _C.Work, ranks: Sequence[int], translate: Callable[[BaseException], BaseException]
+    ) -> None:
+        self._work = work
+        self._ranks = ranks
+        self._translate = translate
+
+    def done(self) -> bool:
+        return self._work.done()
+
+    def source(self) -> int:
+        return self._ranks[self._work.source()]
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        try:
+            self._work.wait(timeout_s)
+        except RuntimeError as error:  # all PycommErrors are; a TimeoutError of this wait alone is not
+            raise self._translate(error) from None
+
+
+class Together:
+    """Operations that are waited for together."""
+
+    def __init__(self, operations: Sequence[Operation | LocalOperation]) -> None:
+        self._operations = operations
+
+    def done(self) -> bool:
+        return all(operation.done() for operation in self._operations)
+
+    def source(self) -> int:
+        return next((operation.source() for operation in self._operations), -1)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        for operation in self._operations:
+            operation.wait(None if end is None else max(end - time.monotonic(), 0.0))
+
+
+class CallQueue:
+    """Runs one call after the other on a thread of its own, which starts with the first."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._calls: deque[tuple[Operation, Callable[[], None]]] = deque()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def submit(self, operation: Operation, body: Callable[[], None]) -> None:
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+                self._thread.start()
+            self._calls.append((operation, body))
+            self._changed.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is queued; False if ``timeout_s`` passes before."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._calls and not self._busy, timeout_s)
+
+    def stop(self) -> None:
+        """End the thread after the call that it is in. Idempotent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @torch.no_grad()
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._calls or self._stopping)
+                if not self._calls:
+                    return
+                operation, body = self._calls.popleft()
+                self._busy = True
+            try:
+                body()
+            except Exception as error:  # noqa: BLE001  (whoever waits for it must see whatever it was)
+                operation.fail(error)
+            else:
+                operation.finish()
+            del operation, body  # and the tensors that they keep
