@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "05_several_hosts.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "07_several_hosts.py"
 
 
 def test_the_example_runs_as_it_stands() -> None:

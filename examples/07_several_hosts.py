@@ -1,9 +1,9 @@
 r"""One script on one host or on several: which ranks share memory, and a sum over all.
 
-torchrun --nproc-per-node 2 examples/05_several_hosts.py
+torchrun --nproc-per-node 2 examples/07_several_hosts.py
 torchrun --nnodes 2 --node-rank 0 --nproc-per-node 2 --master-addr ADDR --master-port 29500 \
-    examples/05_several_hosts.py
-python examples/05_several_hosts.py
+    examples/07_several_hosts.py
+python examples/07_several_hosts.py
 """
 
 import os
