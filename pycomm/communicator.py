@@ -20,7 +20,7 @@ from pycomm.arguments import tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.shm import ShmBackend
 from pycomm.calls import InFlight, Work, checked_timeout
-from pycomm.collectives import Collectives
+from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("pycomm")
 _EXIT_DRAIN_S = 10.0  # at interpreter exit, operations that no peer joins may hold the process back so long
 
 
-class Communicator(Collectives, Messages):
+class Communicator(FusedCalls, Messages):
     """A group of ranks. Made by :func:`init` and :meth:`split`; also a context manager that closes itself.
 
     Every call takes ``async_op`` (return a :class:`Work` at once instead of waiting) and ``timeout_s`` (None: the

@@ -21,6 +21,7 @@ using CommunicatorClass = pybind11::class_<host::Communicator, CommunicatorHolde
 
 void bind_errors(pybind11::module_& module);
 void bind_reduce(pybind11::module_& module);
+void bind_gradient_step(pybind11::module_& module);
 void bind_communicator(pybind11::module_& module);
 void bind_collectives(CommunicatorClass& communicator);
 void bind_messages(CommunicatorClass& communicator);

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_C, module) {
   pycomm::bindings::bind_errors(module);
   pycomm::bindings::bind_reduce(module);
   pycomm::bindings::bind_communicator(module);
+  pycomm::bindings::bind_gradient_step(module);
 }

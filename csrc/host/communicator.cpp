@@ -166,6 +166,10 @@ std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
   return run(options, [](Group& group) { host::barrier(group); });
 }
 
+std::shared_ptr<Work> Communicator::collective(std::function<void(Group&)> body, const CallOptions& options) {
+  return run(options, std::move(body));
+}
+
 std::shared_ptr<Work> Communicator::exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
                                                       std::vector<int>* sources) {
   check_not_forked();
