@@ -8,7 +8,16 @@ import torch as _torch  # noqa: F401  (before the extension: it brings the C++ r
 from pycomm import errors
 from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
-from pycomm.data_parallel import DataParallel
+from pycomm.data_parallel import DataParallel, ShardedAdamW, clip_grad_norm_
 
 __version__ = _version()
-__all__ = ["Communicator", "DataParallel", "Work", "__version__", "errors", "init"]
+__all__ = [
+    "Communicator",
+    "DataParallel",
+    "ShardedAdamW",
+    "Work",
+    "__version__",
+    "clip_grad_norm_",
+    "errors",
+    "init",
+]

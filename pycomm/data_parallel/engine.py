@@ -49,7 +49,11 @@ class GradientEngine:
         self.exposed_comm_s = 0.0
         self.gradients = gradients
         self.has_averages = False  # since the last time that gradients were zeroed
+        # What a ShardedAdamW and clip_grad_norm_ say to each other:
         self.is_sharded = False  # gradients, or what the optimizer makes of them
+        self.scales_in_step = False  # clipping leaves gradients as they are, and the optimizer's step scales them
+        self.grad_scale = 1.0
+        self.norm_is_finite = True  # as far as it was looked at
         self.joining: Joining | None = None
         self._comm = comm
         self._overlap = gradients.options.overlap
@@ -159,10 +163,14 @@ class GradientEngine:
     def clear(self) -> None:
         """The gradients were zeroed."""
         self.has_averages = False
-        if any(slot.param.grad is not None for slot in self.gradients.slots):
-            return
+        self.gradients.were_zeroed()
         for slot in self.gradients.slots:
             slot.unreduced = False
+
+    def were_taken(self) -> None:
+        """The optimizer has made its step with the averages."""
+        self.gradients.were_taken()
+        self.has_averages = self.gradients.stay
 
     @property
     def in_no_sync(self) -> bool:
@@ -225,6 +233,7 @@ class GradientEngine:
         if errors:
             raise errors[0]
         self.has_averages = True
+        self.grad_scale, self.norm_is_finite = 1.0, True
 
     def _become_idle(self) -> None:
         self._end = None

@@ -23,9 +23,12 @@ class FlatGradients(Gradients):
     Each family has one flat buffer, whose slices are the buckets, so rebuilding them moves gradients inside it.
     """
 
+    stay = True
+
     def __init__(self, slots: Sequence[Slot], families: Sequence[Family], comm: Communicator, options: Options) -> None:
         super().__init__(slots, families, comm, options)
         self.sharded = False
+        self.deferred = False  # buckets are averaged by the optimizer's step, or when their norm is asked for
         wire = options.wire_dtype
         # What travels: the gradients themselves, or a copy of them in the dtype of the wire.
         self.messages = {family: self._memory(family.numel, wire or family.grad_dtype) for family in families}
@@ -48,6 +51,8 @@ class FlatGradients(Gradients):
     def shard_between_ranks(self) -> None:
         """From now on only this rank's shard is averaged (ZeRO-1)."""
         self.sharded = True
+        # Without overlap nothing is gained by averaging before the optimizer's step, which can do it on the way.
+        self.deferred = self.fused and not self.options.overlap and self.options.wire_dtype is None
         self._describe()
 
     def rows(self, slots: Sequence[Slot]) -> list[Row]:
@@ -102,8 +107,12 @@ class FlatGradients(Gradients):
             slot.param.grad = slot.view
 
     def launch(self, bucket: Bucket) -> None:
-        if bucket.numel == 0:
-            return
+        if self.deferred:
+            self.unreduced = True
+        elif bucket.numel > 0:
+            self._launch(bucket)
+
+    def _launch(self, bucket: Bucket) -> None:
         async_op = self.options.overlap
         gradient, message = self._slice(self.flats, bucket), self._slice(self.messages, bucket)
         then = None
@@ -119,7 +128,21 @@ class FlatGradients(Gradients):
 
     def wait(self) -> None:
         super().wait()
-        self._versions = self._current_versions() if self.fused and not self._carried else None
+        if not self.unreduced:
+            self._reduced(with_norms=self.fused)
+        elif self._carried:  # the step cannot add them
+            self._reduce_now()
+
+    def _reduce_now(self) -> None:
+        for bucket in self.buckets:
+            if bucket.numel > 0:
+                self._launch(bucket)
+        self._reduced(with_norms=True)
+
+    def _reduced(self, *, with_norms: bool) -> None:
+        """All buckets were averaged, and their norms taken."""
+        self.unreduced = False
+        self._versions = self._current_versions() if with_norms and not self._carried else None
         with torch.no_grad():
             for slot, carried in self._carried.items():
                 self._own(slot).add_(carried)
@@ -128,16 +151,49 @@ class FlatGradients(Gradients):
             self._scattered.update(self.slots)
 
     def drop(self) -> None:
+        self.unreduced = False
         for flat in self.flats.values():
             flat.zero_()
         self._carried.clear()
         self._scattered.clear()
+
+    def were_zeroed(self) -> None:
+        if all(slot.param.grad is None for slot in self.slots):
+            self._scattered.clear()
+
+    def are_complete(self) -> bool:
+        missing = [slot.name for slot in self.slots if slot.param.grad is None]
+        if len(missing) == len(self.slots):
+            return False
+        if missing:
+            raise PycommError(
+                f"{len(missing)} averaged gradient(s) are gone before the step, the first: {missing[0]!r}"
+            )
+        for slot in self.slots:
+            if slot.param.grad is not slot.view:  # the user's own tensor
+                self.keep(slot)
+        return True
+
+    def were_taken(self) -> None:
+        if self.unreduced:
+            self._reduced(with_norms=False)
+
+    def give_back(self) -> None:
+        for slot in self.slots:
+            if slot.param.grad is slot.view:
+                slot.param.grad = None
+            slot.view = None
+        self._reductions.clear()
+        self.flats.clear()
+        self.messages.clear()
 
     def scale(self, factor: float) -> None:
         for flat in self.flats.values():
             flat.mul_(factor)
 
     def norm_table(self) -> Tensor:
+        if self.unreduced:
+            self._reduce_now()
         if self.fused:
             # The ranks agree on whether the norms that the reduction took are still those of the gradients.
             stale = 0.0 if self._norms_hold() else 1.0

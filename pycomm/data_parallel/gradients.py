@@ -38,10 +38,13 @@ class Gradients(ABC):
         self.options = options
         self.fused = options.symmetric and comm.has_fused_calls
         self.buckets = plan(list(reversed(slots)), options.cap_bytes)  # backward reaches the last layers first
+        self.unreduced = False  # the optimizer's step has to average them
         self.layout = 0  # counts the times that gradients moved to other places
         # Squared norms of the blocks that this rank averaged; zeros elsewhere.
         self._norms = torch.zeros(sum(num_blocks(slot.param.numel()) for slot in slots), dtype=torch.float64)
         self._under_way: list[tuple[Work, Callable[[], None] | None]] = []
+
+    stay: bool  # until they are zeroed; else until the optimizer takes them
 
     @property
     @abstractmethod
@@ -75,6 +78,22 @@ class Gradients(ABC):
     @abstractmethod
     def drop(self) -> None:
         """Zero all gradients."""
+
+    @abstractmethod
+    def were_zeroed(self) -> None:
+        """By zero_grad()."""
+
+    @abstractmethod
+    def are_complete(self) -> bool:
+        """For the optimizer: whether there are gradients; False if all were zeroed. Raises if some were."""
+
+    @abstractmethod
+    def were_taken(self) -> None:
+        """By the optimizer, which has averaged them if they were ``unreduced``."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Free the memory; not to be used any more."""
 
     @abstractmethod
     def norm_table(self) -> Tensor:

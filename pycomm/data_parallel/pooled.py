@@ -50,6 +50,8 @@ class Load:
 class PooledGradients(Gradients):
     """This rank's shard of the averages, added up over backwards until the optimizer takes it or they are zeroed."""
 
+    stay = False
+
     def __init__(self, slots: Sequence[Slot], families: Sequence[Family], comm: Communicator, options: Options) -> None:
         super().__init__(slots, families, comm, options)
         self.shards = {family: torch.zeros(max(1, family.num_owned), dtype=family.grad_dtype) for family in families}
@@ -94,6 +96,19 @@ class PooledGradients(Gradients):
         self._is_zero = True
         for slot in self.slots:
             slot.param.grad = None
+
+    def were_zeroed(self) -> None:
+        self._is_zero = True
+
+    def are_complete(self) -> bool:
+        return not self._is_zero
+
+    def were_taken(self) -> None:
+        self._is_zero = True
+
+    def give_back(self) -> None:
+        self._pool.clear()
+        self.shards.clear()
 
     def scale(self, factor: float) -> None:
         for shard in self.shards.values():
