@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
-from pycomm.arguments import tensor_on
+from pycomm.arguments import checked_timeout, tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.shm import ShmBackend
-from pycomm.calls import InFlight, Work, checked_timeout
+from pycomm.calls import InFlight, Work
 from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous

@@ -145,8 +145,7 @@ class ShardedAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """That of torch.optim.AdamW, whole tensors on every rank; 16-bit parameters have "master", too. Collective.
 
-        It loads at any world size and stage, and in torch.optim.AdamW. Its memory is that of unsharded states:
-        :meth:`sharded_state_dict` is for models that do not fit.
+        It loads at any world size and stage, and in torch.optim.AdamW. Its memory is that of unsharded states.
         """
         result = super().state_dict()
         numbers = self._numbers()
