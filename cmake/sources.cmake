@@ -2,13 +2,18 @@
 file(GLOB PYCOMM_HOST_SOURCES CONFIGURE_DEPENDS csrc/host/*.cpp)
 file(GLOB PYCOMM_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
 
-# Reductions are compiled once per SIMD level and chosen at run time, so one binary serves every processor of an
-# architecture. aarch64 needs no second level: NEON is guaranteed there.
+# Reductions and optimizer steps are compiled once per SIMD level and chosen at run time, so one binary serves every
+# processor of an architecture. aarch64 needs no second level: NEON is guaranteed there.
+# -fno-math-errno: a square root is one instruction, which does not set errno. Its bits are the same.
 if(CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
-  set_source_files_properties(csrc/host/reduce_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mf16c")
-  set_source_files_properties(csrc/host/reduce_avx512.cpp PROPERTIES COMPILE_OPTIONS
-    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mf16c")
+  set(PYCOMM_AVX2 -mavx2 -mf16c)
+  set(PYCOMM_AVX512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c)
+  set_source_files_properties(csrc/host/reduce_avx2.cpp PROPERTIES COMPILE_OPTIONS "${PYCOMM_AVX2}")
+  set_source_files_properties(csrc/host/reduce_avx512.cpp PROPERTIES COMPILE_OPTIONS "${PYCOMM_AVX512}")
+  set_source_files_properties(csrc/host/step_avx2.cpp PROPERTIES COMPILE_OPTIONS "${PYCOMM_AVX2};-fno-math-errno")
+  set_source_files_properties(csrc/host/step_avx512.cpp PROPERTIES COMPILE_OPTIONS "${PYCOMM_AVX512};-fno-math-errno")
 endif()
+set_source_files_properties(csrc/host/step_baseline.cpp PROPERTIES COMPILE_OPTIONS "-fno-math-errno")
 
 # Ranks compare this hash of all sources when they meet: two builds that differ must not share memory.
 file(GLOB_RECURSE PYCOMM_HASHED_SOURCES CONFIGURE_DEPENDS csrc/*.hpp csrc/*.cpp)

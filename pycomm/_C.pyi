@@ -166,3 +166,68 @@ class HostCommunicator:
     def split(self, color: int | None, key: int, timeout_s: float, /) -> HostCommunicator | None: ...
     def abort(self, reason: str, /) -> None: ...
     def close(self, drain_s: float) -> None: ...
+
+NORM_BLOCK: int
+
+class Runs:
+    """Runs of elements that a rank owns: (grad, param, packed, count, first_block, group); all but the last in elements
+    and blocks, as csrc/host/gradient_step.hpp says."""
+
+    def __init__(self, rows: Sequence[tuple[int, int, int, int, int, int]]) -> None: ...
+
+class GradientReduction:
+    """Which gradients to average, and where the averages and the norms of their blocks go. Addresses."""
+
+    def __init__(
+        self,
+        *,
+        grads: int,
+        count: int,
+        dtype: str,
+        runs: Runs,
+        to_all: bool,
+        shard: int,
+        shard_dtype: str,
+        norms: int,
+    ) -> None: ...
+
+class ParameterUpdate:
+    """What an optimizer step reads and writes. Addresses; ``master`` 0: the parameters are fp32."""
+
+    def __init__(
+        self,
+        *,
+        grads: int,
+        grad_dtype: str,
+        grads_packed: bool,
+        params: int,
+        count: int,
+        param_dtype: str,
+        master: int,
+        exp_avg: int,
+        exp_avg_sq: int,
+        runs: Runs,
+    ) -> None: ...
+
+def reduce_gradients(
+    communicator: HostCommunicator,
+    reduction: GradientReduction,
+    accumulate: bool,
+    async_op: bool,
+    timeout_s: float,
+    /,
+) -> Work | None: ...
+def update_everywhere(
+    communicator: HostCommunicator,
+    update: ParameterUpdate,
+    groups: Sequence[tuple[float, float, float, float, float, float, float, float]],
+    reduce_first: bool,
+    timeout_s: float,
+    /,
+) -> None: ...
+def update_locally(
+    update: ParameterUpdate, groups: Sequence[tuple[float, float, float, float, float, float, float, float]], /
+) -> None: ...
+def block_norms(values: int, dtype: str, runs: Runs, packed: bool, norms: int, /) -> None: ...
+def sum_in_order(values: int, count: int, /) -> float:
+    """The sum of ``count`` float64 at an address, one after the other."""

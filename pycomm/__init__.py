@@ -8,11 +8,22 @@ import torch as _torch  # noqa: F401  (before the extension: it brings the C++ r
 from pycomm import errors, pipeline
 from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
-from pycomm.data_parallel import DataParallel
+from pycomm.data_parallel import DataParallel, ShardedAdamW, clip_grad_norm_
 from pycomm.mesh import Mesh
 from pycomm.torch_backend import register as _register_with_torch
 
 __version__ = _version()
-__all__ = ["Communicator", "DataParallel", "Mesh", "Work", "__version__", "errors", "init", "pipeline"]
+__all__ = [
+    "Communicator",
+    "DataParallel",
+    "Mesh",
+    "ShardedAdamW",
+    "Work",
+    "__version__",
+    "clip_grad_norm_",
+    "errors",
+    "init",
+    "pipeline",
+]
 
 _register_with_torch()  # torch.distributed.init_process_group("pycomm") works from here on

@@ -21,7 +21,7 @@ from pycomm.backends import Backend, choose
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.shm import ShmBackend
 from pycomm.calls import InFlight, Work
-from pycomm.collectives import Collectives
+from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
 
@@ -31,7 +31,7 @@ _log = logging.getLogger("pycomm")
 _EXIT_DRAIN_S = 10.0  # at interpreter exit, operations that no peer joins may hold the process back so long
 
 
-class Communicator(Collectives, Messages):
+class Communicator(FusedCalls, Messages):
     """A group of ranks. Made by :func:`init` and :meth:`split`; also a context manager that closes itself.
 
     Every call takes ``async_op`` (return a :class:`Work` at once instead of waiting) and ``timeout_s`` (None: the

@@ -24,6 +24,7 @@ PYTHON_LAYERS = (
     {"backends"},
     {"calls"},
     {"collectives", "messages"},
+    {"fused"},
     {"communicator"},
     {"mesh"},
     {"data_parallel", "tensor_parallel", "pipeline", "torch_backend"},

@@ -27,6 +27,7 @@ host::CallOptions options_of(const host::Communicator& communicator, bool async_
 
 void bind_errors(pybind11::module_& module);
 void bind_reduce(pybind11::module_& module);
+void bind_gradient_step(pybind11::module_& module);
 void bind_arguments(pybind11::module_& module);
 void bind_communicator(pybind11::module_& module);
 void bind_collectives(CommunicatorClass& communicator);

@@ -33,6 +33,10 @@ std::string describe(const Call& call) {
       return "send(dst=" + std::to_string(call.root) + ", tag=" + tag + ", " + elements + ")";
     case OpKind::kRecv:
       return "recv(src=" + (call.root < 0 ? "any" : std::to_string(call.root)) + ", tag=" + tag + ", " + elements + ")";
+    case OpKind::kReduceGradients:
+      return std::string("reduce_gradients(") + (call.root < 0 ? "to all, " : "to owners, ") + elements + ")";
+    case OpKind::kUpdateParameters:
+      return std::string("update_parameters(") + (call.root != 0 ? "reducing gradients, " : "") + elements + ")";
     case OpKind::kAllocate:
       return "empty(" + std::to_string(call.count) + " bytes)";
     case OpKind::kSplit:

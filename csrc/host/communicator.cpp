@@ -173,6 +173,10 @@ std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
   return run(options, [](Group& group) { host::barrier(group); });
 }
 
+std::shared_ptr<Work> Communicator::collective(std::function<void(Group&)> body, const CallOptions& options) {
+  return run(options, std::move(body));
+}
+
 void Communicator::send(const MessageSpec& spec, double timeout_s) {
   check_not_forked();
   messenger_->send(spec, timeout_s);

@@ -2,6 +2,7 @@
 // the calling thread or asynchronous on the progress thread. Pointers stay valid until the call (or its Work) is done.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -50,6 +51,8 @@ class Communicator {
   std::shared_ptr<Work> all_to_all_by_splits(const Tensors& tensors, Parts output, Parts input,
                                              const CallOptions& options);
   std::shared_ptr<Work> barrier(const CallOptions& options);
+  /// A collective that has no method here: `body` enters its call and moves the data (group.hpp).
+  std::shared_ptr<Work> collective(std::function<void(Group&)> body, const CallOptions& options);
 
   // Messages are independent of collectives; peers are ranks of the group, or kAnySource of a receive.
   void send(const MessageSpec& spec, double timeout_s);

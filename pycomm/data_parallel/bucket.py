@@ -1,56 +1,99 @@
-"""Gradient buckets: few flat buffers that hold all gradients, so that few large messages travel instead of many small.
+"""Gradient buckets: few large messages instead of many small ones.
 
-``plan`` decides who shares a bucket, from shapes and dtypes alone, so every rank decides the same without asking.
-``build`` allocates the buffers and the views that become the parameters' ``.grad``.
+``make_slots`` describes the parameters, ``plan`` decides who shares a bucket, from shapes, dtypes and an order, so
+every rank decides the same without asking.
 
 Ref: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training" (2020), section 3.2.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from pycomm.communicator import Communicator
+from pycomm.data_parallel.shards import Shard, num_blocks, owned
 
 ALIGN_BYTES = 64  # a cache line: no two parameters share one, and vector loads never straddle
 
 
 @dataclass(eq=False)
-class Slot:
-    """A parameter's place in a bucket, and what is known of its gradient."""
+class Family:
+    """Parameters of equal dtypes, in model order; they share buffers."""
 
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    slots: list[Slot] = field(default_factory=list)
+    numel: int = 0  # padded
+    num_owned: int = 0
+
+    @property
+    def has_master(self) -> bool:
+        """16-bit parameters are updated in fp32, and those values are kept."""
+        return self.param_dtype.itemsize == 2
+
+
+@dataclass(eq=False)
+class Slot:
+    """A trainable parameter: its place in buffers, and what is known of its gradient."""
+
+    index: int  # in model order
     name: str
     param: nn.Parameter
-    bucket_index: int
-    view: Tensor  # shape, dtype and (where dense) strides of the parameter; memory of the bucket
-    ready: bool = False  # the gradient of the running backward is in the view
-    unreduced: bool = False  # the view holds gradients accumulated under no_sync()
+    family: Family
+    start: int  # elements, in buffers of its family that keep the model's order
+    first_block: int  # in the table of norms
+    shard: Shard  # this rank's
+    bucket_index: int = 0
+    view: Tensor | None = None  # its gradient's memory in a bucket, with shape and strides of the parameter
+    ready: bool = False  # the gradient of the running backward has arrived
+    unreduced: bool = False  # gradients were accumulated under no_sync()
 
-    def adopt(self) -> None:
-        """Make ``param.grad`` the view, with the value it has now.
+    @property
+    def padded_numel(self) -> int:
+        """Elements that it takes in a buffer: up to the next multiple of ALIGN_BYTES."""
+        return padded(self.param.numel(), self.family)
 
-        After ``zero_grad(set_to_none=True)`` autograd stores a fresh tensor in ``.grad``. Copying it here reads S and
-        writes S bytes. The other way to get it into the bucket, zeroing the view before backward so that autograd
-        accumulates into it, writes S, then reads 2 S and writes S; it would also turn -0.0 into 0.0.
-        """
-        grad = self.param.grad
-        if grad is self.view:
-            return
-        assert grad is not None
-        with torch.no_grad():
-            self.view.copy_(grad)
-        self.param.grad = self.view
+    @property
+    def grad_bytes(self) -> int:
+        return self.padded_numel * self.family.grad_dtype.itemsize
+
+    def view_in(self, flat: Tensor, start: int) -> Tensor:
+        """The parameter's shape at element ``start`` of ``flat``."""
+        return torch.as_strided(flat, self.param.shape, dense_strides(self.param), flat.storage_offset() + start)
+
+    def in_memory_order(self, tensor: Tensor) -> Tensor:
+        """[numel] elements of ``tensor``, which has the parameter's shape, in the order of the parameter's memory."""
+        strides = dense_strides(self.param)
+        if tensor.stride() != strides:
+            tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+        return torch.as_strided(tensor, (tensor.numel(),), (1,))
 
 
 @dataclass(eq=False)
 class Bucket:
-    """``flat``: [num_elements] of one dtype; every slot's view starts on a multiple of ALIGN_BYTES, gaps are zero."""
+    """Gradients that travel together: [numel] elements of one family, in the order in which they get ready."""
 
-    flat: Tensor
     slots: list[Slot]
+    numel: int
     num_pending: int = 0  # slots that are not ready in the running backward
+
+    @property
+    def family(self) -> Family:
+        return self.slots[0].family
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.family.grad_dtype.itemsize
+
+    def starts(self) -> list[int]:
+        """Of each slot, from the bucket's start."""
+        starts = [0]
+        for slot in self.slots[:-1]:
+            starts.append(starts[-1] + slot.padded_numel)
+        return starts
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -58,64 +101,61 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta").stride()
 
 
-def plan(params: Sequence[Tensor], cap_bytes: int) -> list[list[int]]:
-    """Group parameters into buckets of one dtype and at most ``cap_bytes``, in the order in which they get ready.
+def padded(numel: int, family: Family) -> int:
+    """A multiple of ALIGN_BYTES in both dtypes of the family."""
+    per_line = ALIGN_BYTES // min(family.param_dtype.itemsize, family.grad_dtype.itemsize)
+    return -(-numel // per_line) * per_line
 
-    Backward reaches the last layers first, so parameters are taken in reverse. A parameter larger than the cap gets a
-    bucket of its own.
+
+def make_slots(
+    named: Sequence[tuple[str, nn.Parameter, torch.dtype]], rank: int, world_size: int
+) -> tuple[list[Slot], list[Family]]:
+    """Slots in model order, and the families they belong to.
+
+    Args:
+        named: name, parameter, dtype of its gradient.
+    """
+    slots: list[Slot] = []
+    families: dict[tuple[torch.dtype, torch.dtype], Family] = {}
+    first_block = 0
+    for index, (name, param, grad_dtype) in enumerate(named):
+        family = families.setdefault((param.dtype, grad_dtype), Family(param.dtype, grad_dtype))
+        begin, end = owned(param.numel(), index, rank, world_size)
+        shard = Shard(begin, end, family.num_owned)
+        slot = Slot(index, name, param, family, family.numel, first_block, shard)
+        family.slots.append(slot)
+        family.numel += slot.padded_numel
+        family.num_owned += len(shard)
+        first_block += num_blocks(param.numel())
+        slots.append(slot)
+    return slots, list(families.values())
+
+
+def plan(slots: Sequence[Slot], cap_bytes: int) -> list[Bucket]:
+    """Group slots into buckets of one family and at most ``cap_bytes``.
+
+    A parameter larger than the cap gets a bucket of its own.
+
+    Args:
+        slots: in the order in which their gradients get ready.
 
     Returns:
-        One list of positions in ``params`` per bucket, descending; buckets in order of the position they wait for last.
+        Buckets in the order of the slot that each waits for last; ``bucket_index`` of the slots is set.
     """
     closed: list[list[int]] = []
-    open_groups: dict[torch.dtype, list[int]] = {}
-    open_bytes: dict[torch.dtype, int] = {}
-    for position in reversed(range(len(params))):
-        param = params[position]
-        size = _padded_numel(param) * param.element_size()
-        if param.dtype in open_groups and open_bytes[param.dtype] + size > cap_bytes:
-            closed.append(open_groups.pop(param.dtype))
-        group = open_groups.setdefault(param.dtype, [])
-        open_bytes[param.dtype] = size + (open_bytes[param.dtype] if group else 0)
-        group.append(position)
-    return sorted([*closed, *open_groups.values()], key=lambda group: -group[-1])
-
-
-def build(
-    named: Sequence[tuple[str, nn.Parameter]], comm: Communicator, *, cap_bytes: int, symmetric: bool
-) -> tuple[list[Bucket], Tensor]:
-    """Allocate zeroed buckets for the named parameters. Collective where ``symmetric``.
-
-    Returns:
-        The buckets in launch order, and [world_size] zero elements at the end of the last one, one per rank, which the
-        engine uses to tell peers that this rank's backward failed.
-    """
+    open_groups: dict[Family, list[int]] = {}
+    open_bytes: dict[Family, int] = {}
+    for position, slot in enumerate(slots):
+        family = slot.family
+        if family in open_groups and open_bytes[family] + slot.grad_bytes > cap_bytes:
+            closed.append(open_groups.pop(family))
+            open_bytes[family] = 0
+        open_groups.setdefault(family, []).append(position)
+        open_bytes[family] = open_bytes.get(family, 0) + slot.grad_bytes
     buckets: list[Bucket] = []
-    groups = plan([param for _, param in named], cap_bytes)
-    for index, group in enumerate(groups):
-        members = [named[position] for position in group]
-        starts = [0]
-        for _, param in members:
-            starts.append(starts[-1] + _padded_numel(param))
-        is_last = index == len(groups) - 1
-        flat = _allocate(starts[-1] + (comm.world_size if is_last else 0), members[0][1], comm, symmetric)
-        slots = [
-            Slot(name, param, index, torch.as_strided(flat, param.shape, dense_strides(param), start))
-            for (name, param), start in zip(members, starts, strict=False)
-        ]
-        buckets.append(Bucket(flat, slots, num_pending=len(slots)))
-    return buckets, buckets[-1].flat[starts[-1] :]
-
-
-def _padded_numel(param: Tensor) -> int:
-    """Elements that the parameter takes in a bucket: up to the next multiple of ALIGN_BYTES."""
-    per_line = ALIGN_BYTES // param.element_size()
-    return -(-param.numel() // per_line) * per_line
-
-
-def _allocate(numel: int, like: Tensor, comm: Communicator, symmetric: bool) -> Tensor:
-    """[numel, at least 1] zeros of the dtype and device of ``like``: a bucket of zero-sized parameters is sent too."""
-    if not symmetric:
-        return torch.zeros(max(1, numel), dtype=like.dtype, device=like.device)
-    # Symmetric memory may be a reused segment: without zeroing, the gaps would carry old values, NaN perhaps.
-    return comm.empty(max(1, numel), dtype=like.dtype).zero_()
+    for group in sorted([*closed, *open_groups.values()], key=lambda group: group[-1]):
+        members = [slots[position] for position in group]
+        for slot in members:
+            slot.bucket_index = len(buckets)
+        buckets.append(Bucket(members, sum(slot.padded_numel for slot in members), num_pending=len(members)))
+    return buckets

@@ -4,20 +4,20 @@ A hook per parameter runs when autograd has accumulated its gradient. A synchron
 
 1. The first hook (or the hook on the output of forward) queues ``finish`` to run at the end of this backward.
 2. Each hook puts its gradient into the bucket. When all of a bucket are there it can be launched: an asynchronous
-   all-reduce that runs while autograd computes the gradients of earlier layers.
+   reduction that runs while autograd computes the gradients of earlier layers.
 3. Launches go strictly in bucket order, since collectives must be issued in the same order on every rank, whatever the
    order in which hooks run there.
 4. ``finish`` launches what remains and waits for all, so ``.grad`` is final when ``backward()`` returns.
+5. The first time, rank 0 says in which order its gradients came, and all rebuild their buckets in that order.
 
-The last bucket is always launched by ``finish``. It gets ready with the very last gradient anyway, and so it can carry
-one element per rank that says whether that rank's backward came to its end: a rank whose backward raised sends the
-rest of its buckets from its next forward with that element set, and then every rank drops the step and can go on.
+After the last bucket every rank says whether its backward came to its end. One whose backward raised sends the rest of
+its buckets from its next forward, says so, and then every rank drops the step and can go on.
 """
 
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NoReturn
@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from pycomm.communicator import Communicator, Work
-from pycomm.data_parallel.bucket import Bucket, Slot
+from pycomm.communicator import Communicator
+from pycomm.data_parallel.bucket import Slot
+from pycomm.data_parallel.gradients import Gradients
+from pycomm.data_parallel.join import Joining
 from pycomm.errors import PycommError
 
 _NUM_NAMED = 5  # parameters that an error message names
@@ -39,29 +41,33 @@ class GradientEngine:
     Autograd may run hooks on its own threads, so they take a lock; on the CPU they run in the thread of backward().
 
     Args:
-        buckets: in launch order, the same on all ranks.
-        status: [world_size] zeros at the end of the last bucket.
-        overlap: launch from the hooks; False: the same all-reduces one after the other when backward is done.
+        gradients: their memory and buckets, the same on all ranks.
         find_unused: a parameter without a gradient counts as zeros instead of being an error.
     """
 
-    def __init__(
-        self, buckets: Sequence[Bucket], status: Tensor, comm: Communicator, *, overlap: bool, find_unused: bool
-    ) -> None:
+    def __init__(self, gradients: Gradients, comm: Communicator, *, find_unused: bool) -> None:
         self.exposed_comm_s = 0.0
-        self._buckets = buckets
-        self._status = status
+        self.gradients = gradients
+        self.has_averages = False  # since the last time that gradients were zeroed
+        # What a ShardedAdamW and clip_grad_norm_ say to each other:
+        self.is_sharded = False  # gradients, or what the optimizer makes of them
+        self.scales_in_step = False  # clipping leaves gradients as they are, and the optimizer's step scales them
+        self.grad_scale = 1.0
+        self.norm_is_finite = True  # as far as it was looked at
+        self.joining: Joining | None = None
         self._comm = comm
-        self._overlap = overlap
+        self._overlap = gradients.options.overlap
         self._find_unused = find_unused
+        self._failed = torch.zeros(comm.world_size, dtype=torch.int32, device=comm.device)
         self._lock = threading.Lock()
         self._no_sync_depth = 0
         self._num_launched = 0
-        self._works: list[Work] = []
+        self._has_reported = False  # in the running backward, to the other ranks, that it came to its end
+        self._observed: list[Slot] | None = []  # the order in which gradients came; None once buckets are in that order
         # None between backwards. Autograd alone owns the callback that this refers to: if it is gone and nobody has
         # set None, then that backward ended with an exception before the callback could run.
         self._end: weakref.ref[_EndOfBackward] | None = None
-        for slot in self._slots():
+        for slot in gradients.slots:
             slot.param.register_post_accumulate_grad_hook(partial(_on_gradient, weakref.ref(self), weakref.ref(slot)))
 
     @contextmanager
@@ -90,9 +96,10 @@ class GradientEngine:
         with self._lock:
             if not self._is_interrupted():
                 return
-            if self._num_launched == len(self._buckets):
+            if self._has_reported:
                 self._give_up("a backward was interrupted while it waited for its last bucket")
-            self._status[self._comm.rank] = 1
+            self._failed[self._comm.rank] = 1
+            self._announce()
             try:
                 self._complete()
             finally:
@@ -104,7 +111,7 @@ class GradientEngine:
             self._require_not_interrupted()
             _check_gradient(slot)
             if self._no_sync_depth:
-                slot.adopt()
+                self.gradients.keep(slot)
                 slot.unreduced = True
                 return
             self._begin()
@@ -113,9 +120,11 @@ class GradientEngine:
                     f"DataParallel: {slot.name!r} got a gradient twice in one backward (shared between reentrant "
                     "checkpoints?); its bucket may be on its way already. Use checkpoint(..., use_reentrant=False)"
                 )
-            slot.adopt()
+            self.gradients.keep(slot)
             slot.ready = True
-            self._buckets[slot.bucket_index].num_pending -= 1
+            self.gradients.buckets[slot.bucket_index].num_pending -= 1
+            if self._observed is not None:
+                self._observed.append(slot)
             if self._overlap:
                 self._launch_ready()
 
@@ -123,29 +132,54 @@ class GradientEngine:
         """Backward has reached an output of forward."""
         with self._lock:
             self._require_not_interrupted()
+            self.gradients.before_backward()
             if not self._no_sync_depth:
                 self._begin()
 
     def finish(self) -> None:
         """End of backward: reduce what remains and wait."""
         with self._lock:
-            if not any(slot.ready for slot in self._slots()):
+            if not any(slot.ready for slot in self.gradients.slots):
                 self._end = None  # torch.autograd.grad() went through an output; no parameter was asked for
                 return
             start = time.perf_counter()
             self._complete_missing()
+            self._announce()
             self._complete()
-            failed = torch.nonzero(self._status).flatten().tolist()
-            if failed:
-                self._drop_gradients()
-                raise PycommError(
-                    f"DataParallel: backward failed on rank(s) {failed}; the gradients of this step, accumulated ones "
-                    "included, were set to zero on every rank. Skip the step on every rank, or stop"
-                )
+            self._require_nobody_failed()
+            self._reorder()
             self.exposed_comm_s = time.perf_counter() - start
 
-    def _slots(self) -> Iterator[Slot]:
-        return (slot for bucket in self._buckets for slot in bucket.slots)
+    def contribute_zeros(self) -> None:
+        """Take part in a backward of the other ranks with gradients of zeros."""
+        with self._lock:
+            for slot in self.gradients.slots:
+                slot.param.grad = None
+                self.gradients.keep_zeros(slot)
+            self._complete()
+            self._require_nobody_failed()
+            self._reorder()
+
+    def clear(self) -> None:
+        """The gradients were zeroed."""
+        self.has_averages = False
+        self.gradients.were_zeroed()
+        for slot in self.gradients.slots:
+            slot.unreduced = False
+
+    def were_taken(self) -> None:
+        """The optimizer has made its step with the averages."""
+        self.gradients.were_taken()
+        self.has_averages = self.gradients.stay
+
+    @property
+    def in_no_sync(self) -> bool:
+        return self._no_sync_depth > 0
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether gradients were accumulated under no_sync() and not averaged since."""
+        return any(slot.unreduced and slot.param.grad is not None for slot in self.gradients.slots)
 
     def _begin(self) -> None:
         if self._end is None:
@@ -162,64 +196,92 @@ class GradientEngine:
                 "starts again together with the other ranks, before the next backward"
             )
 
+    def _announce(self) -> None:
+        if self.joining is not None:
+            self.joining.announce(active=True)
+
     def _launch_ready(self) -> None:
-        while self._num_launched < len(self._buckets) - 1 and not self._buckets[self._num_launched].num_pending:
+        if self.joining is not None:
+            return  # nothing may be sent before finish() has announced this backward
+        buckets = self.gradients.buckets
+        while self._num_launched < len(buckets) and not buckets[self._num_launched].num_pending:
             self._launch_next()
 
     def _launch_next(self) -> None:
-        bucket = self._buckets[self._num_launched]
+        bucket = self.gradients.buckets[self._num_launched]
         self._num_launched += 1
-        work = self._comm.all_reduce(bucket.flat, op="avg", async_op=self._overlap)
-        if work is not None:
-            self._works.append(work)
+        self.gradients.launch(bucket)
 
     def _complete(self) -> None:
         """Launch the rest, wait for all, be idle. Idle after an error too: a broken communicator repeats it later."""
         errors: list[PycommError] = []
         try:
-            while self._num_launched < len(self._buckets):
+            while self._num_launched < len(self.gradients.buckets):
                 self._launch_next()
+            self._has_reported = True
+            report = self._comm.all_reduce(self._failed, op="max", async_op=self._overlap)
         except PycommError as error:
             errors.append(error)
-        # All works, also after an error: hooks of the next backward must not write to a bucket that still travels.
-        errors = [error for error in map(_error_of, self._works) if error is not None] + errors
+            report = None
+        try:
+            self.gradients.wait()
+            if report is not None:
+                report.wait()
+        except PycommError as error:
+            errors.insert(0, error)
         self._become_idle()
         if errors:
             raise errors[0]
+        self.has_averages = True
+        self.grad_scale, self.norm_is_finite = 1.0, True
 
     def _become_idle(self) -> None:
         self._end = None
         self._num_launched = 0
-        self._works.clear()
-        for bucket in self._buckets:
+        self._has_reported = False
+        for bucket in self.gradients.buckets:
             bucket.num_pending = len(bucket.slots)
             for slot in bucket.slots:
                 slot.ready = slot.unreduced = False
 
     def _complete_missing(self) -> None:
         """Put a value into every slot that no hook has filled in this backward, or say that one has none."""
-        missing = []
-        for slot in self._slots():
-            if slot.ready:
-                continue
-            if slot.param.grad is None:
-                missing.append(slot)
-            elif slot.param.grad is not slot.view:
-                slot.adopt()  # the user's own tensor
-            elif not slot.unreduced:
-                missing.append(slot)
+        slots = self.gradients.slots
+        missing = [slot for slot in slots if not slot.ready and not self.gradients.has_earlier(slot)]
         if missing and not self._find_unused:
-            in_model_order = missing[::-1]
-            names = ", ".join(repr(slot.name) for slot in in_model_order[:_NUM_NAMED])
+            names = ", ".join(repr(slot.name) for slot in missing[:_NUM_NAMED])
             more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
             self._give_up(
                 f"{len(missing)} parameter(s) got no gradient in this backward: {names}{more}. Use them in the loss, "
                 "freeze them with requires_grad_(False) before wrapping, or pass find_unused=True (zeros then)"
             )
         for slot in missing:
-            if slot.param.grad is None:
-                slot.view.zero_()
-                slot.param.grad = slot.view
+            self.gradients.keep_zeros(slot)
+
+    def _require_nobody_failed(self) -> None:
+        failed = torch.nonzero(self._failed).flatten().tolist()
+        if not failed:
+            return
+        self._drop_gradients()
+        raise PycommError(
+            f"DataParallel: backward failed on rank(s) {failed}; the gradients of this step, accumulated ones "
+            "included, were set to zero on every rank. Skip the step on every rank, or stop"
+        )
+
+    def _reorder(self) -> None:
+        """After the first synchronising backward: buckets in the order in which rank 0's gradients came."""
+        if self._observed is None:
+            return
+        slots = self.gradients.slots
+        came = dict.fromkeys(self._observed)
+        # A gradient that did not come now is expected where the reverse of the model's order has it last.
+        order = [*came, *(slot for slot in reversed(slots) if slot not in came)]
+        self._observed = None
+        message = torch.tensor([slot.index for slot in order], dtype=torch.int64, device=self._comm.device)
+        self._comm.broadcast(message, root=0)
+        order = [slots[index] for index in message.tolist()]
+        if order != [slot for bucket in self.gradients.buckets for slot in bucket.slots]:
+            self.gradients.reorder(order)
 
     def _give_up(self, reason: str) -> NoReturn:
         """Tell the peers, which wait for this rank, and raise."""
@@ -228,8 +290,9 @@ class GradientEngine:
         raise PycommError(f"DataParallel on rank {self._comm.rank}: {reason}")
 
     def _drop_gradients(self) -> None:
-        for bucket in self._buckets:
-            bucket.flat.zero_()
+        self._failed.zero_()
+        self.gradients.drop()
+        self.has_averages = False
 
 
 class _EndOfBackward:
@@ -246,14 +309,6 @@ def _queue_at_end_of_backward(engine: GradientEngine) -> "weakref.ref[_EndOfBack
     end = _EndOfBackward(engine)
     Variable._execution_engine.queue_callback(end)
     return weakref.ref(end)
-
-
-def _error_of(work: Work) -> PycommError | None:
-    try:
-        work.wait()
-    except PycommError as error:
-        return error
-    return None
 
 
 def _check_gradient(slot: Slot) -> None:

@@ -1,7 +1,7 @@
 """DataParallel: the wrapper that users see."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import build
+from pycomm.data_parallel.bucket import make_slots
 from pycomm.data_parallel.engine import GradientEngine
-from pycomm.data_parallel.replicas import broadcast_state, check_same
+from pycomm.data_parallel.flat import FlatGradients
+from pycomm.data_parallel.gradients import Options
+from pycomm.data_parallel.join import Joining
+from pycomm.data_parallel.replicas import broadcast_state, check_same, model_entries
 from pycomm.errors import PycommError
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -24,22 +27,28 @@ class DataParallel(nn.Module):
     Wrapping is collective: parameters and buffers of rank 0 go to all. Then ``.grad`` of every trainable parameter is a
     view of a bucket, and holds the average over ranks when ``backward()`` returns, the same bits on every rank whatever
     ``bucket_mb``, ``overlap`` and ``symmetric`` (host transport: fp32 sums in rank order). Every rank must call
-    ``backward()`` on outputs the same number of times. ``torch.autograd.grad`` communicates nothing. Buffers are not
-    communicated after wrapping.
+    ``backward()`` on outputs the same number of times, or use :meth:`join`. ``torch.autograd.grad`` communicates
+    nothing.
 
     Args:
         module: its parameters on ``comm.device``, those to be trained in float32, float64, float16 or bfloat16. Its
             parameters must not be added, replaced, cast, frozen or unfrozen afterwards.
         comm: used by this wrapper in backward; collectives of others on it must come in the same order on all ranks.
         bucket_mb: most MiB (2**20 bytes) in a bucket, the parameter alignment of 64 bytes included. A larger parameter
-            has a bucket of its own; the last bucket also holds one element per rank.
+            has a bucket of its own. After the first backward, buckets are rebuilt in the order in which gradients came.
+        grad_dtype: of ``.grad``; None: each parameter's. torch.float32 over 16-bit parameters accumulates micro-batches
+            without rounding; torch's own optimizers refuse such gradients, :class:`pycomm.ShardedAdamW` takes them.
+        wire_dtype: torch.bfloat16 or torch.float16 sends float32 gradients in 16 bits: half the bytes, and half as much
+            memory again. Each is rounded before it is sent, the sum over ranks is fp32, the average is rounded once.
         overlap: reduce full buckets while backward still runs. False: all after it.
         symmetric: buckets in symmetric memory, which peers read directly. False: ordinary memory, staged.
         find_unused: False: a parameter without a gradient is an error that names it. True: it counts as zeros, and its
             ``.grad`` is the average like any other's. At least one parameter must get a gradient on every rank.
+        broadcast_buffers: every forward in training mode, outside :meth:`no_sync`, starts with rank 0's buffers
+            (batch norm's statistics) on every rank. False: they are made equal when wrapping only.
 
     Raises:
-        ValueError: nothing to train, a dtype or device that does not fit, ``module`` contains a DataParallel, or
+        ValueError: nothing to train, dtypes or a device that do not fit, ``module`` contains a DataParallel, or
             ``bucket_mb`` is not positive.
         MismatchError: the ranks' models or arguments differ; names the first difference.
 
@@ -52,23 +61,38 @@ class DataParallel(nn.Module):
         comm: Communicator,
         *,
         bucket_mb: float = 25.0,
+        grad_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | None = None,
         overlap: bool = True,
         symmetric: bool = True,
         find_unused: bool = False,
+        broadcast_buffers: bool = False,
     ) -> None:
         super().__init__()
         if not (math.isfinite(bucket_mb) and bucket_mb > 0):
             raise ValueError(f"bucket_mb is {bucket_mb}: it must be a positive number of MiB")
         # The comparison comes first: where the ranks agree, each of them raises the errors that follow.
-        check_same(module, comm, f"{bucket_mb=} {overlap=} {symmetric=} {find_unused=}")
+        options = (
+            f"{bucket_mb=} {grad_dtype=} {wire_dtype=} {overlap=} {symmetric=} {find_unused=} {broadcast_buffers=}"
+        )
+        check_same("wrap different models", [options, *model_entries(module)], comm)
         _check_module(module, comm)
+        named = [
+            (name, param, _grad_dtype(name, param, grad_dtype, wire_dtype))
+            for name, param in module.named_parameters()
+            if param.requires_grad
+        ]
         with torch.no_grad():
             broadcast_state(module, comm)
+        for _, param, dtype in named:
+            if dtype != param.dtype:
+                param.grad_dtype = dtype
         self.module = module
         self.comm = comm
-        trainable = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
-        self._buckets, status = build(trainable, comm, cap_bytes=int(bucket_mb * _MIB), symmetric=symmetric)
-        self._engine = GradientEngine(self._buckets, status, comm, overlap=overlap, find_unused=find_unused)
+        self._broadcast_buffers = broadcast_buffers
+        slots, families = make_slots(named, comm.rank, comm.world_size)
+        how = Options(int(bucket_mb * _MIB), overlap, symmetric, wire_dtype)
+        self._engine = GradientEngine(FlatGradients(slots, families, comm, how), comm, find_unused=find_unused)
         self._wrapped = _signature(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +103,8 @@ class DataParallel(nn.Module):
         """
         self._check_unchanged()
         self._engine.recover()
+        if self._broadcast_buffers and self.training and torch.is_grad_enabled() and not self._engine.in_no_sync:
+            broadcast_state(self.module, self.comm, only_buffers=True)
         output = self.module(*args, **kwargs)
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
@@ -94,6 +120,45 @@ class DataParallel(nn.Module):
         with self._engine.no_sync():
             yield
 
+    @contextmanager
+    def join(self, after_backward: Callable[[], object] | None = None) -> Iterator[None]:
+        """Ranks inside may run out of batches at different times. Collective: every rank leaves when the last one does.
+
+        A rank that reaches the end of the block takes part in the backwards of the others with gradients of zeros (the
+        average still divides by the number of ranks). Inside, buckets are reduced after backward, without overlap.
+
+        Args:
+            after_backward: what the loop does after each synchronising backward, such as clipping, the optimizer's and
+                the scheduler's step; a rank that has run out calls it after each backward of the others, so that its
+                weights and optimizer go on with theirs. None: at the end everyone gets parameters and buffers from a
+                rank that went on to the last; the optimizers' states differ then.
+
+        Raises:
+            ValueError: sharded optimizer states without ``after_backward``, or ``broadcast_buffers``.
+        """
+        if self._broadcast_buffers:
+            raise ValueError(
+                "join: broadcast_buffers communicates in every forward, which a rank without batches lacks"
+            )
+        if after_backward is None and self._engine.is_sharded:
+            raise ValueError("join: a rank that has run out still owns a shard; pass after_backward, which steps there")
+        joining = self._engine.joining = Joining(self.comm)
+        try:
+            yield
+            while joining.announce(active=False):
+                self._engine.contribute_zeros()
+                if after_backward is not None:
+                    after_backward()
+        finally:
+            self._engine.joining = None
+        if after_backward is None and joining.last_active:
+            broadcast_state(self.module, self.comm, root=joining.last_active[0])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the plain module's; under stage 2 of :class:`pycomm.ShardedAdamW`, what was averaged so far, too."""
+        self.module.zero_grad(set_to_none)
+        self._engine.clear()
+
     @property
     def exposed_comm_s(self) -> float:
         """Seconds that the last synchronising backward waited for communication after its own work was done."""
@@ -101,8 +166,13 @@ class DataParallel(nn.Module):
 
     @property
     def bucket_bytes(self) -> list[int]:
-        """Bytes of each bucket, in launch order. Their sum is the memory of all gradients."""
-        return [bucket.flat.numel() * bucket.flat.element_size() for bucket in self._buckets]
+        """Bytes of each bucket's gradients, in launch order."""
+        return [bucket.num_bytes for bucket in self._engine.gradients.buckets]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Memory of gradients on this rank: buckets, copies for the wire, shards; not what autograd has for now."""
+        return self._engine.gradients.num_bytes
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """That of the plain module: the same keys, without a prefix."""
@@ -162,8 +232,24 @@ def _check_module(module: nn.Module, comm: Communicator) -> None:
             raise ValueError(f"{name!r} is on {param.device}, the communicator on {comm.device}: move the module first")
         if param.requires_grad and param.dtype not in _DTYPES:
             raise ValueError(f"{name!r} is {param.dtype}; trainable can be float32, float64, float16 and bfloat16")
-        if getattr(param, "grad_dtype", param.dtype) not in (None, param.dtype):
-            raise ValueError(f"{name!r} is {param.dtype} with grad_dtype {param.grad_dtype}: they must be the same")
+
+
+def _grad_dtype(name: str, param: nn.Parameter, asked: torch.dtype | None, wire: torch.dtype | None) -> torch.dtype:
+    """The dtype of the parameter's gradient."""
+    own = param.grad_dtype if param.grad_dtype is not None else param.dtype
+    dtype = own if asked is None else asked
+    if dtype != param.dtype and not (dtype == torch.float32 and param.dtype.itemsize == 2):
+        raise ValueError(
+            f"{name!r} is {param.dtype}: its gradient can have that dtype, or torch.float32 over 16-bit parameters, "
+            f"not {dtype}"
+        )
+    if param.grad is not None and param.grad.dtype != dtype:
+        raise ValueError(f"{name!r} has a {param.grad.dtype} gradient already; zero_grad() before wrapping")
+    if wire not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"wire_dtype={wire}: it is torch.bfloat16, torch.float16 or None")
+    if wire is not None and dtype != torch.float32:
+        raise ValueError(f"wire_dtype={wire} is for float32 gradients; that of {name!r} is {dtype}")
+    return dtype
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

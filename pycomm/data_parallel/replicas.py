@@ -16,15 +16,18 @@ from pycomm.errors import MismatchError
 _TEXT_BYTES = 512
 
 
-def check_same(module: nn.Module, comm: Communicator, options: str) -> None:
-    """Compare options, parameters and buffers of all ranks: count, order, names, shapes, dtypes, layouts. Collective.
+def check_same(what: str, entries: Sequence[str], comm: Communicator) -> None:
+    """Compare lines that describe what the ranks are about to do. Collective.
 
-    Two all-reduces of a few bytes per tensor; only where ranks differ, the first difference is fetched as text.
+    Two all-reduces of a few bytes per line; only where ranks differ, the first difference is fetched as text.
+
+    Args:
+        what: they do if lines differ, for the message.
+        entries: the first is about options, each other one about a tensor.
 
     Raises:
         MismatchError: on every rank; ``calls`` maps each rank to what it has at the first place that differs.
     """
-    entries = [options, *_describe(module)]
     count = torch.tensor([len(entries)], dtype=torch.int64, device=comm.device)
     comm.all_reduce(count, op="max")
     # Digests are positive; 0 marks what a rank with fewer entries lacks. max of (d, -d) is max and -min in one call.
@@ -38,25 +41,25 @@ def check_same(module: nn.Module, comm: Communicator, options: str) -> None:
     own = entries[first] if first < len(entries) else f"nothing (it has {len(entries) - 1} parameters and buffers)"
     texts = _gather_texts(own, comm)
     listing = "; ".join(f"rank {rank} has {text}" for rank, text in enumerate(texts))
-    raise MismatchError(f"the ranks wrap different models; first difference: {listing}", calls=dict(enumerate(texts)))
+    raise MismatchError(f"the ranks {what}; first difference: {listing}", calls=dict(enumerate(texts)))
 
 
-def broadcast_state(module: nn.Module, comm: Communicator) -> None:
-    """Give every rank the parameters and buffers of rank 0, bit for bit. Collective."""
-    for tensor in (*module.parameters(), *module.buffers()):
+def broadcast_state(module: nn.Module, comm: Communicator, *, root: int = 0, only_buffers: bool = False) -> None:
+    """Give every rank the parameters and buffers of rank ``root``, bit for bit. Collective."""
+    for tensor in (*(() if only_buffers else module.parameters()), *module.buffers()):
         if tensor.numel() == 0:
             continue
         data = tensor.detach()
         is_contiguous = data.is_contiguous()
         message = data if is_contiguous else data.contiguous()
         # As bytes: buffers may have dtypes that no reduction knows, such as bool.
-        comm.broadcast(message.reshape(-1).view(torch.uint8), root=0)
+        comm.broadcast(message.reshape(-1).view(torch.uint8), root=root)
         if not is_contiguous:
             data.copy_(message)
 
 
-def _describe(module: nn.Module) -> list[str]:
-    """One line per parameter and buffer, in their order."""
+def model_entries(module: nn.Module) -> list[str]:
+    """One line per parameter and buffer, in their order: names, shapes, dtypes, layouts."""
     lines = []
     for name, param in module.named_parameters():
         # Buckets hold elements in memory order, so layouts must agree too. Strides of dimensions of size 1 say nothing.

@@ -99,7 +99,7 @@ def message_of(error_type: type[BaseException], function, *args) -> str:
 
 
 class Recorder:
-    """A communicator that notes the all-reduces it passes on."""
+    """A communicator that notes the averages it passes on: bytes, and whether asynchronous."""
 
     def __init__(self, comm, events: list):
         self.comm, self.events = comm, events
@@ -108,8 +108,13 @@ class Recorder:
         return getattr(self.comm, name)
 
     def all_reduce(self, tensor, op="sum", async_op=False):
-        self.events.append((tensor.numel() * tensor.element_size(), async_op))
+        if op == "avg":
+            self.events.append((tensor.numel() * tensor.element_size(), async_op))
         return self.comm.all_reduce(tensor, op=op, async_op=async_op)
+
+    def reduce_gradients(self, reduction, memory, *, accumulate, async_op):
+        self.events.append((memory.numel() * memory.element_size(), async_op))
+        return self.comm.reduce_gradients(reduction, memory, accumulate=accumulate, async_op=async_op)
 
 
 class FailInBackward(torch.autograd.Function):

@@ -25,6 +25,8 @@ enum class OpKind : std::uint8_t {
   kScatter = 12,
   kSend = 13,  // messages are no calls of all ranks: root is the peer, splits the tag
   kRecv = 14,
+  kReduceGradients = 15,
+  kUpdateParameters = 16,
 };
 
 struct Call {

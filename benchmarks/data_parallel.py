@@ -1,0 +1,205 @@
+"""One training step of a 7 M-parameter GPT under data parallelism, beside no communication at all.
+
+    python benchmarks/data_parallel.py [--ranks 2] [--turns 8] [--memory] [--sweep FILE] [--json FILE]
+
+README.md says what is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from host import describe_host, load_warning
+from launch import free_port
+
+NAMES = ("none", "none-fused", "ddp", "fsdp2", "pycomm", "pycomm/after", "zero0", "zero1", "zero1/after", "zero2")
+LABELS = {
+    "none": "no communication, torch's AdamW",
+    "none-fused": "no communication, torch's fused AdamW",
+    "ddp": "torch DDP on gloo",
+    "fsdp2": "torch FSDP2 on gloo",
+    "pycomm": "pycomm.DataParallel, torch's AdamW",
+    "pycomm/after": "the same, overlap=False",
+    "zero0": "ShardedAdamW, stage 0",
+    "zero1": "ShardedAdamW, stage 1",
+    "zero1/after": "the same, overlap=False: one pass",
+    "zero2": "ShardedAdamW, stage 2",
+}
+SWEEP_MB = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+TOKENS = 4 * 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=8, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
+    parser.add_argument("--bucket-mb", type=float, default=25.0)
+    parser.add_argument("--contenders", default=",".join(NAMES))
+    parser.add_argument("--memory", action="store_true", help="memory of model states instead of time")
+    parser.add_argument("--sweep", type=Path, help="draw step time against bucket size into this file instead")
+    parser.add_argument("--json", type=Path, help="write one JSON object a line here")
+    options = parser.parse_args()
+    names = options.contenders.split(",")
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"unknown contenders {sorted(unknown)}: they are {', '.join(NAMES)}")
+    host = describe_host()
+    print(f"# {host['cpu']}, {host['cores']} cores, torch {host['torch']}, {options.ranks} ranks of one thread")
+    if warning := load_warning():
+        print(f"# {warning}")
+    if options.memory:
+        rows = memory_rows(names, options)
+    elif options.sweep:
+        rows = sweep_rows(options)
+    else:
+        rows = time_rows(names, options.bucket_mb, options)
+        print_times(rows)
+    if options.json:
+        options.json.write_text(
+            "".join(json.dumps({"bench": "data_parallel", "host": host, **row}) + "\n" for row in rows)
+        )
+
+
+def run(task: str, names: list[str], bucket_mb: float, options: argparse.Namespace) -> list[dict[str, object]]:
+    """What each rank of a fresh group found."""
+    with tempfile.TemporaryDirectory(prefix="pycomm-bench-") as folder:
+        port = free_port()
+        command = [sys.executable, __file__, "--worker", task, ",".join(names), str(bucket_mb)]
+        command += [str(options.turns), str(options.steps), folder]
+        ranks = []
+        for rank in range(options.ranks):
+            env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(options.ranks))
+            env.update(LOCAL_WORLD_SIZE=str(options.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            env.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+            ranks.append(subprocess.Popen(command, env=env))
+        codes = [process.wait() for process in ranks]
+        if any(codes):
+            raise SystemExit(f"a rank failed: exit codes {codes}")
+        return [json.loads((Path(folder) / f"rank{rank}").read_text()) for rank in range(options.ranks)]
+
+
+def time_rows(names: list[str], bucket_mb: float, options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row a contender: milliseconds of a step, the slowest rank's, median and extremes over turns."""
+    found = run("time", names, bucket_mb, options)
+    rows = []
+    for name in names:
+        turns = [1e3 * max(ranks) for ranks in zip(*(rank[name]["step_s"] for rank in found), strict=True)]
+        waited = [1e3 * max(ranks) for ranks in zip(*(rank[name]["waited_s"] for rank in found), strict=True)]
+        rows.append(
+            {
+                "contender": name,
+                "ranks": options.ranks,
+                "bucket_mb": bucket_mb,
+                "step_ms_p50": statistics.median(turns),
+                "step_ms_min": min(turns),
+                "step_ms_max": max(turns),
+                "waited_ms_p50": statistics.median(waited),
+                "tokens_per_s": options.ranks * TOKENS / statistics.median(turns) * 1e3,
+            }
+        )
+    alone = next((row["step_ms_p50"] for row in rows if row["contender"] == "none"), None)
+    for row in rows:
+        row["exposed_ms"] = None if alone is None else row["step_ms_p50"] - alone
+    return rows
+
+
+def print_times(rows: list[dict[str, object]]) -> None:
+    median = {row["contender"]: row["step_ms_p50"] for row in rows}
+    print(f"{'':40} {'ms/step':>8} {'min':>7} {'max':>7} {'tokens/s':>9} {'- none':>7} {'x DDP':>6} {'x FSDP2':>8}")
+    for row in rows:
+        ratios = [median[peer] / row["step_ms_p50"] if peer in median else float("nan") for peer in ("ddp", "fsdp2")]
+        exposed = float("nan") if row["exposed_ms"] is None else row["exposed_ms"]
+        print(
+            f"{LABELS[row['contender']]:40} {row['step_ms_p50']:8.1f} {row['step_ms_min']:7.1f} "
+            f"{row['step_ms_max']:7.1f} {row['tokens_per_s']:9,.0f} {exposed:7.1f} {ratios[0]:6.2f} {ratios[1]:8.2f}"
+        )
+
+
+def memory_rows(names: list[str], options: argparse.Namespace) -> list[dict[str, object]]:
+    """One row a contender: bytes a parameter of model states on a rank, measured, and by arithmetic."""
+    rows = []
+    print(f"{'':40} {'MB a rank':>10} {'bytes a parameter':>18} {'arithmetic':>11}")
+    for name in names:
+        found = run("memory", [name], options.bucket_mb, options)
+        bytes_a_rank = statistics.mean(rank["bytes"] for rank in found)
+        params = found[0]["params"]
+        expected = arithmetic(name, options.ranks)
+        rows.append(
+            {"contender": name, "ranks": options.ranks, "bytes": bytes_a_rank, "params": params, "expected": expected}
+        )
+        print(
+            f"{LABELS[name]:40} {bytes_a_rank / 1e6:10.1f} {bytes_a_rank / params:18.2f} {expected:11.2f}", flush=True
+        )
+    return rows
+
+
+def arithmetic(name: str, ranks: int) -> float:
+    """Bytes a parameter of fp32 parameters, gradients and AdamW's two averages on a rank."""
+    if name.startswith("zero1"):
+        return 8 + 8 / ranks
+    if name == "zero2":
+        return 4 + 12 / ranks
+    return 16 / ranks if name == "fsdp2" else 16
+
+
+def sweep_rows(options: argparse.Namespace) -> list[dict[str, object]]:
+    names = ["none", "ddp", "pycomm", "zero1"]
+    rows = []
+    for bucket_mb in SWEEP_MB:
+        rows += time_rows(names, bucket_mb, options)
+        print(bucket_mb, {row["contender"]: round(row["step_ms_p50"], 1) for row in rows[-len(names) :]}, flush=True)
+    draw(rows, names, options.sweep)
+    return rows
+
+
+def draw(rows: list[dict[str, object]], names: list[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        mine = [row for row in rows if row["contender"] == name]
+        axes.plot([r["bucket_mb"] for r in mine], [r["step_ms_p50"] for r in mine], marker="o", label=LABELS[name])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(SWEEP_MB, [f"{size:g}" for size in SWEEP_MB])
+    axes.set_xlabel("bucket_mb")
+    axes.set_ylabel("median step, ms")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def worker(task: str, names: list[str], bucket_mb: float, turns: int, steps: int, folder: str) -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+    import training
+
+    import pycomm
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    comm = pycomm.init()
+    if task == "time":
+        contenders = {name: training.build(name, comm, training.CONFIG, bucket_mb) for name in names}
+        found = training.time_turns(contenders, comm.rank, turns, steps)
+    else:
+        found = training.model_state_bytes(names[0], comm, bucket_mb)
+    (Path(folder) / f"rank{comm.rank}").write_text(json.dumps(found))
+    comm.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        task, names, bucket_mb, turns, steps, folder = sys.argv[2:]
+        worker(task, names.split(","), float(bucket_mb), int(turns), int(steps), folder)
+    else:
+        main()

@@ -1,0 +1,146 @@
+"""Clipping by the global norm, in one pass: the averages' norms were taken while they were computed.
+
+Ref: Pascanu et al., "On the difficulty of training recurrent neural networks" (2013).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pycomm.communicator import Communicator
+from pycomm.data_parallel.module import DataParallel
+from pycomm.data_parallel.norms import non_finite_names, norms_of_tensor, total_norm
+from pycomm.data_parallel.shards import num_blocks
+from pycomm.errors import PycommError
+
+_log = logging.getLogger("pycomm")
+_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
+_NUM_NAMED = 5
+
+
+class ModelAxes(Protocol):
+    """The axes of a mesh along which one model is divided."""
+
+    @property
+    def tp(self) -> Communicator: ...
+    @property
+    def pp(self) -> Communicator: ...
+
+
+def clip_grad_norm_(
+    parameters: DataParallel | Iterable[Tensor],
+    max_norm: float,
+    mesh: ModelAxes | None = None,
+    *,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """Scale gradients so that their global 2-norm is at most ``max_norm``. Returns the norm before.
+
+    The norm has the same bits on every rank, for every ``bucket_mb`` and stage of :class:`pycomm.ShardedAdamW`: fp64
+    sums of blocks of 1,024 elements, added in order. Given a :class:`pycomm.DataParallel`, call it on every rank; the
+    gradients are not read again if nobody has changed them since backward. If a ShardedAdamW belongs to it, ``.grad``
+    stays as it is, and the next step scales on the way.
+
+    If the norm is infinite or NaN, nothing is scaled, a warning names the parameters, and a ShardedAdamW leaves out its
+    next step.
+
+    Args:
+        parameters: a DataParallel; or parameters whose ``.grad`` is complete on this rank.
+        max_norm: positive.
+        mesh: of a model that is divided over ranks: the norm is that of all its parts, on ``mesh.tp`` and ``mesh.pp``.
+            A parameter that several ranks have counts once if its attribute ``replicated_on`` is the communicator of
+            those ranks.
+        error_if_nonfinite: raise instead of the warning.
+
+    Returns:
+        [] float32, or float64 if a gradient is.
+
+    Raises:
+        PycommError: ``error_if_nonfinite``; on every rank, names the parameters.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}: it must be positive")
+    if isinstance(parameters, DataParallel):
+        return _clip_averages(parameters, max_norm, mesh, error_if_nonfinite)
+    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params = [param for param in params if param.grad is not None]
+    grads = [param.grad for param in params if param.grad is not None]
+    first_blocks = [0]
+    for param in params:
+        first_blocks.append(first_blocks[-1] + num_blocks(param.numel()))
+    table = torch.zeros(first_blocks[-1], dtype=torch.float64)
+    for param, grad, first_block in zip(params, grads, first_blocks, strict=False):
+        if _counts(param) or mesh is None:
+            norms_of_tensor(grad, first_block, table)
+    norm = _over_model(total_norm(table), mesh)
+    if math.isfinite(norm):
+        factor = _factor(norm, max_norm)
+        if factor < 1:
+            torch._foreach_mul_(grads, factor)
+    else:
+        named = [
+            f"number {number} of {len(params)}, {list(param.shape)}"
+            for number, (param, begin) in enumerate(zip(params, first_blocks, strict=False))
+            if not torch.isfinite(table[begin : begin + num_blocks(param.numel())]).all()
+        ]
+        _say_non_finite(norm, named, error_if_nonfinite)
+    return _as_tensor(norm, [grad.dtype for grad in grads])
+
+
+def _clip_averages(ddp: DataParallel, max_norm: float, mesh: ModelAxes | None, error_if_nonfinite: bool) -> Tensor:
+    engine = ddp._engine
+    gradients = engine.gradients
+    table = gradients.norm_table()
+    if mesh is not None:
+        for slot in gradients.slots:
+            if not _counts(slot.param):
+                table[slot.first_block : slot.first_block + num_blocks(slot.param.numel())] = 0
+    norm = _over_model(total_norm(table), mesh) * engine.grad_scale
+    engine.norm_is_finite = math.isfinite(norm)
+    if engine.norm_is_finite:
+        factor = _factor(norm, max_norm)
+        if engine.scales_in_step:
+            engine.grad_scale *= factor
+        elif factor < 1:
+            gradients.scale(factor)
+    else:
+        _say_non_finite(norm, [repr(name) for name in non_finite_names(gradients.slots, table)], error_if_nonfinite)
+    return _as_tensor(norm, [family.grad_dtype for family in gradients.families])
+
+
+def _counts(param: Tensor) -> bool:
+    """Whether this rank counts the parameter: the first of those that have it."""
+    group = getattr(param, "replicated_on", None)
+    return group is None or group.rank == 0
+
+
+def _over_model(norm: float, mesh: ModelAxes | None) -> float:
+    """The norm over all parts of the model. Collective over the mesh's tp and pp."""
+    if mesh is None:
+        return norm
+    square = torch.tensor([norm * norm], dtype=torch.float64)
+    for axis in (mesh.tp, mesh.pp):
+        axis.all_reduce(square)
+    return math.sqrt(float(square))
+
+
+def _factor(norm: float, max_norm: float) -> float:
+    return min(1.0, max_norm / (norm + _EPS))
+
+
+def _say_non_finite(norm: float, names: list[str], error: bool) -> None:
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    text = f"the norm of the gradients is {norm}; not finite: {', '.join(names[:_NUM_NAMED]) or 'on other ranks'}{more}"
+    if error:
+        raise PycommError(text)
+    _log.warning("%s; nothing was scaled", text)
+
+
+def _as_tensor(norm: float, dtypes: list[torch.dtype]) -> Tensor:
+    return torch.tensor(norm, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
