@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.pool import Pool
 
@@ -15,3 +16,9 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     workers = Pool(str(tmp_path_factory.mktemp("pool")))
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """As in the pool's workers: the bits of a reference computed in this process depend on its number of threads."""
+    torch.set_num_threads(1)
