@@ -1,5 +1,5 @@
 # One line each, for people, in an active virtual environment.
-CSRC = $(shell find csrc tests -name '*.[ch]pp')
+CSRC = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build test lint format bench sanitize
 
