@@ -1,7 +1,7 @@
 # One line each, for people, in an active virtual environment.
 CSRC = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test lint format bench sanitize
+.PHONY: build test lint format bench sanitize random
 
 build:  ## editable install; once more after a change in csrc/
 	python -m pip install -c constraints.txt -e '.[test]'
@@ -14,6 +14,9 @@ lint:  ## what CI refuses: rules, formatting, types
 
 format:  ## put Python and C++ into the enforced format
 	ruff check --fix . && ruff format . && clang-format -i $(CSRC)
+
+random:  ## 100,000 random collectives and messages on 1 to 4 ranks, each compared with NumPy: a quarter of an hour
+	PYCOMM_TEST_CALLS=25000 python -m pytest tests/host/test_random_calls.py -k test_random_programs --log-cli-level=INFO
 
 sanitize:  ## the host transport under ThreadSanitizer and AddressSanitizer
 	python -m pytest tests/sanitize

@@ -5,10 +5,11 @@ One semantics on processes that share a host's memory, on one GPU and on a clust
 
 import torch as _torch  # noqa: F401  (before the extension: it brings the C++ runtime that both use)
 
-from pycomm import errors
+from pycomm import errors, pipeline
 from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
 from pycomm.data_parallel import DataParallel
+from pycomm.mesh import Mesh
 
 __version__ = _version()
-__all__ = ["Communicator", "DataParallel", "Work", "__version__", "errors", "init"]
+__all__ = ["Communicator", "DataParallel", "Mesh", "Work", "__version__", "errors", "init", "pipeline"]

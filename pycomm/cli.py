@@ -1,4 +1,4 @@
-"""The ``pycomm`` command: ``pycomm pretrain`` and ``pycomm doctor``."""
+"""The ``pycomm`` command: ``pycomm pretrain``, ``pycomm schedule`` and ``pycomm doctor``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Communication and parallelism for pretraining large language models.
 
 commands:
   pretrain   pretrain a small GPT on text, with several processes (pycomm pretrain --help)
+  schedule   draw, check and predict a pipeline schedule (pycomm schedule --help)
   doctor     what this machine has, what works, and what `auto` chooses (pycomm doctor --help)
 """
 
@@ -85,6 +86,12 @@ def _doctor(args: list[str]) -> int:
     return doctor.main(args)
 
 
+def _schedule(args: list[str]) -> int:
+    from pycomm.pipeline import command
+
+    return command.main(args)
+
+
 def _without_resume(args: Sequence[str]) -> list[str]:
     kept: list[str] = []
     skip_value = False
@@ -102,7 +109,9 @@ PRETRAIN_HELP = """\
 Pretrain a small GPT on text that every machine has, with several processes that share the batch. Starts its own
 workers; inside torchrun it uses those. Ctrl-C ends all workers after the current step and keeps a checkpoint."""
 
-COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType({"pretrain": _pretrain, "doctor": _doctor})
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType(
+    {"pretrain": _pretrain, "schedule": _schedule, "doctor": _doctor}
+)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
-from pycomm.arguments import tensor_on
+from pycomm.arguments import checked_timeout, tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.shm import ShmBackend
-from pycomm.calls import InFlight, Work, checked_timeout
+from pycomm.calls import InFlight, Work
 from pycomm.collectives import Collectives
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
@@ -128,8 +128,9 @@ def init(
         backend: "auto" or "shm" (processes of one host).
         timeout_s: seconds that any wait for another rank may take, here and in later calls.
         store: where the ranks meet, with ``rank`` and ``world_size``.
-        strict: reject what works on the host but hangs on NCCL: calls on several communicators that ranks issue in
-            different orders raise ``StrictOrderError`` on every rank. For tests; costs O(world_size ** 2) a call.
+        strict: reject what hangs on NCCL: calls on several communicators that ranks issue in different orders, and
+            blocking calls that wait for each other, raise ``StrictOrderError`` on every rank that is part of it.
+            For tests; costs O(world_size ** 2) a call.
 
     Raises:
         ValueError: contradicting or missing arguments or environment variables.

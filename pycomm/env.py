@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Launch", "cache_dir", "elastic_error_file", "export_num_threads", "is_ci", "launch", "simd"]
+__all__ = ["Launch", "cache_dir", "elastic_error_file", "export_num_threads", "is_ci", "launch", "simd", "tune"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,28 @@ def launch() -> Launch | None:
 def simd() -> str | None:
     """PYCOMM_SIMD: force a SIMD level ("baseline", "avx2", "avx512") instead of the best one."""
     return os.environ.get("PYCOMM_SIMD")
+
+
+def tune() -> dict[str, int]:
+    """PYCOMM_TUNE: thresholds of the host transport in bytes, such as "slice_bytes=128K,one_shot_bytes=8192" (K and M:
+    times 1024, 1024 * 1024). Empty if it is not set.
+
+    Raises:
+        ValueError: it does not read so, or names a threshold twice.
+    """
+    thresholds: dict[str, int] = {}
+    text = os.environ.get("PYCOMM_TUNE", "")
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        match = re.fullmatch(r"(\w+)\s*=\s*(\d{1,12})([KM]?)", item)
+        if match is None:
+            raise ValueError(
+                f"PYCOMM_TUNE={text!r}: {item!r} does not read like slice_bytes=131072 or slice_bytes=128K"
+            )
+        name, number, unit = match.groups()
+        if name in thresholds:
+            raise ValueError(f"PYCOMM_TUNE={text!r} names {name} twice")
+        thresholds[name] = int(number) * {"": 1, "K": 1 << 10, "M": 1 << 20}[unit]
+    return thresholds
 
 
 def cache_dir() -> Path:

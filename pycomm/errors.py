@@ -73,7 +73,8 @@ class BackendUnavailableError(PycommError):
 
 
 class StrictOrderError(PycommError):
-    """``strict=True``: the host transport would go on, NCCL would hang here."""
+    """``strict=True``: NCCL would hang here. Either calls were issued in different orders, of which nothing was written
+    and all may go on; or blocking calls wait for each other, and their communicators cannot be used any more."""
 
 
 class ScheduleError(PycommError):

@@ -18,19 +18,33 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 void* as_pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size, const Listener* listener,
-                                      const std::string& address, double timeout_s, bool strict) {
-  host::Tuning tuning = host::default_tuning(world_size);
+                                      const std::string& address, double timeout_s, bool strict,
+                                      const host::Thresholds& thresholds) {
+  host::Tuning tuning = host::tuning_with(world_size, thresholds);
   tuning.strict = strict ? 1 : 0;
   auto members = host::meet(rank, world_size, listener, address, tuning, Deadline::after(timeout_s), &check_signals);
-  return std::make_unique<Communicator>(std::move(name), std::move(members), &check_signals);
+  return std::make_unique<Communicator>(std::move(name), std::move(members), timeout_s, &check_signals);
 }
 
 }  // namespace
+
+host::CallOptions options_of(const Communicator& communicator, bool async_op, Timeout timeout_s) {
+  const double seconds = timeout_s.value_or(communicator.timeout_s());
+  if (seconds > 0) return {seconds, async_op};  // false for nan, too
+  throw py::value_error("timeout_s=" + py::str(py::float_(seconds)).cast<std::string>() +
+                        ": it is a positive number of seconds");
+}
 
 void bind_communicator(py::module_& module) {
   module.def("build_id", &host::build_id);
   module.def("protocol_version", [] { return host::kProtocolVersion; });
   module.attr("MAX_RANKS") = host::kMaxRanks;
+  module.def(
+      "tuning",
+      [](int world_size, const host::Thresholds& thresholds) {
+        return host::thresholds_of(host::tuning_with(world_size, thresholds));
+      },
+      py::arg("world_size"), py::arg("thresholds"));
 
   py::class_<Work, std::shared_ptr<Work>>(module, "Work")
       .def("done", &Work::done)
@@ -47,24 +61,19 @@ void bind_communicator(py::module_& module) {
 
   CommunicatorClass communicator(module, "HostCommunicator");
   communicator
-      .def(py::init([](std::string name, int rank, int world_size, const Listener* listener, const std::string& address,
-                       double timeout_s, bool strict) {
-             const py::gil_scoped_release nogil;
-             return CommunicatorHolder(
-                 connect(std::move(name), rank, world_size, listener, address, timeout_s, strict).release());
-           }),
-           py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("listener"), py::arg("address"),
-           py::arg("timeout_s"), py::arg("strict"))
+      .def(
+          py::init([](std::string name, int rank, int world_size, const Listener* listener, const std::string& address,
+                      double timeout_s, bool strict, const host::Thresholds& thresholds) {
+            const py::gil_scoped_release nogil;
+            return CommunicatorHolder(
+                connect(std::move(name), rank, world_size, listener, address, timeout_s, strict, thresholds).release());
+          }),
+          py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("listener"), py::arg("address"),
+          py::arg("timeout_s"), py::arg("strict"), py::arg("thresholds"))
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("name", &Communicator::name)
-      .def("tuning",
-           [](const Communicator& self) {
-             py::dict tuning;
-             tuning["slice_bytes"] = self.tuning().slice_bytes;
-             tuning["one_shot_bytes"] = self.tuning().one_shot_bytes;
-             return tuning;
-           })
+      .def("tuning", [](const Communicator& self) { return host::thresholds_of(self.tuning()); })
       .def("empty", &Communicator::empty, py::arg("bytes"), py::arg("timeout_s"), NoGil())
       .def("peer", [](Communicator& self, std::uintptr_t data, std::size_t bytes,
                       int rank) { return self.peer(as_pointer(data), bytes, rank); })

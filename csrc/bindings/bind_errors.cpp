@@ -16,6 +16,7 @@ const char* class_of(ErrorKind kind) {
     case ErrorKind::kPeerLost:
       return "PeerLostError";
     case ErrorKind::kStrictOrder:
+    case ErrorKind::kDeadlock:
       return "StrictOrderError";
     case ErrorKind::kMismatch:
       return "MismatchError";

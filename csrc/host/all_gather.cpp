@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "host/copy.hpp"
 #include "host/rounds.hpp"
 
 namespace pycomm::host {
@@ -21,8 +22,9 @@ namespace {
 /// What each rank shows: its part, to everyone; the only reader shows nothing.
 Shown parts_of_ranks(const Parts& parts, int reader) {
   Shown shown{{}, Readers::kEveryone};
+  shown.layouts.reserve(static_cast<std::size_t>(parts.num_parts()));
   for (int r = 0; r < parts.num_parts(); ++r) {
-    shown.layouts.emplace_back(std::vector<std::uint64_t>{r == reader ? 0 : parts.count(r)});
+    shown.layouts.push_back(Parts::even(r == reader ? 0 : parts.count(r), 1));
   }
   return shown;
 }
@@ -38,7 +40,7 @@ void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, cons
   const auto part_of = [&](std::byte* whole, int r) { return whole + parts.start(r) * element_bytes; };
   const auto copy_own_to = [&](std::byte* whole) {
     std::byte* const part = part_of(whole, rank);
-    if (own_bytes != 0 && part != tensors.input) std::memcpy(part, tensors.input, own_bytes);
+    if (part != tensors.input) copy(part, tensors.input, own_bytes, group.around_caches(output_bytes));
   };
 
   const bool is_small = output_bytes <= group.tuning().one_shot_bytes;
@@ -58,8 +60,8 @@ void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, cons
   }
   rounds.run([&](std::uint64_t k) {
     if (!reads(rank)) return;
-    if (k == 0) copy_own_to(output);
-    for (int i = 1; i < group.world_size(); ++i) {
+    if (k == 0 && reader == rank) copy_own_to(output);  // it shows nothing, so its rounds have nothing of its own
+    for (int i = 0; i < group.world_size(); ++i) {
       const int r = (rank + i) % group.world_size();
       rounds.copy(r, k, part_of(output, r));
     }

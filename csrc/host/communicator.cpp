@@ -45,9 +45,11 @@ std::vector<int> members_of(const std::vector<SplitChoice>& choices, std::int64_
 
 }  // namespace
 
-Communicator::Communicator(std::string name, Membership members, InterruptCheck interrupt)
-    : interrupt_(interrupt),
-      group_(std::make_unique<Group>(std::move(name), std::move(members))),
+Communicator::Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt,
+                           std::shared_ptr<WaitGraph> graph)
+    : timeout_s_(timeout_s),
+      interrupt_(interrupt),
+      group_(std::make_unique<Group>(std::move(name), std::move(members), std::move(graph))),
       progress_(std::make_unique<Progress>()),
       messenger_(std::make_unique<Messenger>(*group_, interrupt)),
       generation_(fork_generation()) {}
@@ -89,10 +91,15 @@ template <class Body>
 std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
   check_not_forked();
   std::vector<std::uint32_t> issue;
-  if (group_->tuning().strict != 0) issue = next_issue(group_->members().tokens);
+  std::shared_ptr<void> under_way;
+  if (const auto& graph = group_->graph(); graph != nullptr) {
+    issue = next_issue(group_->members().tokens);
+    graph->issue();
+    if (options.async_op) under_way = graph->start_async();
+  }
   if (options.async_op) {
     return progress_->submit(
-        [this, timeout_s = options.timeout_s, issue = std::move(issue), body = std::move(body)]() mutable {
+        [this, timeout_s = options.timeout_s, issue = std::move(issue), under_way, body = std::move(body)]() mutable {
           const std::lock_guard lock(executing_);
           group_->set_patient(true);
           group_->run(timeout_s, nullptr, std::move(issue), body);
@@ -166,19 +173,24 @@ std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
   return run(options, [](Group& group) { host::barrier(group); });
 }
 
-std::shared_ptr<Work> Communicator::exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
-                                                      std::vector<int>* sources) {
+void Communicator::send(const MessageSpec& spec, double timeout_s) {
   check_not_forked();
-  for (const MessageSpec& spec : specs) {
-    const bool any = !spec.is_send && spec.peer == kAnySource;
-    if (any || (spec.peer >= 0 && spec.peer < world_size())) continue;
-    throw std::invalid_argument(std::string(spec.is_send ? "dst" : "src") + " is " + std::to_string(spec.peer) +
-                                ", it must be 0 to " + std::to_string(world_size() - 1));
-  }
-  if (options.async_op) return messenger_->start(specs, options.timeout_s);
-  std::vector<int> found = messenger_->run(specs, options.timeout_s);
-  if (sources != nullptr) *sources = std::move(found);
-  return nullptr;
+  messenger_->send(spec, timeout_s);
+}
+
+int Communicator::recv(const MessageSpec& spec, double timeout_s) {
+  check_not_forked();
+  return messenger_->recv(spec, timeout_s);
+}
+
+std::vector<int> Communicator::run_messages(const std::vector<MessageSpec>& specs, double timeout_s) {
+  check_not_forked();
+  return messenger_->run(specs, timeout_s);
+}
+
+std::shared_ptr<Work> Communicator::start_messages(const std::vector<MessageSpec>& specs, double timeout_s) {
+  check_not_forked();
+  return messenger_->start(specs, timeout_s);
 }
 
 std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double timeout_s) {
@@ -223,7 +235,7 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
                               std::string(address.text.begin(), address.text.end()), group.tuning(), group.deadline(),
                               group.interrupt());
     result = std::make_unique<Communicator>(group.name() + suffix + "[" + std::to_string(*color) + "]",
-                                            std::move(members), interrupt_);
+                                            std::move(members), timeout_s_, interrupt_, group.graph());
   });
   return result;
 }

@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
+#include <stdexcept>
 #include <string>
 
 #include "pycomm/error.hpp"
@@ -18,25 +20,88 @@ std::size_t area_stride(int world_size, const Tuning& tuning) {
   return round_to_pages(channels_offset(tuning) + channels);  // whole pages: their owner touches them first
 }
 
+/// Of the cache that all cores share. The kernel's figure: under a hypervisor, sysconf's may be that of a larger one.
+std::uint64_t last_cache_bytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
+  std::uint64_t kib = 0;
+  if (file >> kib && kib != 0) return kib * 1024;
+  const long l3 = ::sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return l3 > 0 ? static_cast<std::uint64_t>(l3) : 8 * 1024 * 1024;
+}
+
+constexpr std::uint64_t kKiB = 1024;
+constexpr std::uint64_t kMostOneShot = 16 * kKiB;  // what every slice has room for beside a line a rank (rounds.cpp)
+
+struct Range {
+  const char* name;
+  std::uint64_t& (*in)(Tuning&);
+  std::uint64_t least;
+  std::uint64_t most;
+  std::uint64_t multiple;
+};
+// A slice holds whatever ranks exchange by way of staging (exchange.hpp), and a line for each of kMaxRanks.
+constexpr Range kRanges[] = {
+    {"slice_bytes", [](Tuning& t) -> std::uint64_t& { return t.slice_bytes; }, 32 * kKiB, 16 * kKiB * kKiB, kCacheLine},
+    {"one_shot_bytes", [](Tuning& t) -> std::uint64_t& { return t.one_shot_bytes; }, 0, kMostOneShot, 1},
+    {"eager_bytes", [](Tuning& t) -> std::uint64_t& { return t.channel.eager_bytes; }, 0, kKiB * kKiB, kCacheLine},
+    {"stream_bytes", [](Tuning& t) -> std::uint64_t& { return t.channel.stream_bytes; }, 4 * kKiB, 16 * kKiB * kKiB,
+     kCacheLine},
+};
+
+const Range& range_of(const std::string& name) {
+  std::string names;
+  for (const Range& range : kRanges) {
+    if (name == range.name) return range;
+    names += (names.empty() ? "" : ", ") + std::string(range.name);
+  }
+  throw std::invalid_argument("there is no threshold '" + name + "'; it is one of " + names);
+}
+
 }  // namespace
+
+Thresholds thresholds_of(const Tuning& tuning) {
+  Tuning copy = tuning;
+  Thresholds thresholds;
+  for (const Range& range : kRanges) thresholds[range.name] = range.in(copy);
+  return thresholds;
+}
+
+Tuning tuning_with(int world_size, const Thresholds& thresholds) {
+  Tuning tuning = default_tuning(world_size);
+  for (const auto& [name, value] : thresholds) {
+    const Range& range = range_of(name);
+    if (value < range.least || value > range.most || value % range.multiple != 0) {
+      throw std::invalid_argument(
+          name + "=" + std::to_string(value) + ": it is from " + std::to_string(range.least) + " to " +
+          std::to_string(range.most) +
+          (range.multiple > 1 ? " and a multiple of " + std::to_string(range.multiple) : std::string()));
+    }
+    range.in(tuning) = value;
+  }
+  return tuning;
+}
 
 Tuning default_tuning(int world_size) {
   const long l2 = ::sysconf(_SC_LEVEL2_CACHE_SIZE);
   const std::uint64_t cache = l2 > 0 ? static_cast<std::uint64_t>(l2) : 512 * 1024;
   // Two staging buffers, the slice of the user's tensor and what comes from the peers share the L2.
   const std::uint64_t slice = std::clamp<std::uint64_t>(cache / 8, 32 * 1024, 256 * 1024) / kCacheLine * kCacheLine;
-  return Tuning{
-      .slice_bytes = slice, .one_shot_bytes = 4 * 1024, .strict = 0, .channel = ChannelSizes::for_ranks(world_size)};
+  return Tuning{.slice_bytes = slice,
+                .one_shot_bytes = 4 * 1024,
+                // Every rank's input and output together.
+                .cached_bytes = last_cache_bytes() / (2 * static_cast<std::uint64_t>(world_size)),
+                .strict = 0,
+                .channel = ChannelSizes::for_ranks(world_size)};
 }
 
 Control::Control(Segment segment, int world_size, const Tuning& tuning)
-    : segment_(std::move(segment)),
+    : segment_(std::make_shared<Segment>(std::move(segment))),
       slot_stride_(slot_stride(tuning)),
       channels_offset_(channels_offset(tuning)),
       channel_sizes_(tuning.channel),
       area_stride_(area_stride(world_size, tuning)) {
-  if (segment_.bytes() < bytes_for(world_size, tuning)) {
-    throw Error(ErrorKind::kGeneral, "control segment has " + std::to_string(segment_.bytes()) + " bytes, needs " +
+  if (segment_->bytes() < bytes_for(world_size, tuning)) {
+    throw Error(ErrorKind::kGeneral, "control segment has " + std::to_string(segment_->bytes()) + " bytes, needs " +
                                          std::to_string(bytes_for(world_size, tuning)));
   }
 }

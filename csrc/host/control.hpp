@@ -10,6 +10,9 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
 
 #include "host/channel.hpp"
 #include "host/segment.hpp"
@@ -21,6 +24,7 @@ namespace pycomm::host {
 enum class RankState : std::uint32_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 
 inline constexpr int kMaxRanks = 240;  // descriptors in one SCM_RIGHTS message are limited to 253
+inline constexpr std::size_t kRankWords = (kMaxRanks + 63) / 64;  // of a bit set of ranks
 inline constexpr std::size_t kReasonBytes = 448;
 
 /// What wakes a rank. One for collectives and one for messages, since different threads may sleep on them.
@@ -29,17 +33,37 @@ struct alignas(kCacheLine) Bell {
   std::uint32_t sleepers;  // threads of the rank that sleep on it
 };
 
+/// strict: the synchronous call that a rank waits in, and whom it needs (wait_graph.hpp).
+struct alignas(kCacheLine) WaitRecord {
+  std::uint64_t version;  // odd: the rank waits, and the two sets and `what` hold
+  std::uint64_t moves;    // grows with each part of a message that the rank sends, receives or matches
+  std::uint64_t looks;    // grows when the rank looks whether it may go on
+  std::uint32_t num_async;
+  std::uint64_t all[kRankWords];
+  std::uint64_t any[kRankWords];
+  char what[224];
+};
+
+/// strict: what a rank found out about waits of others and its own.
+struct alignas(kCacheLine) Verdict {
+  std::uint64_t number;              // written last
+  std::uint64_t version[kMaxRanks];  // of the wait that will never end, by rank; 0: none
+  char cycle[1024];
+};
+
 /// What a rank shows to its peers beside its calls. One cache line per writer-reader relation.
 struct RankFlags {
   alignas(kCacheLine) std::uint64_t step;       // phases inside calls: call seq << kStepBits | phase
   alignas(kCacheLine) std::uint64_t completed;  // the last call that this rank is done with, for error messages
   Bell calls;
   Bell messages;
-  alignas(kCacheLine) std::uint32_t state;    // RankState, written last of the fields below
-  std::uint32_t aborted;                      // 1: comm.abort() here; every rank shall stop
-  std::uint64_t lost[(kMaxRanks + 63) / 64];  // kFailed: bit set of the ranks at the root of the failure
-  std::uint32_t order[2][kMaxRanks];          // strict: issue numbers of the call in slot s % 2, by peer
-  char reason[kReasonBytes];                  // kFailed or aborted: why, zero-terminated
+  alignas(kCacheLine) std::uint32_t state;  // RankState, written last of the fields below
+  std::uint32_t aborted;                    // 1: comm.abort() here; every rank shall stop
+  std::uint64_t lost[kRankWords];           // kFailed: bit set of the ranks at the root of the failure
+  std::uint32_t order[2][kMaxRanks];        // strict: issue numbers of the call in slot s % 2, by peer
+  char reason[kReasonBytes];                // kFailed or aborted: why, zero-terminated
+  WaitRecord waiting;
+  Verdict verdict;
 };
 inline constexpr int kStepBits = 24;
 
@@ -57,11 +81,18 @@ static_assert(sizeof(CallSlot) == kCacheLine);
 struct Tuning {
   std::uint64_t slice_bytes = 0;     // staging buffer
   std::uint64_t one_shot_bytes = 0;  // up to this total (bytes * ranks) a message goes through the slots in one step
-  std::uint64_t strict = 0;          // 1: calls carry their issue order (issue_order.hpp)
+  std::uint64_t cached_bytes = 0;  // messages up to this size stay in the last cache; larger ones are copied around it
+  std::uint64_t strict = 0;        // 1: calls carry their issue order (issue_order.hpp)
   ChannelSizes channel;
 };
 /// From the sizes of this machine's caches and the number of ranks.
 Tuning default_tuning(int world_size);
+
+using Thresholds = std::map<std::string, std::uint64_t>;
+/// slice_bytes, one_shot_bytes, eager_bytes and stream_bytes.
+Thresholds thresholds_of(const Tuning& tuning);
+/// The default with other values for some of them. Throws std::invalid_argument for a name or a value that cannot be.
+Tuning tuning_with(int world_size, const Thresholds& thresholds);
 
 class Control {
  public:
@@ -69,7 +100,7 @@ class Control {
   Control(Segment segment, int world_size, const Tuning& tuning);
   static std::size_t bytes_for(int world_size, const Tuning& tuning);
 
-  const Segment& segment() const { return segment_; }
+  const Segment& segment() const { return *segment_; }
   RankFlags& flags(int rank) const { return *reinterpret_cast<RankFlags*>(area(rank)); }
   CallSlot& slot(int rank, std::uint64_t seq) const {
     return *reinterpret_cast<CallSlot*>(area(rank) + sizeof(RankFlags) + (seq % 2) * slot_stride_);
@@ -83,9 +114,9 @@ class Control {
   }
 
  private:
-  std::byte* area(int rank) const { return segment_.data() + static_cast<std::size_t>(rank) * area_stride_; }
+  std::byte* area(int rank) const { return segment_->data() + static_cast<std::size_t>(rank) * area_stride_; }
 
-  Segment segment_;
+  std::shared_ptr<Segment> segment_;  // a WaitGraph may need it for longer than its communicator
   std::size_t slot_stride_ = 0;
   std::size_t channels_offset_ = 0;
   ChannelSizes channel_sizes_;

@@ -5,8 +5,16 @@
 
 namespace pycomm::host {
 
-Group::Group(std::string name, Membership members)
-    : name_(std::move(name)), members_(std::move(members)), segments_(members_), waiter_(members_, &RankFlags::calls) {}
+Group::Group(std::string name, Membership members, std::shared_ptr<WaitGraph> graph)
+    : name_(std::move(name)),
+      members_(std::move(members)),
+      segments_(members_),
+      waiter_(members_, &RankFlags::calls),
+      graph_(std::move(graph)) {
+  if (members_.tuning.strict == 0) return;
+  if (graph_ == nullptr) graph_ = std::make_shared<WaitGraph>(members_);
+  world_ranks_ = graph_->ranks_of(members_.tokens);
+}
 
 std::byte* Group::symmetric_input(int rank) const {
   const Location& location = members_.control.slot(rank, seq_).locations.input;

@@ -24,7 +24,8 @@ namespace pycomm::host {
 
 class Group {
  public:
-  Group(std::string name, Membership members);
+  /// `graph`: strict, and split from a group: that one's.
+  Group(std::string name, Membership members, std::shared_ptr<WaitGraph> graph = nullptr);
   Group(const Group&) = delete;  // peers hold its addresses
   Group& operator=(const Group&) = delete;
 
@@ -36,6 +37,12 @@ class Group {
   const Membership& members() const { return members_; }
   SymmetricSegments& segments() { return segments_; }
   const Waiter& waiter() const { return waiter_; }
+  /// Whether a message is so large that its copies should pass by the caches (copy.hpp).
+  bool around_caches(std::uint64_t message_bytes) const { return message_bytes > tuning().cached_bytes; }
+  /// strict: else nullptr.
+  const std::shared_ptr<WaitGraph>& graph() const { return graph_; }
+  /// Of a synchronous call.
+  Watch watch() const { return {.graph = graph_.get(), .ranks = &world_ranks_}; }
 
   /// This rank's staging buffer for slice `k` of the running call; `rank`'s likewise.
   std::byte* staging(int rank, std::uint64_t k) const { return members_.control.staging(rank, seq_ + k); }
@@ -88,7 +95,10 @@ class Group {
   static bool poisons(ErrorKind kind) { return !in_step(kind) && kind != ErrorKind::kOutOfMemory; }
   const Deadline& deadline() const { return deadline_; }
   InterruptCheck interrupt() const { return interrupt_; }
-  void set_patient(bool patient) { waiter_.set_patient(patient); }
+  void set_patient(bool patient) {
+    waiter_.set_patient(patient);
+    patient_ = patient;
+  }
 
  private:
   friend class Entry;
@@ -117,12 +127,15 @@ class Group {
   void enter();
   void check_match() const;
   void check_order() const;
-  WaitContext context() const { return {name_, seq_, call_, deadline_, interrupt_}; }
+  WaitContext context() const { return {name_, seq_, call_, deadline_, interrupt_, patient_ ? Watch{} : watch()}; }
 
   std::string name_;
   Membership members_;
   SymmetricSegments segments_;
   Waiter waiter_;
+  std::shared_ptr<WaitGraph> graph_;
+  std::vector<int> world_ranks_;  // of the graph, by rank
+  bool patient_ = false;          // the running call is an asynchronous one
   Deadline deadline_ = Deadline::after(0);
   InterruptCheck interrupt_ = nullptr;
   Call call_;

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "host/copy.hpp"
+
 namespace pycomm::host {
 
 namespace {
@@ -31,6 +33,61 @@ void Messenger::send_to(int peer) {
   stream_out(peer, outgoing, channel);
 }
 
+/// The next offer of the channel, which has room for it.
+Offer Messenger::put_offer(const Channel& channel, const MessageSpec& spec, std::uint64_t id) {
+  const std::uint64_t number = channel.header().offered;  // only this rank writes it
+  Offer offer;
+  offer.id = id;
+  offer.tag = spec.tag;
+  offer.count = spec.count;
+  offer.dtype = spec.dtype;
+  if (spec.bytes() <= channel.sizes().eager_bytes) {
+    if (spec.bytes() != 0) std::memcpy(channel.eager_data(number), spec.data, spec.bytes());
+  } else {
+    offer.location = group_.segments().locate(spec.data, spec.bytes());
+    offer.transfer = offer.location.symmetric() ? Transfer::kInPlace : Transfer::kStreamed;
+  }
+  channel.offer(number) = offer;
+  store_flag(channel.header().offered, number + 1);
+  return offer;
+}
+
+/// An eager send is done when its bytes are in the channel, if nothing waits before it and the channel has room.
+bool Messenger::send_at_once(const MessageSpec& spec) {
+  const Channel channel = members_.control.channel(members_.rank, spec.peer);
+  if (spec.bytes() > channel.sizes().eager_bytes || group_.tuning().strict != 0) return false;
+  const std::lock_guard lock(mutex_);
+  Outgoing& outgoing = outgoing_[static_cast<std::size_t>(spec.peer)];
+  const Channel::Header& header = channel.header();
+  if (!outgoing.queued.empty() || header.offered - load_flag(header.taken) >= Channel::kNumOffers) return false;
+  ++num_posted_;
+  put_offer(channel, spec, outgoing.next_id++);
+  waiter_.ring(spec.peer);
+  return true;
+}
+
+/// An eager message that fits and comes while this rank spins, if no other receive could be meant.
+bool Messenger::recv_at_once(const MessageSpec& spec) {
+  if (spec.peer == kAnySource || group_.tuning().strict != 0) return false;
+  const Channel channel = members_.control.channel(spec.peer, members_.rank);
+  Channel::Header& header = channel.header();
+  if (!waiter_.spin([&] { return load_flag(header.offered) > load_flag(header.taken); })) return false;
+  const std::lock_guard lock(mutex_);
+  const std::uint64_t number = header.taken;
+  if (!receives_.empty() || !incoming_[static_cast<std::size_t>(spec.peer)].arrived.empty()) return false;
+  if (load_flag(header.offered) == number) return false;
+  const Offer& offer = channel.offer(number);
+  if (offer.transfer != Transfer::kEager || offer.tag != spec.tag || offer.count != spec.count ||
+      offer.dtype != spec.dtype) {
+    return false;
+  }
+  ++num_posted_;
+  if (spec.bytes() != 0) std::memcpy(spec.data, channel.eager_data(number), spec.bytes());
+  store_flag(header.taken, number + 1);
+  waiter_.ring(spec.peer);  // it may wait for room
+  return true;
+}
+
 void Messenger::post_offers(int peer, Outgoing& outgoing, const Channel& channel) {
   Channel::Header& header = channel.header();
   bool posted = false;
@@ -40,19 +97,7 @@ void Messenger::post_offers(int peer, Outgoing& outgoing, const Channel& channel
     Message& message = *outgoing.queued.front();
     outgoing.queued.pop_front();
     message.id = outgoing.next_id++;
-    Offer offer;
-    offer.id = message.id;
-    offer.tag = message.spec.tag;
-    offer.count = message.spec.count;
-    offer.dtype = message.spec.dtype;
-    if (message.bytes() <= channel.sizes().eager_bytes) {
-      if (message.bytes() != 0) std::memcpy(channel.eager_data(number), message.spec.data, message.bytes());
-    } else {
-      offer.location = group_.segments().locate(message.spec.data, message.bytes());
-      offer.transfer = offer.location.symmetric() ? Transfer::kInPlace : Transfer::kStreamed;
-    }
-    channel.offer(number) = offer;
-    store_flag(header.offered, number + 1);
+    const Offer offer = put_offer(channel, message.spec, message.id);
     posted = true;
     if (offer.transfer == Transfer::kEager && group_.tuning().strict == 0) {
       finish(message);
@@ -60,7 +105,7 @@ void Messenger::post_offers(int peer, Outgoing& outgoing, const Channel& channel
       outgoing.offered.emplace(message.id, &message);
     }
   }
-  if (posted) waiter_.ring(peer);
+  if (posted) ring(peer);
 }
 
 void Messenger::read_replies(Outgoing& outgoing, const Channel& channel) {
@@ -68,11 +113,13 @@ void Messenger::read_replies(Outgoing& outgoing, const Channel& channel) {
   while (header.replies_read < load_flag(header.replied)) {
     const Reply reply = channel.reply(header.replies_read);
     store_flag(header.replies_read, header.replies_read + 1);
+    if (group_.graph() != nullptr) group_.graph()->move();
     const auto found = outgoing.offered.find(reply.id);
     if (found == outgoing.offered.end()) continue;  // not strict: an eager send was done before
     Message& message = *found->second;
     outgoing.offered.erase(found);
     if (reply.kind == Reply::Kind::kSend) {
+      message.matched = true;
       outgoing.streaming.push_back(&message);
     } else {
       finish(message, reply.kind == Reply::Kind::kMismatch ? mismatch(message, reply.count, reply.dtype) : nullptr);
@@ -96,12 +143,17 @@ void Messenger::stream_out(int peer, Outgoing& outgoing, const Channel& channel)
     message.moved += chunk;
     store_flag(header.streamed, position + chunk);
     wrote = true;
-    waiter_.ring(peer);
+    ring(peer);
     if (message.moved < message.bytes()) continue;
     outgoing.streaming.pop_front();
     finish(message);
   }
-  if (wrote) waiter_.ring(peer);
+  if (wrote) ring(peer);
+}
+
+void Messenger::ring(int peer) const {
+  if (group_.graph() != nullptr) group_.graph()->move();
+  waiter_.ring(peer);
 }
 
 void Messenger::receive_from(int peer) {
@@ -133,7 +185,7 @@ void Messenger::take_offers(int peer, Incoming& incoming, const Channel& channel
     store_flag(header.taken, number + 1);
     took = true;
   }
-  if (took) waiter_.ring(peer);
+  if (took) ring(peer);
 }
 
 Messenger::Message* Messenger::find_receive(int peer, std::int64_t tag) {
@@ -164,6 +216,7 @@ bool Messenger::match_arrived(Message& receive) {
 void Messenger::accept(int peer, Message& receive, const Offer& offer, const std::byte* eager) {
   Incoming& incoming = incoming_[static_cast<std::size_t>(peer)];
   receive.source = peer;
+  receive.matched = true;
   receive.id = offer.id;
   Reply reply{.id = offer.id, .count = receive.spec.count, .dtype = receive.spec.dtype};
   if (offer.count != receive.spec.count || offer.dtype != receive.spec.dtype) {
@@ -190,9 +243,10 @@ void Messenger::copy_in_place(Incoming& incoming) {
   if (incoming.copying.empty()) return;
   Message& receive = *incoming.copying.front();
   const std::size_t chunk = std::min(kInPlaceChunk, receive.bytes() - receive.moved);
-  std::memcpy(static_cast<std::byte*>(receive.spec.data) + receive.moved, receive.in_place + receive.moved, chunk);
+  copy(static_cast<std::byte*>(receive.spec.data) + receive.moved, receive.in_place + receive.moved, chunk,
+       group_.around_caches(receive.bytes()));
   receive.moved += chunk;
-  if (receive.moved < receive.bytes()) return;
+  if (receive.moved < receive.bytes()) return ring(members_.rank);  // go on at once instead of sleeping now
   incoming.copying.pop_front();
   incoming.replies.push_back({.id = receive.id});
   finish(receive);
@@ -208,7 +262,7 @@ void Messenger::flush_replies(int peer, Incoming& incoming, const Channel& chann
     store_flag(header.replied, header.replied + 1);
     replied = true;
   }
-  if (replied) waiter_.ring(peer);
+  if (replied) ring(peer);
 }
 
 void Messenger::stream_in(int peer, Incoming& incoming, const Channel& channel) {
@@ -220,10 +274,11 @@ void Messenger::stream_in(int peer, Incoming& incoming, const Channel& channel) 
     const std::size_t chunk = std::min<std::uint64_t>(
         {load_flag(header.streamed) - position, capacity - position % capacity, receive.bytes() - receive.moved});
     if (chunk == 0) return;
-    std::memcpy(static_cast<std::byte*>(receive.spec.data) + receive.moved, channel.stream(position), chunk);
+    copy(static_cast<std::byte*>(receive.spec.data) + receive.moved, channel.stream(position), chunk,
+         group_.around_caches(receive.bytes()));
     receive.moved += chunk;
     store_flag(header.stream_read, position + chunk);
-    waiter_.ring(peer);
+    ring(peer);
     if (receive.moved < receive.bytes()) continue;
     incoming.streaming.pop_front();
     finish(receive);

@@ -37,6 +37,8 @@ struct MessageSpec {
   void* data = nullptr;
   std::size_t count = 0;
   DType dtype = DType::kUInt8;
+
+  std::size_t bytes() const { return count * size_of(dtype); }
 };
 
 class Messenger {
@@ -46,6 +48,9 @@ class Messenger {
   Messenger& operator=(const Messenger&) = delete;
   ~Messenger();
 
+  /// One message. Small ones take a short way where nothing else is under way.
+  void send(const MessageSpec& spec, double timeout_s);
+  int recv(const MessageSpec& spec, double timeout_s);
   /// Post messages that progress together and wait for all; returns their sources (a send's: its destination).
   std::vector<int> run(const std::vector<MessageSpec>& specs, double timeout_s);
   /// Post them and return at once.
@@ -64,9 +69,10 @@ class Messenger {
     std::size_t moved = 0;    // bytes
     int source = kAnySource;  // of a matched receive
     const std::byte* in_place = nullptr;
+    bool matched = false;  // the other side has posted it, too, as far as is known here
     bool done = false;
 
-    std::size_t bytes() const { return spec.count * size_of(spec.dtype); }
+    std::size_t bytes() const { return spec.bytes(); }
   };
   /// Messages that were posted together and are waited for together.
   struct Batch {
@@ -74,7 +80,8 @@ class Messenger {
     std::size_t num_active = 0;
     std::unique_ptr<Error> error;
     std::shared_ptr<Work> work;  // asynchronous
-    int candidate = 0;           // from any source: the rank whose loss is looked for at present
+    std::shared_ptr<void> under_way;
+    int candidate = 0;  // from any source: the rank whose loss is looked for at present
     Deadline deadline = Deadline::after(0);
     std::uint64_t seq = 0;
   };
@@ -97,17 +104,26 @@ class Messenger {
 
   std::shared_ptr<Batch> make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const;
   void wait(Batch& batch, const Waiter& waiter, InterruptCheck interrupt, bool until_changed);
-  WaitContext context(const Batch& batch, InterruptCheck interrupt) const;
+  WaitContext context(const Batch& batch, InterruptCheck interrupt, const std::function<Needs()>& needs) const;
   void fail(const Error& error);
   void loop();
+
+  /// Of every call: whether it may be issued.
+  void begin() const;
+  bool send_at_once(const MessageSpec& spec);
+  bool recv_at_once(const MessageSpec& spec);
 
   // All of these are called under mutex_.
   void post(Batch& batch);
   bool waits_for(const Batch& batch, int rank) const;
+  Needs needs_of(const Batch& batch) const;
+  /// Something was done that `peer` may wait for.
+  void ring(int peer) const;
   bool next_candidate(Batch& batch, int from) const;
   void drop_all(const Error& error);
   void progress();
   void send_to(int peer);
+  Offer put_offer(const Channel& channel, const MessageSpec& spec, std::uint64_t id);
   void post_offers(int peer, Outgoing& outgoing, const Channel& channel);
   void read_replies(Outgoing& outgoing, const Channel& channel);
   void stream_out(int peer, Outgoing& outgoing, const Channel& channel);

@@ -42,8 +42,7 @@ Messenger::Messenger(Group& group, InterruptCheck interrupt)
 Messenger::~Messenger() { stop(); }
 
 std::shared_ptr<Messenger::Batch> Messenger::make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const {
-  group_.check_usable();
-  waiter_.check_aborted();
+  begin();
   auto batch = std::make_shared<Batch>();
   batch->deadline = Deadline::after(timeout_s);
   batch->num_active = specs.size();
@@ -68,6 +67,22 @@ void Messenger::post(Batch& batch) {
     }
   }
   progress();
+}
+
+void Messenger::begin() const {
+  group_.check_usable();
+  waiter_.check_aborted();
+  if (group_.graph() != nullptr) group_.graph()->issue();
+}
+
+void Messenger::send(const MessageSpec& spec, double timeout_s) {
+  begin();
+  if (!send_at_once(spec)) run({spec}, timeout_s);
+}
+
+int Messenger::recv(const MessageSpec& spec, double timeout_s) {
+  begin();
+  return recv_at_once(spec) ? spec.peer : run({spec}, timeout_s).front();
 }
 
 std::vector<int> Messenger::run(const std::vector<MessageSpec>& specs, double timeout_s) {
@@ -100,6 +115,7 @@ std::shared_ptr<Work> Messenger::start(const std::vector<MessageSpec>& specs, do
   {
     const std::lock_guard lock(mutex_);
     if (!thread_.joinable()) thread_ = std::thread([this] { loop(); });
+    if (group_.graph() != nullptr) batch->under_way = group_.graph()->start_async();
     asynchronous_.push_back(batch);
     ++num_started_;
     post(*batch);
@@ -119,6 +135,23 @@ bool Messenger::waits_for(const Batch& batch, int rank) const {
   });
 }
 
+/// What of the batch nobody has posted the other side of.
+Needs Messenger::needs_of(const Batch& batch) const {
+  Needs needs;
+  for (const Message& message : batch.messages) {
+    if (message.done || message.matched) continue;
+    if (message.spec.peer != kAnySource) {
+      needs.all.push_back(message.spec.peer);
+      continue;
+    }
+    needs.any.clear();
+    for (int r = 0; r < members_.world_size; ++r) {
+      if (r != members_.rank) needs.any.push_back(r);
+    }
+  }
+  return needs;
+}
+
 /// From any source: look for the loss of the next peer; false if there is none. Alone, a rank can only send to itself.
 bool Messenger::next_candidate(Batch& batch, int from) const {
   const int next = from == members_.rank ? from + 1 : from;
@@ -127,18 +160,28 @@ bool Messenger::next_candidate(Batch& batch, int from) const {
   return true;
 }
 
-WaitContext Messenger::context(const Batch& batch, InterruptCheck interrupt) const {
+WaitContext Messenger::context(const Batch& batch, InterruptCheck interrupt,
+                               const std::function<Needs()>& needs) const {
   const auto active =
       std::find_if(batch.messages.begin(), batch.messages.end(), [](const Message& message) { return !message.done; });
   const Message& shown = active != batch.messages.end() ? *active : batch.messages.front();
-  return {group_.name(), batch.seq, call_of(shown.spec), batch.deadline, interrupt};
+  Watch watch;
+  if (batch.work == nullptr) {
+    watch = group_.watch();
+    watch.needs = &needs;
+  }
+  return {group_.name(), batch.seq, call_of(shown.spec), batch.deadline, interrupt, watch};
 }
 
 /// Drive progress until the batch is done; where `until_changed`, at most until another is started.
 void Messenger::wait(Batch& batch, const Waiter& waiter, InterruptCheck interrupt, bool until_changed) {
   std::unique_lock lock(mutex_);
   const std::uint64_t num_started = num_started_;
-  const WaitContext context = this->context(batch, interrupt);
+  const std::function<Needs()> needs = [&] {
+    const std::lock_guard relock(mutex_);
+    return needs_of(batch);
+  };
+  const WaitContext context = this->context(batch, interrupt, needs);
   const auto ready = [&](int rank) {
     const std::lock_guard relock(mutex_);
     if (batch.num_active != 0) progress();

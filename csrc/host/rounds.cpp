@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "host/copy.hpp"
+
 namespace pycomm::host {
 
 Rounds::Rounds(Group& group, const void* input, DType dtype, Shown shown, bool is_small)
@@ -16,6 +18,7 @@ Rounds::Rounds(Group& group, const void* input, DType dtype, Shown shown, bool i
   if (!is_small && num_shown(group.rank()) != 0) {
     location_ = group.segments().locate(input_, shown_.of(group.rank()).total() * element_bytes_);
   }
+  around_caches_ = group.around_caches(most * element_bytes_);
   // Each part may be rounded up by a cache line in each round.
   const std::size_t room = group.tuning().slice_bytes - static_cast<std::size_t>(group.world_size()) * kCacheLine;
   num_rounds_ = (most * element_bytes_ + room - 1) / room | 1;
@@ -86,7 +89,7 @@ void Rounds::copy(int source, std::uint64_t k, std::byte* part) const {
   std::byte* const to = part + slice.begin * element_bytes_;
   if (slice.length == 0) return;
   const std::byte* const from = data(source, k);
-  if (from != to) std::memcpy(to, from, slice.length * element_bytes_);
+  if (from != to) host::copy(to, from, slice.length * element_bytes_, around_caches_);
 }
 
 }  // namespace pycomm::host

@@ -90,6 +90,7 @@ class Rounds {
   Location location_;
   std::uint64_t num_rounds_ = 1;
   bool any_symmetric_ = false;
+  bool around_caches_ = false;
   std::vector<const std::byte*> inputs_;      // by rank; nullptr: ordinary, seen through staging
   std::vector<std::size_t> staging_offsets_;  // by rank: bytes, of what this rank reads in its staging buffer
 };

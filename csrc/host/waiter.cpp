@@ -78,6 +78,7 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
   }
   Bell& mine = members_.control.flags(members_.rank).*bell_;
   bool warned = false;
+  std::optional<WatchedWait> watched;
   while (true) {
     // The order of these three is the protocol of signal.hpp: announce, remember the bell, look again.
     add_flag(mine.sleepers, 1u);
@@ -91,6 +92,10 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
     add_flag(mine.sleepers, ~0u);  // minus one
     if (arrived || advance()) return;
     check_aborted();
+    if (context.watch.graph != nullptr && Deadline::Clock::now() - start >= kSlice) {
+      if (!watched) watched.emplace(*context.watch.graph, *context.watch.ranks, where(context));
+      look_at_graph(*watched, ready, context);
+    }
     check_peers(ready, context);
     if (context.interrupt != nullptr) context.interrupt();
     const auto now = Deadline::Clock::now();
@@ -100,6 +105,18 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
       warned = true;
     }
   }
+}
+
+void Waiter::look_at_graph(WatchedWait& wait, ReadyRef ready, const WaitContext& context) const {
+  Needs needs;
+  if (context.watch.needs != nullptr) {
+    needs = (*context.watch.needs)();
+  } else {
+    for (int r = 0; r < members_.world_size; ++r) {
+      if (!ready(r)) needs.all.push_back(r);
+    }
+  }
+  wait.look(needs);
 }
 
 void Waiter::check_aborted() const {

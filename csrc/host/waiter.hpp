@@ -8,15 +8,25 @@
 //   aborted  any rank called abort(reason)            -> Error kPeerLost with the reason
 //   late     after 30 s                               -> a warning on stderr that names it
 //   expired  at the deadline                          -> Error kTimeout, naming it and what it is in
+//   waits for this rank, strict (wait_graph.hpp)      -> Error kDeadlock, naming the cycle
 // A peer's flag is looked at once more after its end was seen: what it did before it left counts.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <utility>
 
 #include "host/bootstrap.hpp"
+#include "host/wait_graph.hpp"
 
 namespace pycomm::host {
+
+/// strict: where a synchronous call shows that it waits. Without a graph it does not.
+struct Watch {
+  WaitGraph* graph = nullptr;
+  const std::vector<int>* ranks = nullptr;        // of the group, in the world
+  const std::function<Needs()>* needs = nullptr;  // nullptr: all that are not ready
+};
 
 /// What a waiting rank is in, for messages.
 struct WaitContext {
@@ -25,6 +35,7 @@ struct WaitContext {
   Call call;
   Deadline deadline;
   InterruptCheck interrupt;
+  Watch watch;
 };
 
 class Waiter {
@@ -40,14 +51,21 @@ class Waiter {
       while (next < members_.world_size && ready(next)) ++next;
       return next == members_.world_size;
     };
-    if (advance()) return;
-    for (int i = 0; i < spins_; ++i) {
-      pause();
-      if (advance()) return;
-    }
+    if (spin(advance)) return;
     using Advance = decltype(advance);
     sleep({[](const void* f) { return (*static_cast<const Advance*>(f))(); }, &advance},
           {[](const void* f, int rank) { return (*static_cast<const Ready*>(f))(rank); }, &ready}, context);
+  }
+
+  /// The first, short part of a wait: whether `arrived()` came to hold while it spun.
+  template <class Arrived>
+  bool spin(const Arrived& arrived) const {
+    if (arrived()) return true;
+    for (int i = 0; i < spins_; ++i) {
+      pause();
+      if (arrived()) return true;
+    }
+    return false;
   }
 
   /// Wake every peer that sleeps; call it after each flag that somebody may wait for.
@@ -87,6 +105,7 @@ class Waiter {
   }
 
   void sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& context) const;
+  void look_at_graph(WatchedWait& wait, ReadyRef ready, const WaitContext& context) const;
   void check_peers(ReadyRef ready, const WaitContext& context) const;
   [[noreturn]] void expire(ReadyRef ready, const WaitContext& context) const;
   void warn_late(ReadyRef ready, const WaitContext& context) const;

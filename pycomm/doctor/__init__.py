@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from pycomm import _C
 from pycomm.backends import choose
-from pycomm.doctor import gpu, host
+from pycomm.doctor import gpu, host, tune
 from pycomm.doctor.checks import Check, Report, Section
 from pycomm.doctor.self_test import self_test
 from pycomm.errors import BackendUnavailableError
@@ -36,11 +37,22 @@ class Options:
     """Print one JSON object instead of tables."""
     timeout_s: float = 60.0
     """Seconds after which the two-rank self-test counts as failed; 0 leaves it out."""
+    tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Measure other thresholds of the host transport beside those in use, instead of the report; about a minute."""
+    ranks: int = 2
+    """With --tune: how many processes to measure on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Returns 0 when pycomm works here, 1 when something it needs does not."""
     options = tyro.cli(Options, prog="pycomm doctor", args=argv)
+    if options.tune:
+        if not 2 <= options.ranks <= _C.MAX_RANKS:
+            print(
+                f"pycomm doctor --tune: --ranks must be from 2 to {_C.MAX_RANKS}, got {options.ranks}", file=sys.stderr
+            )
+            return 2
+        return tune.main(options.ranks, options.json)
     found = report(options.timeout_s)
     if options.json:
         print(json.dumps({"healthy": found.healthy, **dataclasses.asdict(found)}, indent=2))

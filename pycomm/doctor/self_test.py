@@ -2,14 +2,11 @@
 
 import json
 import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from pycomm.doctor.checks import Check
-from pycomm.spawn import same_imports
+from pycomm.doctor.ranks import failure, started_ranks
 
 NUM_RANKS = 2
 
@@ -26,20 +23,9 @@ class RankResult:
 def self_test(timeout_s: float, *, worker: str = "pycomm.doctor.worker") -> list[Check]:
     """Run module ``worker`` as two ranks. All of it ends within ``timeout_s`` seconds, whatever the ranks do."""
     deadline = time.monotonic() + timeout_s
-    with tempfile.TemporaryDirectory(prefix="pycomm-doctor-") as scratch:
-        # The ranks' own limit is half of it, so that the error that names what is missing comes first.
-        code = f"{same_imports()}\nimport runpy; runpy.run_module({worker!r}, run_name='__main__', alter_sys=True)"
-        command = [sys.executable, "-c", code, str(Path(scratch) / "store"), str(NUM_RANKS), str(timeout_s / 2)]
-        ranks = [
-            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for rank in range(NUM_RANKS)
-        ]
-        try:
-            results = [finish(process, rank, deadline) for rank, process in enumerate(ranks)]
-        finally:
-            for process in ranks:
-                process.kill()
-                process.communicate()
+    # The ranks' own limit is half of it, so that the error that names what is missing comes first.
+    with started_ranks(worker, NUM_RANKS, [str(timeout_s / 2)]) as ranks:
+        results = [finish(process, rank, deadline) for rank, process in enumerate(ranks)]
     failures = [result for result in results if isinstance(result, str)]
     if failures:
         return [Check("two ranks", "failed", "; ".join(failures), "docs/errors.md explains each error")]
@@ -52,10 +38,7 @@ def finish(process: "subprocess.Popen[str]", rank: int, deadline: float) -> Rank
         output, errors = process.communicate(timeout=max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
         return f"rank {rank} did not finish in time"
-    if process.returncode != 0:
-        lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
-        return f"rank {rank}: {lines[-1]}"
-    return RankResult(**json.loads(output))
+    return failure(process, rank, errors) or RankResult(**json.loads(output))
 
 
 def judge(results: list[RankResult]) -> list[Check]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
 
 from pycomm import Communicator, Work
+from tests.host.blocks import FLOATS, INTS, Arena, Block, values
+from tests.host.reduce_reference import Raw, reference
 
-FLOATS = ("float32", "bfloat16", "float16", "float64")
-INTS = ("int8", "uint8", "int32", "int64")
 REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter")
 CALLS = (*REDUCTIONS, "all_gather", "all_to_all", "gather", "scatter", "broadcast")
 IN_PLACE = ("reduce_scatter", "all_gather", "gather", "scatter")  # calls of two tensors that may share memory
+ONE_TENSOR = ("all_reduce", "reduce", "broadcast")
+# Bytes of a rank's largest tensor: none or one element, in a slot, one-shot and staged, one slice and several.
+MOST_BYTES = (0, 8, 60, 1000, 5000, 40_000, 400_000)
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,10 @@ class Case:
 
     Attributes:
         counts: elements from rank s (row) for rank d (column). One row is the same for all ranks: the parts of the
-            tensor that has one for each. Calls in place have a single number.
-        memory: one letter a rank and tensor, "s"ymmetric or "o"rdinary: inputs of all ranks, then outputs.
+            tensor that has one for each. Calls of one tensor have a single number.
+        memory: one letter a rank and tensor, inputs of all ranks, then outputs: "s"ymmetric, "o"rdinary, a "n"umpy
+            array, or symmetric memory of another communicator ("e"lsewhere), which is ordinary for this one.
+        offset: elements by which this case's tensors are off from the start of their memory.
     """
 
     call: str
@@ -36,161 +42,154 @@ class Case:
     in_place: bool = False
     async_op: bool = False
     by_splits: bool = False
+    offset: int = 0
 
 
-def case_from_seed(seed: int, world_size: int) -> Case:
-    """Any case; a function of its arguments."""
-    rng = random.Random(seed)
+def random_memory(rng: random.Random, num_tensors: int) -> str:
+    """One letter a tensor: all of one kind, or any."""
+    kind = rng.choice("sssoonem")
+    return "".join(rng.choices("sone", k=num_tensors)) if kind == "m" else kind * num_tensors
+
+
+def random_case(rng: random.Random, seed: int, world_size: int) -> Case:
+    """Any case."""
     call = rng.choice(CALLS)
     dtype = rng.choice(FLOATS + INTS + (() if call in REDUCTIONS else ("bool",)))
     op = rng.choice(("sum", "min", "max", "prod") + (("avg",) if dtype in FLOATS else ()))
-    most = rng.choice((0, 3, 70, 1500, 9000, 70_000))  # a slot, one-shot and staged, one slice and several
+    itemsize = 1 if dtype == "bool" else len(values(dtype, 1, 0).tobytes())
+    most = rng.choice(MOST_BYTES) // itemsize
     by_splits = call in ("reduce_scatter", "all_gather", "all_to_all") and rng.random() < 0.5
-    rows = world_size if call == "all_to_all" and by_splits else 1
     if by_splits:
-        counts = tuple(tuple(rng.randint(0, most) * rng.randint(0, 1) for _ in range(world_size)) for _ in range(rows))
+        rows = world_size if call == "all_to_all" else 1
+        counts = tuple(
+            tuple(rng.randint(0, most // world_size) * rng.randint(0, 1) for _ in range(world_size))
+            for _ in range(rows)
+        )
+    elif call in ONE_TENSOR:
+        counts = ((rng.randint(0, most),),)
     else:
-        counts = ((rng.randint(0, most),) * (1 if call in ("all_reduce", "reduce", "broadcast") else world_size),)
-    memory = rng.choice(("o" * 2 * world_size, "s" * 2 * world_size, "".join(rng.choices("so", k=2 * world_size))))
+        counts = ((rng.randint(0, most // world_size),) * world_size,)
     return Case(
         call,
         dtype,
         counts,
-        memory,
+        random_memory(rng, 2 * world_size),
         op=op,
         root=rng.randrange(world_size),
         seed=seed,
         in_place=call in IN_PLACE and rng.random() < 0.4,
         async_op=rng.random() < 0.4,
         by_splits=by_splits,
+        offset=rng.choice((0, 0, 1, 7)),
     )
 
 
-def values(case: Case, rank: int, count: int) -> torch.Tensor:
-    """Different on every rank; floats of many magnitudes, so that the order of additions shows in the bits."""
-    generator = torch.Generator().manual_seed(case.seed * 64 + rank)
-    if case.dtype == "bool":
-        return torch.randint(0, 2, (count,), generator=generator).bool()
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    if case.dtype in INTS:
-        info = torch.iinfo(dtype)
-        return torch.randint(info.min // 2, info.max // 2, (count,), generator=generator).to(dtype)
-    scale = 10.0 ** torch.randint(-3, 4, (count,), generator=generator)
-    return (torch.randn(count, generator=generator) * scale).to(dtype)
+def inputs_of(case: Case, world_size: int) -> list[Raw]:
+    """What every rank puts in, by rank. Different on every rank."""
+
+    def count(rank: int) -> int:
+        counts = case.counts[0]
+        if case.call in ("all_gather", "gather"):
+            return counts[rank]
+        return sum(case.counts[rank] if len(case.counts) > 1 else counts)
+
+    return [values(case.dtype, count(rank), 64 * case.seed + rank) for rank in range(world_size)]
 
 
-def reduced(tensors: list[torch.Tensor], op: str) -> torch.Tensor:
-    """From the first, in order; 16-bit floats accumulate in fp32 and round once."""
-    dtype = tensors[0].dtype
-    accumulator = tensors[0].float() if dtype in (torch.bfloat16, torch.float16) else tensors[0].clone()
-    for tensor in tensors[1:]:
-        tensor = tensor.to(accumulator.dtype)
-        if op in ("sum", "avg"):
-            accumulator = accumulator + tensor
-        elif op == "prod":
-            accumulator = accumulator * tensor
-        else:
-            accumulator = torch.minimum(accumulator, tensor) if op == "min" else torch.maximum(accumulator, tensor)
-    return (accumulator / len(tensors) if op == "avg" else accumulator).to(dtype)
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def expected_of(case: Case, inputs: list[Raw], rank: int) -> Raw:
+    """The output of ``rank``, of a call of one tensor: its tensor afterwards."""
+    if case.call == "broadcast":
+        return inputs[case.root]
+    if case.call in ("all_reduce", "reduce"):
+        takes_part = case.call == "all_reduce" or rank == case.root
+        return reference(case.dtype, case.op, inputs) if takes_part else inputs[rank]
+    if case.call in ("all_gather", "gather"):
+        return np.concatenate(inputs)
+    rows = case.counts if len(case.counts) > 1 else case.counts * len(inputs)
+    parts = [raw[sum(row[:rank]) : sum(row[: rank + 1])] for raw, row in zip(inputs, rows, strict=True)]
+    if case.call == "reduce_scatter":
+        return reference(case.dtype, case.op, parts)
+    return parts[case.root] if case.call == "scatter" else np.concatenate(parts)
 
 
 @dataclass
 class Issued:
     """A call under way, or done, and what its tensors must be then."""
 
-    case: Case
+    case: Any
     work: Work | None
-    expected: list[tuple[torch.Tensor, torch.Tensor]]
+    expected: list[tuple[Block, Raw]]
 
     def check(self) -> None:
         if self.work is not None:
             self.work.wait()
-        for i, (tensor, expected) in enumerate(self.expected):
-            assert bits(tensor) == bits(expected), (i, self.case)
-
-
-class Arena:
-    """Symmetric memory of a rank for the tensors of cases, given out from front to back."""
-
-    def __init__(self, comm: Communicator, num_bytes: int) -> None:
-        self._bytes = comm.empty(num_bytes, dtype=torch.uint8)
-        self.used_bytes = 0
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        begin, end = self.used_bytes, self.used_bytes + tensor.nbytes
-        assert end <= self._bytes.numel(), "the arena is full"
-        self.used_bytes = (end + 7) // 8 * 8  # multiples of the largest element, no better
-        return self._bytes[begin:end].view(tensor.dtype).view_as(tensor).copy_(tensor)
+        for i, (block, expected) in enumerate(self.expected):
+            difference = block.difference(expected)
+            assert not difference, f"tensor {i}: {difference}: {self.case}"
 
 
 class Caller:
-    """Issues cases on one rank; the same sequence of cases must run on every rank."""
+    """Issues cases on one rank; the same sequence of cases must run on every rank.
 
-    def __init__(self, comm: Communicator, arena: Arena) -> None:
-        self._comm = comm
-        self._arena = arena
+    Args:
+        arena: symmetric memory of ``comm``.
+        elsewhere: of another communicator, whose arena is not symmetric memory here.
+    """
+
+    def __init__(self, comm: Communicator, arena: Arena, elsewhere: Caller | None = None) -> None:
+        self.comm = comm
+        self.arena = arena
+        self.elsewhere = elsewhere
 
     def issue(self, case: Case) -> Issued:
-        if case.call in ("all_reduce", "reduce", "broadcast"):
-            return self._one_tensor(case)
-        return self._two_tensors(case)
+        comm, rank = self.comm, self.comm.rank
+        inputs = inputs_of(case, comm.world_size)
+        result = expected_of(case, inputs, rank)
+        if case.call in ONE_TENSOR:
+            block = self.block(case, inputs[rank], rank)
+            return Issued(case, self._one_tensor(case, block.whole()), [(block, result)])
+        source, target, expected = self._tensors(case, inputs[rank], result)
+        return Issued(case, self._two_tensors(case, target, source), expected)
 
-    def _place(self, tensor: torch.Tensor, symmetric: bool) -> torch.Tensor:
-        return self._arena.copy(tensor) if symmetric else tensor.clone()
+    def block(self, case: Any, raw: Raw, tensor: int) -> Block:
+        """``raw`` in the memory that the case has for this tensor."""
+        kind = case.memory[tensor]
+        home = self if kind == "s" else self.elsewhere if kind == "e" else None
+        arena = home.arena if home is not None else None
+        return Block.of(raw, case.dtype, arena=arena, as_numpy=kind == "n", offset=case.offset)
 
-    def _input(self, case: Case, tensor: torch.Tensor) -> torch.Tensor:
-        return self._place(tensor, case.memory[self._comm.rank] == "s")
-
-    def _output(self, case: Case, count: int) -> torch.Tensor:
-        garbage = values(case, 63, count)
-        return self._place(garbage, case.memory[self._comm.world_size + self._comm.rank] == "s")
-
-    def _one_tensor(self, case: Case) -> Issued:
-        comm = self._comm
-        inputs = [values(case, rank, case.counts[0][0]) for rank in range(comm.world_size)]
-        tensor = self._input(case, inputs[comm.rank])
-        if case.call == "broadcast":
-            expected = inputs[case.root]
-            work = comm.broadcast(tensor, case.root, async_op=case.async_op)
-        elif case.call == "reduce":
-            expected = reduced(inputs, case.op) if comm.rank == case.root else inputs[comm.rank]
-            work = comm.reduce(tensor, case.root, case.op, async_op=case.async_op)
-        else:
-            expected = reduced(inputs, case.op)
-            work = comm.all_reduce(tensor, case.op, async_op=case.async_op)
-        return Issued(case, work, [(tensor, expected)])
-
-    def _two_tensors(self, case: Case) -> Issued:
-        comm, rank = self._comm, self._comm.rank
-        inputs, result = expected_of(case, comm.world_size, rank)
+    def _tensors(self, case: Case, mine: Raw, result: Raw) -> tuple[Any, Any, list[tuple[Block, Raw]]]:
+        """The call's input and output on this rank (None: it has none), and what must be in their memory after it."""
+        n, rank = self.comm.world_size, self.comm.rank
         has_input = case.call != "scatter" or rank == case.root
         has_output = case.call != "gather" or rank == case.root
         counts, owner = case.counts[0], rank if case.call in ("reduce_scatter", "all_gather") else case.root
-        part = slice(sum(counts[:owner]), sum(counts[: owner + 1]))
-        expected = []
-        if case.in_place and has_input and has_output and case.call in ("reduce_scatter", "scatter"):
-            source = self._input(case, inputs[rank])
-            target = source[part]
-            whole = inputs[rank].clone()
-            whole[part] = result
-            expected = [(source, whole)]
-        elif case.in_place and has_input and has_output:
-            target = self._output(case, result.numel())
-            source = target[part].copy_(inputs[rank])
-            expected = [(target, result)]
-        else:
-            source = self._input(case, inputs[rank]) if has_input else None
-            target = self._output(case, result.numel()) if has_output else None
-            expected = [(source, inputs[rank])] if source is not None else []
-            expected += [(target, result)] if target is not None else []
-        return Issued(case, self._call(case, target, source), expected)
+        start, count = sum(counts[:owner]), counts[owner]
+        garbage = values(case.dtype, len(result), 64 * case.seed + 63)
+        if case.in_place and has_input and has_output:
+            if case.call in ("reduce_scatter", "scatter"):
+                block = self.block(case, mine, rank)
+                after = mine.copy()
+                after[start : start + count] = result
+                return block.whole(), block.part(start, count), [(block, after)]
+            block = self.block(case, garbage, n + rank)
+            block.raw()[start : start + count] = mine
+            return block.part(start, count), block.whole(), [(block, result)]
+        source = self.block(case, mine, rank) if has_input else None
+        target = self.block(case, garbage, n + rank) if has_output else None
+        expected = [(source, mine)] if source is not None else []
+        expected += [(target, result)] if target is not None else []
+        return source and source.whole(), target and target.whole(), expected
 
-    def _call(self, case: Case, output: torch.Tensor | None, input: torch.Tensor | None) -> Work | None:
-        comm, rank = self._comm, self._comm.rank
+    def _one_tensor(self, case: Case, tensor: Any) -> Work | None:
+        if case.call == "broadcast":
+            return self.comm.broadcast(tensor, case.root, async_op=case.async_op)
+        if case.call == "reduce":
+            return self.comm.reduce(tensor, case.root, case.op, async_op=case.async_op)
+        return self.comm.all_reduce(tensor, case.op, async_op=case.async_op)
+
+    def _two_tensors(self, case: Case, output: Any, input: Any) -> Work | None:
+        comm, rank = self.comm, self.comm.rank
         splits = list(case.counts[0]) if case.by_splits else None
         if case.call == "reduce_scatter":
             return comm.reduce_scatter(output, input, case.op, splits, async_op=case.async_op)
@@ -204,22 +203,3 @@ class Caller:
             return comm.all_to_all(output, input, async_op=case.async_op)
         received = [row[rank] for row in case.counts]
         return comm.all_to_all(output, input, received, list(case.counts[rank]), async_op=case.async_op)
-
-
-def expected_of(case: Case, world_size: int, rank: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The inputs of all ranks, and the output of ``rank``, of a call of two tensors."""
-    ranks = range(world_size)
-    counts = case.counts[0]
-    start = sum(counts[:rank])
-    if case.call in ("all_gather", "gather"):
-        inputs = [values(case, r, counts[r]) for r in ranks]
-        return inputs, torch.cat(inputs)
-    if case.call == "all_to_all" and case.by_splits:
-        inputs = [values(case, r, sum(case.counts[r])) for r in ranks]
-        parts = [i[sum(row[:rank]) : sum(row[: rank + 1])] for i, row in zip(inputs, case.counts, strict=True)]
-        return inputs, torch.cat(parts)
-    inputs = [values(case, r, sum(counts)) for r in ranks]
-    parts = [tensor[start : start + counts[rank]] for tensor in inputs]
-    if case.call == "reduce_scatter":
-        return inputs, reduced(parts, case.op)
-    return inputs, parts[case.root] if case.call == "scatter" else torch.cat(parts)

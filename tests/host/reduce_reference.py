@@ -1,9 +1,8 @@
-"""What a host reduction must give, bit for bit: docs/determinism.md in NumPy (and torch, for bfloat16)."""
+"""What a host reduction must give, bit for bit: docs/determinism.md in NumPy."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 Raw = np.ndarray  # elements as the dtype below stores them; bfloat16 as its bits
 
@@ -41,7 +40,8 @@ def widen(dtype: str, raw: Raw) -> np.ndarray:
 def narrow(dtype: str, values: np.ndarray) -> Raw:
     """``values`` [N], rounded to nearest even where the dtype is smaller, with every NaN in the one promised form."""
     if dtype == "bfloat16":
-        raw = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        raw = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # a half rounds to even; NaN below
     else:
         raw = values.astype(STORAGE[dtype])
     if dtype in NAN_BITS:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pycomm import Communicator
-from tests.host.collective_cases import FLOATS, IN_PLACE, INTS, REDUCTIONS, Arena, Caller, Case, bits
+from tests.host.blocks import FLOATS, INTS, Arena, bits
+from tests.host.collective_cases import IN_PLACE, REDUCTIONS, Caller, Case
 from tests.pool import Pool
 
 CALLS = ("reduce_scatter", "all_gather", "all_to_all", "reduce", "gather", "scatter")
@@ -20,7 +21,7 @@ MIXED = ("osossoso", "soosooss")  # memory of the inputs and outputs of four ran
 
 def even_cases(comm: Communicator, call: str, dtypes: tuple[str, ...], memories: tuple[str, ...]) -> None:
     n = comm.world_size
-    arena = Arena(comm, 2 * 8 * n * (max(COUNTS) + 1))
+    arena = Arena(comm, 2 * 8 * n * (max(COUNTS) + 1) + 1000)
     caller = Caller(comm, arena)
     for dtype, count, memory, in_place in product(dtypes, COUNTS, memories, (False, True)):
         if in_place and call not in IN_PLACE:
@@ -54,7 +55,7 @@ def test_every_dtype(pool: Pool, call: str) -> None:
 
 def ragged_cases(comm: Communicator, call: str) -> None:
     n = comm.world_size
-    arena = Arena(comm, 2 * 4 * n * 130_000)
+    arena = Arena(comm, 2 * 4 * n * 130_000 + 1000)
     caller = Caller(comm, arena)
     rows = [
         [0] * n,

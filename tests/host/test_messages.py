@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tests.host.test_faults import Ranks
 from tests.pool import Pool, file_store
 
 # Eager, just above it, larger than the ring that streams, and no multiple of anything.
-COUNTS = [0, 1, 7, 1000, 2049, 70_001, 700_003]
+COUNTS = [0, 1, 7, 1000, 4097, 8193, 70_001, 700_003]
 
 
 def values(count: int, source: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -155,6 +154,35 @@ def test_asynchronous_exchange_and_collectives(pool: Pool) -> None:
     pool.run(2, async_exchange)
 
 
+def sleeps_of_the_messages_thread() -> int:
+    """How often it has given up its core to wait."""
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().strip() == "pycomm-messages":
+            lines = (task / "status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
+    return 0
+
+
+def copy_asynchronously(comm: Communicator) -> int:
+    peer = 1 - comm.rank
+    mine = comm.empty(32_000_000).fill_(comm.rank)
+    theirs = torch.full_like(mine, -1.0)
+    comm.barrier()
+    before = sleeps_of_the_messages_thread()
+    work = comm.recv(theirs, peer, async_op=True)
+    comm.send(mine, peer, async_op=True)
+    work.wait()
+    after = sleeps_of_the_messages_thread()
+    assert (theirs == peer).all()
+    comm.barrier()
+    return after - before
+
+
+def test_copying_in_place_never_sleeps_between_chunks(pool: Pool) -> None:
+    """128 chunks of 1 MB. What it may sleep for is the offer, the reply and the lock."""
+    assert max(pool.run(2, copy_asynchronously)) < 16
+
+
 def disagreement(comm: Communicator) -> dict[int, str]:
     peer = 1 - comm.rank
     for count in (4, 70_001):
@@ -203,44 +231,6 @@ def test_wrong_arguments_send_nothing(pool: Pool, world_size: int) -> None:
     pool.run(world_size, wrong_arguments)
 
 
-def random_exchanges(comm: Communicator, seed: int, num_rounds: int) -> None:
-    """All ranks draw the same program: each round a set of messages, as one batch or as single asynchronous calls."""
-    draw = random.Random(seed)
-    for round_number in range(num_rounds):
-        works: list[Any] = []
-        received = []
-        as_batch = draw.random() < 0.5
-        symmetric = draw.random() < 0.3
-        batch = comm.batch()
-        for number in range(draw.randrange(1, 7)):
-            source, destination = draw.randrange(comm.world_size), draw.randrange(comm.world_size)
-            count = draw.choice(COUNTS)
-            tag = draw.choice([number, -number])
-            expected = values(count, 7 * round_number + number)
-            block = comm.empty(count) if symmetric else torch.empty(count)
-            calls = batch if as_batch else comm
-            options = {} if as_batch else {"async_op": True}
-            if comm.rank == source:
-                block.copy_(expected)
-                works.append(calls.send(block, destination, tag, **options))
-            if comm.rank == destination:
-                into = torch.zeros(count)
-                works.append(calls.recv(into, source, tag, **options))
-                received.append((into, expected))
-        with batch:
-            pass
-        for work in works:
-            if work is not None:
-                work.wait()
-        for into, expected in received:
-            assert torch.equal(into, expected), (seed, round_number)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_random_exchanges(pool: Pool, world_size: int) -> None:
-    pool.run(world_size, random_exchanges, 20_261_124, 40)
-
-
 def without_strict(comm: Communicator, path: str) -> None:
     """Small sends return at once, received or not."""
     store = file_store(path, comm.world_size)
@@ -253,7 +243,6 @@ def without_strict(comm: Communicator, path: str) -> None:
             free.recv(tensor, peer)
             assert (tensor == number).all()
         ring(free, "ordinary")
-        random_exchanges(free, 7, 20)
         free.barrier()
 
 

@@ -18,6 +18,7 @@ enum class ErrorKind {
   kPeerLost,     // PeerLostError: ranks died, left or aborted
   kMismatch,     // MismatchError: ranks called different things; nothing was written
   kStrictOrder,  // StrictOrderError: NCCL would hang on this order of calls; nothing was written
+  kDeadlock,     // StrictOrderError: calls wait for each other; the ranks are out of step
   kWaitExpired,  // TimeoutError: Work::wait(timeout) ran out, the operation goes on
   kOutOfMemory,  // MemoryError
 };
