@@ -1,6 +1,7 @@
 # Every C++ source of the extension, and the flags of the files that are compiled once per SIMD level.
 file(GLOB PYCOMM_HOST_SOURCES CONFIGURE_DEPENDS csrc/host/*.cpp)
 file(GLOB PYCOMM_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
+file(GLOB PYCOMM_KERNEL_SOURCES CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)  # compiled where PYCOMM_WITH_CUDA
 
 # Reductions are compiled once per SIMD level and chosen at run time, so one binary serves every processor of an
 # architecture. aarch64 needs no second level: NEON is guaranteed there.
@@ -11,7 +12,7 @@ if(CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
 endif()
 
 # Ranks compare this hash of all sources when they meet: two builds that differ must not share memory.
-file(GLOB_RECURSE PYCOMM_HASHED_SOURCES CONFIGURE_DEPENDS csrc/*.hpp csrc/*.cpp)
+file(GLOB_RECURSE PYCOMM_HASHED_SOURCES CONFIGURE_DEPENDS csrc/*.hpp csrc/*.cpp csrc/*.cu csrc/*.cuh)
 list(SORT PYCOMM_HASHED_SOURCES)
 set(PYCOMM_SOURCE_HASHES "${PROJECT_VERSION}")
 foreach(source IN LISTS PYCOMM_HASHED_SOURCES)

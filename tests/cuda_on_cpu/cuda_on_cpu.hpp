@@ -21,7 +21,7 @@
 #define __host__
 #define __global__
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
   dim3(unsigned count = 1) : x(count) {}  // NOLINT: converts, as CUDA's does

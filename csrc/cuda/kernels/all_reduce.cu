@@ -43,7 +43,7 @@ std::int64_t set_bytes_of_block(const Layout& layout, std::size_t element_bytes,
 }
 
 template <class T, class Wire>
-__global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_constant__ OneShotParams params) {
+__global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_constant__ OneShotParams params) {
   RankBarrier barrier(params.group);
   const std::size_t set_bytes = params.staging_bytes / (2 * kOneShotBlocks);
   const std::size_t set = (barrier.epoch() % 2 * kOneShotBlocks + blockIdx.x) * set_bytes;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads) one_shot_kernel(const __grid_cons
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) two_shot_kernel(const __grid_constant__ TwoShotParams params) {
+__global__ void __launch_bounds__(kMaxThreads, 1) two_shot_kernel(const __grid_constant__ TwoShotParams params) {
   const int rank = params.group.rank;
   const int n = params.group.world_size;
   RankBarrier barrier(params.group);

@@ -20,7 +20,7 @@ namespace pycomm::cuda {
 namespace {
 
 template <class In, class Out>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     reduce_scatter_kernel(const __grid_constant__ ReduceScatterParams params) {
   const int n = params.group.world_size;
   RankBarrier barrier(params.group);

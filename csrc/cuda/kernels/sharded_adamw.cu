@@ -50,7 +50,8 @@ __device__ inline void step(const AdamWFactors& f, const float (&grad)[kGroup], 
 }
 
 template <class Grad, class Param>
-__global__ void __launch_bounds__(kMaxThreads) sharded_adamw_kernel(const __grid_constant__ ShardedAdamWParams params) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    sharded_adamw_kernel(const __grid_constant__ ShardedAdamWParams params) {
   const int rank = params.group.rank;
   const int n = params.group.world_size;
   const ReduceOp op = params.average ? ReduceOp::kAvg : ReduceOp::kSum;
