@@ -201,6 +201,21 @@ def assert_within_bound(
     assert np.all(np.abs(after[0] - wanted_p) <= p_error)
 
 
+def assert_documented_order(
+    before: tuple[np.ndarray, ...], after: tuple[np.ndarray, ...], g: np.ndarray, step: int
+) -> None:
+    """The formula of sharded_adamw.cu in NumPy's fp32, which rounds every operation: the same bits."""
+    f32 = np.float32
+    p, m, v = before
+    m = m + (g - m) * f32(1 - OPTIONS.beta1)
+    v = v * f32(OPTIONS.beta2) + g * g * f32(1 - OPTIONS.beta2)
+    denominator = np.sqrt(v) / f32(np.sqrt(1 - OPTIONS.beta2**step)) + f32(OPTIONS.eps)
+    decayed = p * f32(1 - OPTIONS.lr * OPTIONS.weight_decay)
+    p = decayed - m / denominator * f32(OPTIONS.lr / (1 - OPTIONS.beta1**step))
+    for got, wanted in zip(after, (p, m, v), strict=True):
+        assert_same_bits(got, wanted)
+
+
 def gradients(dtype: str, world: int, count: int, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [narrow(dtype, rng.standard_normal(count).astype(np.float32)) for _ in range(world)]
@@ -222,6 +237,7 @@ def test_the_fused_step_is_adamw_of_the_average(make_ranks: MakeRanks, world: in
         ranks.run(step)
         after = tuple(fused.gathered(parts) for parts in (fused.master, *fused.moments))
         assert_within_bound(before, after, average, step)
+        assert_documented_order(before, after, average, step)
         for memory in fused.params:
             assert_same_bits(memory.elements, narrow(param, after[0].copy()))
             memory.assert_guards_intact()

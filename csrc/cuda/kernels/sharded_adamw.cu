@@ -16,9 +16,9 @@
 // AdamW is torch.optim.AdamW's, in fp32, one rounding an operation, in this order:
 //
 //   p = p * (1 - lr * weight_decay)
-//   m = m + (1 - beta1) * (g - m)
-//   v = v * beta2 + (1 - beta2) * g * g
-//   p = p - step_size * m / (sqrt(v) / sqrt(1 - beta2 ** step) + eps)        step_size = lr / (1 - beta1 ** step)
+//   m = m + (g - m) * (1 - beta1)
+//   v = v * beta2 + g * g * (1 - beta2)
+//   p = p - m / (sqrt(v) / sqrt(1 - beta2 ** step) + eps) * step_size        step_size = lr / (1 - beta1 ** step)
 //
 // Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); Rajbhandari et al., "ZeRO" (2020).
 #include <cmath>
@@ -40,10 +40,10 @@ __device__ inline void step(const AdamWFactors& f, const float (&grad)[kGroup], 
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
     const float g = grad[i];
-    const float m = state.exp_avg.at[i] + f.one_minus_beta1 * (g - state.exp_avg.at[i]);
-    const float v = state.exp_avg_sq.at[i] * f.beta2 + f.one_minus_beta2 * g * g;
+    const float m = state.exp_avg.at[i] + (g - state.exp_avg.at[i]) * f.one_minus_beta1;
+    const float v = state.exp_avg_sq.at[i] * f.beta2 + g * g * f.one_minus_beta2;
     const float denominator = sqrtf(v) / f.bias2 + f.eps;
-    state.master.at[i] = state.master.at[i] * f.decay - f.step_size * m / denominator;
+    state.master.at[i] = state.master.at[i] * f.decay - m / denominator * f.step_size;
     state.exp_avg.at[i] = m;
     state.exp_avg_sq.at[i] = v;
   }
