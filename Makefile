@@ -30,3 +30,4 @@ bench:  ## every operation beside its competitors
 	python benchmarks/allreduce.py --ranks 2 --sizes 1K:256M
 	python benchmarks/collectives.py --ranks 2 --sizes 1K:64M
 	python benchmarks/p2p.py --sizes 8,1K:64M
+	python benchmarks/pipeline.py

@@ -68,6 +68,18 @@ class Work:
     def source(self) -> int: ...
     def wait(self, timeout_s: float | None = None) -> None: ...
 
+class Completions:
+    """Tells one thread, which takes tokens, what operations are over. Whoever ends an operation runs no Python."""
+
+    def __init__(self) -> None: ...
+    def watch(self, work: Work, token: int) -> None:
+        """``token`` comes out of ``take`` when ``work`` is over, at once if it is."""
+
+    def take(self) -> int | None:
+        """The next token, waiting for it; None once closed."""
+
+    def close(self) -> None: ...
+
 class SymmetricBuffer:
     """A range of symmetric memory, through the buffer protocol; dropping it releases the range locally."""
 

@@ -10,6 +10,9 @@ from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
 from pycomm.data_parallel import DataParallel
 from pycomm.mesh import Mesh
+from pycomm.torch_backend import register as _register_with_torch
 
 __version__ = _version()
 __all__ = ["Communicator", "DataParallel", "Mesh", "Work", "__version__", "errors", "init", "pipeline"]
+
+_register_with_torch()  # torch.distributed.init_process_group("pycomm") works from here on

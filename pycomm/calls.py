@@ -58,6 +58,10 @@ class Work:
         """True once the operation is over, well or not."""
         return self._core.done()
 
+    def announce(self, completions: _C.Completions, token: int) -> None:
+        """Put ``token`` into ``completions`` when the operation is over, at once if it is."""
+        completions.watch(self._core, token)
+
     @property
     def source(self) -> int:
         """After the end of a ``recv``: the rank that sent."""

@@ -117,6 +117,7 @@ def init(
     rank: int | None = None,
     world_size: int | None = None,
     strict: bool = False,
+    name: str = "world",
 ) -> Communicator:
     """Join the ranks that were launched together and return the communicator of all of them.
 
@@ -131,6 +132,7 @@ def init(
         strict: reject what hangs on NCCL: calls on several communicators that ranks issue in different orders, and
             blocking calls that wait for each other, raise ``StrictOrderError`` on every rank that is part of it.
             For tests; costs O(world_size ** 2) a call.
+        name: what errors call the group.
 
     Raises:
         ValueError: contradicting or missing arguments or environment variables.
@@ -147,7 +149,7 @@ def init(
     choice = choose(backend, [greeting.host for greeting in greetings])
     if rendezvous.rank == 0:
         _log.info("back end %s: %s", choice.name, choice.reason)
-    return Communicator(ShmBackend.connect(rendezvous, "world", strict), timeout_s, rendezvous)
+    return Communicator(ShmBackend.connect(rendezvous, name, strict), timeout_s, rendezvous)
 
 
 def _close(backend: Backend, in_flight: InFlight, drain_s: float) -> None:

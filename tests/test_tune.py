@@ -35,7 +35,7 @@ def test_tune_is_read(monkeypatch: pytest.MonkeyPatch, text: str, thresholds: di
     assert env.tune() == thresholds
     found = tuning_here(2)
     assert found.items() >= thresholds.items()
-    assert found.keys() == {"slice_bytes", "one_shot_bytes", "eager_bytes", "stream_bytes"}
+    assert found.keys() == {"slice_bytes", "one_shot_bytes", "cached_bytes", "eager_bytes", "stream_bytes"}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_tune_is_read(monkeypatch: pytest.MonkeyPatch, text: str, thresholds: di
         ("eager_bytes=1K,eager_bytes=2K", "names eager_bytes twice"),
         (
             "slices=1",
-            "there is no threshold 'slices'; it is one of slice_bytes, one_shot_bytes, eager_bytes, stream_bytes",
+            "there is no threshold 'slices'; it is one of slice_bytes, one_shot_bytes, cached_bytes, ",
         ),
         ("slice_bytes=1K", "PYCOMM_TUNE: slice_bytes=1024: it is from 32768 to 16777216 and a multiple of 64"),
         ("eager_bytes=100", "eager_bytes=100: it is from 0 to 1048576 and a multiple of 64"),
@@ -88,9 +88,15 @@ def run_tuned(comm: Communicator, path: str, text: str, strict: bool) -> dict[st
 @pytest.mark.parametrize(
     "thresholds",
     [
-        {"slice_bytes": 32768, "one_shot_bytes": 0, "eager_bytes": 0, "stream_bytes": 4096},
-        {"slice_bytes": 32768, "one_shot_bytes": 16384, "eager_bytes": 64, "stream_bytes": 4160},
-        {"slice_bytes": 1 << 20, "one_shot_bytes": 16384, "eager_bytes": 1 << 20, "stream_bytes": 1 << 24},
+        {"slice_bytes": 32768, "one_shot_bytes": 0, "cached_bytes": 0, "eager_bytes": 0, "stream_bytes": 4096},
+        {"slice_bytes": 32768, "one_shot_bytes": 16384, "cached_bytes": 9999, "eager_bytes": 64, "stream_bytes": 4160},
+        {
+            "slice_bytes": 1 << 20,
+            "one_shot_bytes": 16384,
+            "cached_bytes": 1 << 30,
+            "eager_bytes": 1 << 20,
+            "stream_bytes": 1 << 24,
+        },
     ],
 )
 def test_every_threshold_gives_the_same_bits(

@@ -14,4 +14,5 @@ PYBIND11_MODULE(_C, module) {
   pycomm::bindings::bind_reduce(module);
   pycomm::bindings::bind_arguments(module);
   pycomm::bindings::bind_communicator(module);
+  pycomm::bindings::bind_completions(module);
 }

@@ -43,6 +43,7 @@ struct Range {
 constexpr Range kRanges[] = {
     {"slice_bytes", [](Tuning& t) -> std::uint64_t& { return t.slice_bytes; }, 32 * kKiB, 16 * kKiB * kKiB, kCacheLine},
     {"one_shot_bytes", [](Tuning& t) -> std::uint64_t& { return t.one_shot_bytes; }, 0, kMostOneShot, 1},
+    {"cached_bytes", [](Tuning& t) -> std::uint64_t& { return t.cached_bytes; }, 0, 1 << 30, 1},
     {"eager_bytes", [](Tuning& t) -> std::uint64_t& { return t.channel.eager_bytes; }, 0, kKiB * kKiB, kCacheLine},
     {"stream_bytes", [](Tuning& t) -> std::uint64_t& { return t.channel.stream_bytes; }, 4 * kKiB, 16 * kKiB * kKiB,
      kCacheLine},

@@ -89,7 +89,7 @@ struct Tuning {
 Tuning default_tuning(int world_size);
 
 using Thresholds = std::map<std::string, std::uint64_t>;
-/// slice_bytes, one_shot_bytes, eager_bytes and stream_bytes.
+/// slice_bytes, one_shot_bytes, cached_bytes, eager_bytes and stream_bytes.
 Thresholds thresholds_of(const Tuning& tuning);
 /// The default with other values for some of them. Throws std::invalid_argument for a name or a value that cannot be.
 Tuning tuning_with(int world_size, const Thresholds& thresholds);

@@ -37,12 +37,12 @@ class Group {
   const Membership& members() const { return members_; }
   SymmetricSegments& segments() { return segments_; }
   const Waiter& waiter() const { return waiter_; }
-  /// Whether a message is so large that its copies should pass by the caches (copy.hpp).
-  bool around_caches(std::uint64_t message_bytes) const { return message_bytes > tuning().cached_bytes; }
   /// strict: else nullptr.
   const std::shared_ptr<WaitGraph>& graph() const { return graph_; }
   /// Of a synchronous call.
   Watch watch() const { return {.graph = graph_.get(), .ranks = &world_ranks_}; }
+  /// Whether a message is so large that its copies should pass by the caches (copy.hpp).
+  bool around_caches(std::uint64_t message_bytes) const { return message_bytes > tuning().cached_bytes; }
 
   /// This rank's staging buffer for slice `k` of the running call; `rank`'s likewise.
   std::byte* staging(int rank, std::uint64_t k) const { return members_.control.staging(rank, seq_ + k); }

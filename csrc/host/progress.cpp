@@ -16,14 +16,28 @@ bool Work::done() const {
   return done_;
 }
 
+void Work::announce(std::shared_ptr<Completions> completions, std::uint64_t token) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!done_) {
+      announcements_.emplace_back(std::move(completions), token);
+      return;
+    }
+  }
+  completions->put(token);
+}
+
 void Work::finish(std::exception_ptr error, int source) {
+  decltype(announcements_) announcements;
   {
     const std::lock_guard lock(mutex_);
     done_ = true;
     source_ = source;
     error_ = std::move(error);
+    announcements.swap(announcements_);
   }
   finished_.notify_all();
+  for (const auto& [completions, token] : announcements) completions->put(token);
 }
 
 int Work::source() const {

@@ -7,6 +7,7 @@
 #include <cfenv>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <exception>
 #include <functional>
@@ -14,8 +15,11 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "host/bootstrap.hpp"
+#include "host/completions.hpp"
 
 namespace pycomm::host {
 
@@ -41,6 +45,8 @@ class Work {
   bool done() const;
   /// Return when the operation is over; rethrow what it threw. Throws kWaitExpired after `timeout_s`; it goes on then.
   void wait(std::optional<double> timeout_s, InterruptCheck interrupt);
+  /// `token` is put into `completions` when the operation is over, at once if it is.
+  void announce(std::shared_ptr<Completions> completions, std::uint64_t token);
   /// `source`: where a received message came from.
   void finish(std::exception_ptr error, int source = -1);
   /// After the end of a receive: the rank that sent.
@@ -52,6 +58,7 @@ class Work {
   bool done_ = false;
   std::exception_ptr error_;
   int source_ = -1;
+  std::vector<std::pair<std::shared_ptr<Completions>, std::uint64_t>> announcements_;
 };
 
 class Progress {

@@ -23,6 +23,7 @@ from pycomm.doctor.ranks import failure, started_ranks
 NUM_ROUNDS = 40
 TIMEOUT_S = 600.0  # of all of it; a minute or two is usual
 FACTORS = (0.25, 0.5, 2, 4)
+MOST_BYTES = 64 << 20  # of a message; what only still larger ones would show is not looked for
 GAIN = 0.05  # less than this is not worth a setting
 
 
@@ -92,6 +93,9 @@ def workloads(name: str, in_use: dict[str, int], num_ranks: int) -> list[Workloa
     if name == "one_shot_bytes":  # it counts the bytes of all ranks
         sizes = [max(16, int(in_use[name] * factor) // num_ranks // 16 * 16) for factor in (0.5, 1, 2, 4)]
         return [Workload("all_reduce", memory, size) for memory in ("symmetric", "ordinary") for size in sizes]
+    if name == "cached_bytes":
+        sizes = [int(in_use[name] * factor) // 64 * 64 for factor in (0.5, 1.5, 3)]
+        return [Workload("send", "ordinary", max(64, min(size, MOST_BYTES))) for size in sizes]
     if name == "eager_bytes":
         return [
             Workload("send", "ordinary", max(64, int(in_use[name] * factor) // 64 * 64)) for factor in (0.5, 1, 2, 4)
@@ -235,7 +239,7 @@ def show(thresholds: Sequence[Threshold], console: Console) -> None:
         for value in threshold.values[1:]:
             table.add_column(format_bytes(value), justify="right", style="green" if value == threshold.better else "")
         for one in threshold.measured:
-            base = f"{one.time_s * 1e6:.4g} µs {_span(one.itself)}"
+            base = f"{one.time_s * 1e6:,.1f} µs {_span(one.itself)}"
             table.add_row(str(one.workload), base, *(f"{found.median:.2f} {_span(found)}" for found in one.ratios))
         console.print(table)
     set_to = setting(thresholds)

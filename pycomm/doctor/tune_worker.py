@@ -29,16 +29,20 @@ def communicator(store: Store, rank: int, num_ranks: int, timeout_s: float, thre
     return Communicator(ShmBackend.connect(rendezvous, "tune", False, thresholds), timeout_s, rendezvous)
 
 
-def operation(comm: Communicator, workload: dict[str, Any]) -> tuple[torch.Tensor, Callable[[], object]]:
-    """The tensor to write before each operation, and the operation."""
-    count = workload["bytes"] // 4
-    tensor = comm.empty(count) if workload["memory"] == "symmetric" else torch.empty(count)
+def operation(
+    comm: Communicator, workload: dict[str, Any], ordinary: torch.Tensor, received: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[], object]]:
+    """The tensor to write before each operation, and the operation.
+
+    Args:
+        ordinary, received: of the workload's size; all contenders use them.
+    """
+    tensor = comm.empty(ordinary.numel()) if workload["memory"] == "symmetric" else ordinary
     if workload["call"] == "all_reduce":
         return tensor, lambda: comm.all_reduce(tensor)
     peer = comm.rank ^ 1
     if peer >= comm.world_size:  # an odd one out
         return tensor, lambda: None
-    received = torch.empty(count)
 
     def there_and_back() -> None:
         if comm.rank < peer:
@@ -65,8 +69,9 @@ def turn(comm: Communicator, tensor: torch.Tensor, call: Callable[[], object], n
 
 def measure(contenders: list[Communicator], workload: dict[str, Any], num_rounds: int) -> list[list[float]]:
     """[contender][round] seconds. The first one is measured at the end of each round, too, against itself."""
-    operations = [operation(comm, workload) for comm in (*contenders, contenders[0])]
     contenders = [*contenders, contenders[0]]
+    buffers = torch.zeros(2, workload["bytes"] // 4)
+    operations = [operation(comm, workload, *buffers) for comm in contenders]
     longest = torch.tensor(max(turn(c, *o, 3) for c, o in zip(contenders, operations, strict=True)))
     contenders[0].all_reduce(longest, "max")  # all ranks make the same number
     num_operations = max(3, min(MOST_OPERATIONS, int(TURN_S / longest.item())))

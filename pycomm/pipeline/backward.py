@@ -139,9 +139,8 @@ def _linear(joint: Node, params: list[nn.Parameter], leaves: Leaves) -> _Linear 
         return None
     if saved == "mat1" and (joint._saved_alpha, joint._saved_beta) != (1, 1):  # type: ignore[attr-defined]
         return None
-    if (
-        getattr(getattr(joint, f"_raw_saved_{saved}"), "unpack_hook", None) is not None
-    ):  # checkpointing computes it anew
+    # Activation checkpointing would compute the whole block again for its input.
+    if getattr(getattr(joint, f"_raw_saved_{saved}"), "unpack_hook", None) is not None:
         return None
     x: Tensor | None = getattr(joint, f"_saved_{saved}")
     if x is None or x.dtype != weight.dtype or weight.is_complex():

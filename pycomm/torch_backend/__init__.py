@@ -1,0 +1,36 @@
+"""The torch.distributed back end "pycomm": ``import pycomm; torch.distributed.init_process_group("pycomm")``.
+
+DDP, FSDP2, DTensor, torch's pipelining, its checkpoints and everything else that is written against torch.distributed
+then runs on pycomm's communicators, unchanged. docs/torch_backend.md says what differs from gloo.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch._C import _distributed_c10d as c10d
+
+__all__ = ["NAME", "register"]
+
+NAME = "pycomm"
+
+
+def register() -> None:
+    """Make the name known to torch; ``import pycomm`` does it. All else is imported with the first group."""
+    if dist.is_available() and NAME.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(NAME, _process_group, extended_api=True, devices=["cpu", "cuda"])
+
+
+def _process_group(
+    options: c10d._DistributedBackendOptions, backend_options: c10d.Backend.Options | None
+) -> dist.ProcessGroup:
+    from pycomm.torch_backend.process_group import PycommProcessGroup
+
+    if backend_options is not None:
+        raise ValueError("init_process_group: the back end pycomm has no pg_options")
+    return PycommProcessGroup(
+        options.store, options.group_rank, options.group_size, options.timeout.total_seconds(), options.group_id
+    )

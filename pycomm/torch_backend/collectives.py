@@ -1,0 +1,265 @@
+"""The collectives of the process group: c10d's method names and options on one side, a communicator on the other.
+
+Names come in families, since torch renamed some: ``all_gather_single`` and ``_allgather_base`` are one method. Options
+say whether the caller goes on at once (``asyncOp``); if not, the call runs in the caller's thread, which saves the way
+through the progress thread, and returns a Work that is over.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
+from torch.distributed import ReduceOp
+
+from pycomm import calls
+from pycomm.communicator import Communicator
+from pycomm.torch_backend.tensors import (
+    Finish,
+    combine,
+    flat,
+    kind_of,
+    landing,
+    operator,
+    reduced,
+    source,
+    spread,
+    together,
+)
+from pycomm.torch_backend.work import PycommWork
+
+__all__ = ["Collectives"]
+
+Tensors = list[torch.Tensor]
+
+
+class Collectives(dist.ProcessGroup):
+    """Everything that all ranks of a group call together.
+
+    Tensors may have any strides: what is not contiguous goes through memory that is. Ranks count within the group.
+    """
+
+    _comm: Communicator
+    _timeout_s: float
+
+    def allreduce(self, tensors: Tensors, opts: c10d.AllreduceOptions | None = None) -> PycommWork:
+        opts = opts or c10d.AllreduceOptions()
+        return self._all_reduce(_only(tensors), opts.reduceOp, opts)
+
+    def allreduce_coalesced(self, tensors: Tensors, opts: c10d.AllreduceCoalescedOptions | None = None) -> PycommWork:
+        opts = opts or c10d.AllreduceCoalescedOptions()
+        return self._joined([self._all_reduce(tensor, opts.reduceOp, opts) for tensor in tensors])
+
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp, opts: Any) -> PycommWork:
+        name = operator(op, tensor.dtype)
+        if name is None:
+            return self._bitwise(tensor, op, opts)
+        wire, finish = reduced(tensor, op)
+        started = self._comm.all_reduce(wire, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(started, [tensor], finish)
+
+    def reduce(self, tensors: Tensors, opts: c10d.ReduceOptions | None = None) -> PycommWork:
+        opts = opts or c10d.ReduceOptions()
+        tensor, op, is_root = _only(tensors), opts.reduceOp, opts.rootRank == self._comm.rank
+        name = operator(op, tensor.dtype)
+        if name is None:
+            return self._bitwise(tensor, op, opts, writes=is_root)
+        wire, finish = reduced(tensor, op)
+        started = self._comm.reduce(wire, opts.rootRank, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(started, [tensor], finish if is_root else None)
+
+    def _bitwise(self, tensor: torch.Tensor, op: ReduceOp, opts: Any, writes: bool = True) -> PycommWork:
+        """What communicators do not reduce: every rank gathers all contributions and combines them."""
+        parts = torch.empty((self._comm.world_size, *tensor.shape), dtype=tensor.dtype)
+        finish = partial(combine, tensor, parts, op) if writes else None
+        started = self._comm.all_gather(
+            source(parts), source(tensor), async_op=opts.asyncOp, timeout_s=self._timeout(opts)
+        )
+        return self._work(started, [tensor], finish)
+
+    def broadcast(self, tensors: Tensors, opts: c10d.BroadcastOptions | None = None) -> PycommWork:
+        opts = opts or c10d.BroadcastOptions()
+        tensor = _only(tensors)
+        wire, finish = landing(tensor)
+        started = self._comm.broadcast(wire, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(started, [tensor], finish if opts.rootRank != self._comm.rank else None)
+
+    def reduce_scatter(
+        self, outputs: Tensors, inputs: list[Tensors], opts: c10d.ReduceScatterOptions | None = None
+    ) -> PycommWork:
+        opts = opts or c10d.ReduceScatterOptions()
+        parts = _only(inputs)
+        if len(parts) != self._comm.world_size:
+            raise ValueError(f"reduce_scatter: {len(parts)} inputs for {self._comm.world_size} ranks")
+        joined = torch.cat([flat(part) if part.is_contiguous() else part.detach().reshape(-1) for part in parts])
+        return self._reduce_scatter(_only(outputs), joined, [part.numel() for part in parts], opts)
+
+    def reduce_scatter_single(
+        self, output: torch.Tensor, input: torch.Tensor, opts: c10d.ReduceScatterOptions | None = None
+    ) -> PycommWork:
+        return self._reduce_scatter(output, input, None, opts or c10d.ReduceScatterOptions())
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Tensors, inputs: Tensors, opts: c10d.ReduceScatterOptions | None = None
+    ) -> PycommWork:
+        opts = opts or c10d.ReduceScatterOptions()
+        return self._joined(
+            [self._reduce_scatter(output, input, None, opts) for output, input in zip(outputs, inputs, strict=True)]
+        )
+
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
+
+    def _reduce_scatter(
+        self, output: torch.Tensor, input: torch.Tensor, splits: list[int] | None, opts: c10d.ReduceScatterOptions
+    ) -> PycommWork:
+        op = opts.reduceOp
+        name = operator(op, input.dtype)
+        if name is None:
+            raise ValueError(f"reduce_scatter: ReduceOp.{kind_of(op).name} is not supported; use all_reduce")
+        contributions, _ = reduced(input, op)  # what it multiplies or lays out, it does in memory of its own
+        wire, finish = reduced(output, _SUM)
+        started = self._comm.reduce_scatter(
+            wire, contributions, name, splits, async_op=opts.asyncOp, timeout_s=self._timeout(opts)
+        )
+        return self._work(started, [output], finish)
+
+    def allgather(
+        self, outputs: list[Tensors], inputs: Tensors, opts: c10d.AllgatherOptions | None = None
+    ) -> PycommWork:
+        """The outputs of different ranks may differ in size."""
+        opts = opts or c10d.AllgatherOptions()
+        parts = _only(outputs)
+        arriving, counts, finish = spread(parts)
+        started = self._comm.all_gather(
+            arriving, source(_only(inputs)), counts, async_op=opts.asyncOp, timeout_s=self._timeout(opts)
+        )
+        return self._work(started, parts, finish)
+
+    def all_gather_single(
+        self, output: torch.Tensor, input: torch.Tensor, opts: c10d.AllgatherOptions | None = None
+    ) -> PycommWork:
+        opts = opts or c10d.AllgatherOptions()
+        wire, finish = landing(output)
+        started = self._comm.all_gather(wire, source(input), async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(started, [output], finish)
+
+    def all_gather_single_coalesced(
+        self, outputs: Tensors, inputs: Tensors, opts: c10d.AllgatherOptions | None = None
+    ) -> PycommWork:
+        return self._joined(
+            [self.all_gather_single(output, input, opts) for output, input in zip(outputs, inputs, strict=True)]
+        )
+
+    def allgather_coalesced(
+        self, outputs: list[Tensors], inputs: Tensors, opts: c10d.AllgatherOptions | None = None
+    ) -> PycommWork:
+        """``outputs[rank][i]`` is ``inputs[i]`` of that rank."""
+        return self._joined(
+            [
+                self.allgather([[tensors[index] for tensors in outputs]], [input], opts)
+                for index, input in enumerate(inputs)
+            ]
+        )
+
+    _allgather_base = all_gather_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced  # type: ignore[assignment]
+
+    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: c10d.GatherOptions | None = None) -> PycommWork:
+        opts = opts or c10d.GatherOptions()
+        parts, finish, arriving = [], None, None
+        if opts.rootRank == self._comm.rank:
+            parts = _only(outputs)
+            arriving, _, finish = spread(parts)
+        started = self._comm.gather(
+            arriving,
+            source(_only(inputs)),
+            opts.rootRank,
+            async_op=opts.asyncOp,
+            timeout_s=self._timeout(opts),
+        )
+        return self._work(started, parts, finish)
+
+    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: c10d.ScatterOptions | None = None) -> PycommWork:
+        opts = opts or c10d.ScatterOptions()
+        output = _only(outputs)
+        wire, finish = landing(output)
+        leaving = together(_only(inputs))[0] if opts.rootRank == self._comm.rank else None
+        started = self._comm.scatter(wire, leaving, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(started, [output], finish)
+
+    def alltoall(self, outputs: Tensors, inputs: Tensors, opts: c10d.AllToAllOptions | None = None) -> PycommWork:
+        """Sizes may differ from pair to pair."""
+        opts = opts or c10d.AllToAllOptions()
+        arriving, output_counts, finish = spread(outputs)
+        leaving, input_counts = together(inputs)
+        started = self._comm.all_to_all(
+            arriving,
+            leaving,
+            output_counts,
+            input_counts,
+            async_op=opts.asyncOp,
+            timeout_s=self._timeout(opts),
+        )
+        return self._work(started, outputs, finish)
+
+    def all_to_all_single(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_splits: list[int],
+        input_splits: list[int],
+        opts: c10d.AllToAllOptions | None = None,
+    ) -> PycommWork:
+        """Splits are rows; empty: equal parts, which is each rank's own business, so splits go along always."""
+        opts = opts or c10d.AllToAllOptions()
+        wire, finish = landing(output)
+        started = self._comm.all_to_all(
+            wire,
+            source(input),
+            output_splits or _even(output, self._comm.world_size, "output"),
+            input_splits or _even(input, self._comm.world_size, "input"),
+            async_op=opts.asyncOp,
+            timeout_s=self._timeout(opts),
+        )
+        return self._work(started, [output], finish)
+
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
+
+    def barrier(self, opts: c10d.BarrierOptions | None = None) -> PycommWork:
+        opts = opts or c10d.BarrierOptions()
+        return self._work(self._comm.barrier(async_op=opts.asyncOp, timeout_s=self._timeout(opts)), [], None)
+
+    def _timeout(self, opts: Any) -> float:
+        seconds: float = opts.timeout.total_seconds()
+        return seconds if seconds > 0 else self._timeout_s  # torch's "unset" is negative
+
+    def _work(self, started: calls.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
+        """The Work of a call that has started, or of one that is over (None)."""
+        raise NotImplementedError
+
+    def _joined(self, works: list[PycommWork]) -> PycommWork:
+        """One Work for calls that were issued one after the other."""
+        raise NotImplementedError
+
+
+_SUM = ReduceOp(ReduceOp.SUM)
+
+
+def _only(values: Any) -> Any:
+    """The one element of a list, which some callers leave out."""
+    if isinstance(values, torch.Tensor):
+        return values
+    if len(values) != 1:
+        raise ValueError(f"{len(values)} tensors in one call: the back end pycomm takes one a process")
+    return values[0]
+
+
+def _even(tensor: torch.Tensor, world_size: int, name: str) -> list[int]:
+    rows = tensor.shape[0] if tensor.dim() else 1
+    if rows % world_size:
+        raise ValueError(f"all_to_all_single: {rows} rows of {name} for {world_size} ranks: pass {name}_split_sizes")
+    return [rows // world_size] * world_size

@@ -1,0 +1,194 @@
+"""What torch.distributed hands over and what a communicator takes: layouts, dtypes, reduce operators.
+
+A communicator takes contiguous tensors of nine dtypes. Others are laid out contiguously first, and copied back when the
+operation is over; complex numbers travel as pairs, and dtypes that are only moved as bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch.distributed import ReduceOp
+
+from pycomm.errors import BackendUnavailableError
+
+__all__ = ["Finish", "combine", "flat", "kind_of", "landing", "operator", "reduced", "source", "spread", "together"]
+
+# What is left to do when the operation is over; None: nothing.
+Finish = Callable[[], None] | None
+
+_REDUCED = frozenset(
+    (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+    )
+)
+_MOVED = _REDUCED | {torch.bool}
+_NAMES = {
+    ReduceOp.SUM: "sum",
+    ReduceOp.AVG: "avg",
+    ReduceOp.MIN: "min",
+    ReduceOp.MAX: "max",
+    ReduceOp.PRODUCT: "prod",
+    ReduceOp.PREMUL_SUM: "sum",  # of inputs that `reduced` has multiplied
+}
+# False and True are bytes of 0 and 1: a sum is true if one is, a product if all are.
+_BOOL_NAMES = {
+    ReduceOp.SUM: "max",
+    ReduceOp.MAX: "max",
+    ReduceOp.BOR: "max",
+    ReduceOp.PRODUCT: "min",
+    ReduceOp.MIN: "min",
+    ReduceOp.BAND: "min",
+}
+_BITWISE = {
+    ReduceOp.BAND: torch.bitwise_and,
+    ReduceOp.BOR: torch.bitwise_or,
+    ReduceOp.BXOR: torch.bitwise_xor,
+}
+
+
+def kind_of(op: ReduceOp) -> ReduceOp.RedOpType:
+    """The operator without its factor, which can be looked up."""
+    return op.op  # type: ignore[attr-defined, no-any-return]
+
+
+def source(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of ``tensor``, to be read: its own memory if a communicator takes it, a copy otherwise."""
+    if tensor.is_cpu and tensor.dtype in _MOVED and tensor.is_contiguous():
+        return tensor
+    return _wire(_dense(tensor))
+
+
+def landing(tensor: torch.Tensor) -> tuple[torch.Tensor, Finish]:
+    """Where what is meant for ``tensor`` arrives, with its contents of now, and what brings it there."""
+    if tensor.is_cpu and tensor.dtype in _MOVED and tensor.is_contiguous():
+        return tensor, None
+    dense = _dense(tensor)
+    return _wire(dense), (None if dense is tensor else partial(_copy, tensor, dense))
+
+
+def reduced(tensor: torch.Tensor, op: ReduceOp) -> tuple[torch.Tensor, Finish]:
+    """As :func:`landing`, for a tensor that ``op`` reduces; multiplied already if the operator says so."""
+    if kind_of(op) == ReduceOp.PREMUL_SUM:
+        with torch.no_grad():
+            # As NCCL does: every rank's factor, and the product rounded to the tensor's dtype.
+            scaled = torch.mul(_dense(tensor), op.factor).to(tensor.dtype)
+        return _numbers(scaled), partial(_copy, tensor, scaled)
+    if tensor.is_cpu and tensor.dtype in _REDUCED and tensor.is_contiguous():
+        return tensor, None
+    dense = _dense(tensor)
+    return _numbers(dense), (None if dense is tensor else partial(_copy, tensor, dense))
+
+
+def operator(op: ReduceOp, dtype: torch.dtype) -> str | None:
+    """The communicator's name of ``op`` over ``dtype``; None: a bitwise one, which :func:`combine` does.
+
+    Raises:
+        ValueError: it has no meaning there.
+    """
+    kind = kind_of(op)
+    name = _BOOL_NAMES.get(kind) if dtype is torch.bool else _NAMES.get(kind)
+    if name is None and (kind not in _BITWISE or dtype.is_floating_point or dtype.is_complex):
+        raise ValueError(f"ReduceOp.{kind.name} over {dtype} has no meaning")
+    if dtype.is_complex and name not in ("sum", "avg"):
+        raise ValueError(f"ReduceOp.{kind.name} over {dtype} has no meaning: complex numbers have no order")
+    return name
+
+
+def combine(target: torch.Tensor, parts: torch.Tensor, op: ReduceOp) -> None:
+    """Bitwise ``op`` over dim 0 of ``parts`` [ranks, *shape], in rank order, into ``target`` [*shape]."""
+    function = _BITWISE[kind_of(op)]
+    total = parts[0].clone()
+    for part in parts[1:]:
+        function(total, part, out=total)
+    _copy(target, total)
+
+
+def together(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """All elements of ``tensors`` one after the other in new memory [total], and how many each has there."""
+    sources = [flat(source(tensor)) for tensor in tensors]
+    with torch.no_grad():
+        return torch.cat(sources), [part.numel() for part in sources]
+
+
+def spread(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int], Finish]:
+    """Memory [total] for the elements of ``tensors``, how many each has, and what brings them there."""
+    landings = [landing(tensor) for tensor in tensors]
+    wires = [wire for wire, _ in landings]
+    counts = [wire.numel() for wire in wires]
+    arriving = wires[0].new_empty(sum(counts))
+
+    def finish() -> None:
+        for wire, part in zip(wires, arriving.split(counts), strict=True):
+            _copy(wire, part.view(wire.shape))
+        for _, done in landings:
+            if done is not None:
+                done()
+
+    return arriving, counts, finish
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous ``tensor`` as [N]."""
+    return tensor.detach().view(-1)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself if it is laid out contiguously, else its contents in new memory that is.
+
+    Raises:
+        ValueError: not dense.
+        BackendUnavailableError: on a device that this group does not serve.
+    """
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"the back end pycomm takes dense tensors, not {tensor.layout}: pass tensor.to_dense(), or for an "
+            f"embedding's gradients sparse=False"
+        )
+    if not tensor.is_cpu:
+        raise BackendUnavailableError(
+            f"a tensor on {tensor.device}: this version of the back end pycomm serves CPU tensors; GPUs need NCCL, "
+            f"which it does not have yet"
+        )
+    with torch.no_grad():
+        return tensor.resolve_conj().resolve_neg().contiguous()
+
+
+def _wire(dense: torch.Tensor) -> torch.Tensor:
+    """Contiguous memory as a dtype that communicators move; dim 0 stays what it is."""
+    if dense.dtype in _MOVED:
+        return dense
+    dense = dense.detach()
+    return torch.view_as_real(dense) if dense.is_complex() else dense.unsqueeze(-1).view(torch.uint8)
+
+
+def _numbers(dense: torch.Tensor) -> torch.Tensor:
+    """Contiguous memory as a dtype that communicators reduce.
+
+    Raises:
+        ValueError: no such dtype.
+    """
+    if dense.is_complex():
+        return torch.view_as_real(dense.detach())
+    if dense.dtype is torch.bool:
+        return dense.view(torch.uint8)
+    if dense.dtype not in _REDUCED:
+        raise ValueError(
+            f"the back end pycomm does not reduce {dense.dtype}; it does float32, float64, float16, bfloat16, int8, "
+            f"uint8, int32, int64, bool and complex numbers"
+        )
+    return dense
+
+
+def _copy(target: torch.Tensor, contents: torch.Tensor) -> None:
+    with torch.no_grad():
+        target.detach().copy_(contents)

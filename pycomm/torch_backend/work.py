@@ -1,0 +1,179 @@
+"""The Work of the torch.distributed back end, and the thread that completes futures.
+
+``wait`` waits in the thread that calls it. Only futures need a thread of their own: there is one a process, started
+with the first future that is asked for before its operation is over. It sleeps in the extension until an operation
+ends; the threads that end one only leave its number there, so none of them ever takes the GIL.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import os
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pycomm import _C
+from pycomm.calls import Work
+from pycomm.torch_backend.tensors import Finish
+
+__all__ = ["PycommWork"]
+
+_NO_TIMEOUT = timedelta(0)  # how torch.distributed says so
+_AT_ONCE_S = 1e-6
+_JOIN_S = 5.0
+
+
+class PycommWork(dist.Work):
+    """One call of a process group: operations of one communicator, in order, and what is left to do after them.
+
+    Args:
+        operations: empty: the call is over already.
+        outputs: the tensors that it writes, which is what its future holds.
+        finish: runs once, in the first thread that sees the end of the operations.
+    """
+
+    def __init__(self, operations: Sequence[Work], outputs: list[torch.Tensor], finish: Finish = None) -> None:
+        super().__init__()
+        self._operations = operations
+        self._outputs = outputs
+        self._finish = finish
+        self._lock = threading.Lock()
+        self._ended: torch.futures.Future[None] | None = None
+        self._future: torch.futures.Future[list[torch.Tensor]] | None = None
+
+    @classmethod
+    def joined(cls, works: Sequence[PycommWork]) -> PycommWork:
+        """One Work that is over when all of them are."""
+
+        def finish() -> None:
+            for work in works:
+                work.wait()
+
+        operations = [operation for work in works for operation in work._operations]
+        return cls(operations, [output for work in works for output in work._outputs], finish)
+
+    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+        """Return True when the call is over; raise what went wrong in it, or TimeoutError, after which it goes on."""
+        if timeout > _NO_TIMEOUT:
+            deadline = time.monotonic() + timeout.total_seconds()
+            for operation in self._operations:
+                operation.wait(max(deadline - time.monotonic(), _AT_ONCE_S))
+        else:
+            for operation in self._operations:
+                operation.wait()
+        if self._finish is not None:
+            self._finish_once()
+        return True
+
+    def is_completed(self) -> bool:
+        return self.pending() is None and (self.exception() is not None or self.wait())
+
+    def is_success(self) -> bool:
+        return self.is_completed() and self.exception() is None
+
+    def exception(self) -> Exception | None:
+        """What went wrong, once the call is over."""
+        try:
+            for operation in self._operations:
+                if operation.done():
+                    operation.wait()
+        except (RuntimeError, OSError, MemoryError) as error:
+            return error
+        return None
+
+    def result(self) -> list[torch.Tensor]:
+        self.wait()
+        return self._outputs
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def source_rank(self) -> int:
+        """Of a receive that is over: the rank in the group that sent."""
+        return self._operations[0].source
+
+    _source_rank = source_rank
+
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+        """Completes when the call does, without anybody waiting, with the tensors that it wrote.
+
+        What went wrong is a RuntimeError there, which has the error's name and words: a future that C++ may wait for,
+        as DDP does, takes a Python exception from a callback only.
+        """
+        with self._lock:
+            if self._future is not None:
+                return self._future
+            self._ended = torch.futures.Future()
+            self._future = self._ended.then(self._outcome)
+        if self.pending() is None:
+            self.resolve()
+        else:
+            _completion_thread().watch(self)
+        return self._future
+
+    def pending(self) -> Work | None:
+        """An operation that is not over."""
+        return next((operation for operation in self._operations if not operation.done()), None)
+
+    def resolve(self) -> None:
+        """Complete the future of a call that is over."""
+        assert self._ended is not None
+        self._ended.set_result(None)
+
+    def _outcome(self, _: torch.futures.Future[None]) -> list[torch.Tensor]:
+        self.wait()
+        return self._outputs
+
+    def _finish_once(self) -> None:
+        with self._lock:
+            finish, self._finish = self._finish, None
+            if finish is not None:
+                finish()
+
+
+class _CompletionThread:
+    """Completes futures. Daemonic, since a process may end while operations are under way, and stopped before then."""
+
+    def __init__(self) -> None:
+        self._completions = _C.Completions()
+        self._tokens = itertools.count()
+        self._watched: dict[int, PycommWork] = {}  # keeps a Work whose future alone was kept
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="pycomm-futures", daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)
+
+    def watch(self, work: PycommWork) -> None:
+        """Resolve ``work`` when it is over, in this thread if it is."""
+        pending = work.pending()
+        if pending is None:
+            work.resolve()
+            return
+        token = next(self._tokens)
+        self._watched[token] = work
+        pending.announce(self._completions, token)
+
+    def _run(self) -> None:
+        while (token := self._completions.take()) is not None:
+            self.watch(self._watched.pop(token))  # of several operations, others may be under way
+
+    def _stop(self) -> None:
+        if os.getpid() != self._process:
+            return  # a forked child, which has no such thread
+        self._completions.close()
+        self._thread.join(_JOIN_S)
+
+
+@functools.cache
+def _completion_thread() -> _CompletionThread:
+    return _CompletionThread()
+
+
+os.register_at_fork(after_in_child=_completion_thread.cache_clear)  # a child has none of its parent's threads
