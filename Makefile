@@ -1,7 +1,7 @@
 # One line each, for people, in an active virtual environment.
-CSRC = $(shell find csrc tests -name '*.[ch]pp')
+CSRC = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test lint format bench sanitize random
+.PHONY: build test lint format bench sanitize kernels random
 
 build:  ## editable install; once more after a change in csrc/
 	python -m pip install -c constraints.txt -e '.[test]'
@@ -18,8 +18,13 @@ format:  ## put Python and C++ into the enforced format
 random:  ## 100,000 random collectives and messages on 1 to 4 ranks, each compared with NumPy: a quarter of an hour
 	PYCOMM_TEST_CALLS=25000 python -m pytest tests/host/test_random_calls.py -k test_random_programs --log-cli-level=INFO
 
-sanitize:  ## the host transport under ThreadSanitizer and AddressSanitizer
-	python -m pytest tests/sanitize
+sanitize:  ## the host transport and the CUDA kernels under ThreadSanitizer and AddressSanitizer, many more rounds
+	PYCOMM_TEST_CALLS=2000 PYCOMM_TEST_ROUNDS=40 PYCOMM_TEST_SEEDS=50 python -m pytest tests/sanitize tests/cuda_on_cpu
+
+kernels:  ## the CUDA kernels for every architecture; needs nvcc, no GPU; a register spill is an error
+	cmake -S . -B build/kernels -G Ninja -DPYCOMM_CUDA=ON -DCMAKE_CUDA_FLAGS="-Xptxas -v" -DSKBUILD_PROJECT_VERSION=0 -Dpybind11_DIR=$$(python -m pybind11 --cmakedir)
+	ninja -C build/kernels pycomm_kernels | tee build/kernels/log
+	! grep -E "[1-9][0-9]* bytes spill" build/kernels/log
 
 bench:  ## every operation beside its competitors
 	python benchmarks/allreduce.py --ranks 2 --sizes 1K:256M

@@ -1,6 +1,7 @@
 # Every C++ source of the extension, and the flags of the files that are compiled once per SIMD level.
 file(GLOB PYCOMM_HOST_SOURCES CONFIGURE_DEPENDS csrc/host/*.cpp)
 file(GLOB PYCOMM_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
+file(GLOB PYCOMM_KERNEL_SOURCES CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)  # compiled where PYCOMM_WITH_CUDA
 
 # Reductions and optimizer steps are compiled once per SIMD level and chosen at run time, so one binary serves every
 # processor of an architecture. aarch64 needs no second level: NEON is guaranteed there.
@@ -16,7 +17,7 @@ endif()
 set_source_files_properties(csrc/host/step_baseline.cpp PROPERTIES COMPILE_OPTIONS "-fno-math-errno")
 
 # Ranks compare this hash of all sources when they meet: two builds that differ must not share memory.
-file(GLOB_RECURSE PYCOMM_HASHED_SOURCES CONFIGURE_DEPENDS csrc/*.hpp csrc/*.cpp)
+file(GLOB_RECURSE PYCOMM_HASHED_SOURCES CONFIGURE_DEPENDS csrc/*.hpp csrc/*.cpp csrc/*.cu csrc/*.cuh)
 list(SORT PYCOMM_HASHED_SOURCES)
 set(PYCOMM_SOURCE_HASHES "${PROJECT_VERSION}")
 foreach(source IN LISTS PYCOMM_HASHED_SOURCES)

@@ -13,6 +13,9 @@ def version() -> str:
 def tuning(world_size: int, thresholds: dict[str, int]) -> dict[str, int]:
     """The host transport's thresholds in bytes for so many ranks here, with ``thresholds`` in place of the defaults."""
 
+def cuda_build() -> str:
+    """The CUDA version and architectures that the kernels were built with; empty: without kernels."""
+
 def build_id() -> int:
     """A hash of the sources that the extension was built from; ranks that meet must have the same one."""
 

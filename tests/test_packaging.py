@@ -118,6 +118,18 @@ def test_cuda_on_without_nvcc_is_an_error_that_says_what_to_do(configure, tmp_pa
     assert "CUDA_HOME" in output
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_cuda_on_chooses_architectures_and_auto_needs_a_gpu(configure, tmp_path):
+    status, output, _ = configure(["-DPYCOMM_CUDA=ON"])
+    assert status == 0, output
+    assert re.search(r"CUDA code by nvcc [\d.]+ for 80-real;90-real;(100-real;100|90)-virtual", output)
+    if not list(Path("/proc/driver/nvidia/gpus").glob("*")):
+        shutil.rmtree(tmp_path / "build")
+        status, output, _ = configure(["-DPYCOMM_CUDA=AUTO"])
+        assert status == 0, output
+        assert "no CUDA code, since this machine has no GPU" in output
+
+
 def test_an_unknown_cuda_setting_is_an_error_that_names_the_choices(configure):
     status, output, _ = configure(["-DPYCOMM_CUDA=maybe"])
     assert status != 0

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from pycomm import _C
 from pycomm.doctor.checks import Check
 
 
 def gpu() -> list[Check]:
-    return [toolkit(), driver(), torch_cuda(), nccl()]
+    return [toolkit(), kernels(), driver(), torch_cuda(), nccl()]
 
 
 def toolkit() -> Check:
@@ -20,6 +21,13 @@ def toolkit() -> Check:
     if nvcc is None:
         return Check("CUDA toolkit", "absent", "no nvcc on PATH: builds leave the CUDA code out")
     return Check("CUDA toolkit", "ok", nvcc)
+
+
+def kernels() -> Check:
+    build = _C.cuda_build()
+    if not build:
+        return Check("CUDA kernels", "absent", "built without them (PYCOMM_CUDA)")
+    return Check("CUDA kernels", "ok", f"built with {build}; tested on the CPU, not yet called by a back end")
 
 
 def driver() -> Check:

@@ -1,0 +1,70 @@
+// Reduce-scatter over symmetric memory. n ranks, S bytes of input each.
+//
+//   barrier  every rank's input is there
+//   reduce   rank r: its part of ranks 0 … n-1  ->  its output
+//   barrier  all have read
+//
+// A rank loads S bytes, (n-1)/n of them from peers, and stores S/n. Nobody leaves while a peer may read its input: a
+// block leaves after the same block of all others has arrived at the last barrier, and a kernel ends after all its
+// blocks. Part r of every input is read by rank r alone, so its output may be its own part, in place.
+//
+// 16-bit inputs may be left in fp32, unrounded: that is bfloat16 on the wire with fp32 sums. The sums of squares of
+// the output are written to every rank, so that all add up the same numbers in the same order.
+#include "cuda/device/arithmetic.cuh"
+#include "cuda/device/chunks.cuh"
+#include "cuda/device/signal.cuh"
+#include "cuda/kernels/launch.cuh"
+#include "cuda/kernels/reduce_scatter.hpp"
+
+namespace pycomm::cuda {
+namespace {
+
+template <class In, class Out>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    reduce_scatter_kernel(const __grid_constant__ ReduceScatterParams params) {
+  const int n = params.group.world_size;
+  RankBarrier barrier(params.group);
+  if (!barrier.wait()) return;
+  for_each_chunk(0, params.layout.num_chunks, [&](std::int64_t index, std::int64_t) {
+    const Chunk chunk = chunk_at(params.layout, index);
+    const auto source = [&](int rank) { return static_cast<const In*>(params.input[rank]) + chunk.first; };
+    Out* const output = static_cast<Out*>(params.output) + chunk.first;
+    double squares = 0;
+    for_each_group(chunk, [&](int at, int num) {
+      const auto values = reduced<In, Out>(source, n, at, num, params.op);
+      store(output + at, values, num);
+      if (params.squares[0] != nullptr) add_squares(squares, values, num);
+    });
+    if (params.squares[0] != nullptr) {
+      squares = sum_over_warp(squares);
+      const int peer = static_cast<int>(threadIdx.x) % kWarp;
+      if (peer < n) params.squares[peer][index] = squares;
+    }
+  });
+  if (!barrier.wait()) return;
+  barrier.finish();
+}
+
+}  // namespace
+
+void launch_reduce_scatter(const ReduceScatterParams& params, const LaunchShape& shape) {
+  constexpr const char* kName = "reduce_scatter";
+  check_group(kName, params.group);
+  check_shape(kName, shape, max_blocks_of(params.group));
+  check_op(kName, params.dtype, params.op);
+  if (params.dtype == params.output_dtype) {
+    return dispatch(kName, params.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::Type;
+      launch(kName, reduce_scatter_kernel<T, T>, shape, params);
+    });
+  }
+  if (params.output_dtype != DType::kFloat32) {
+    throw std::invalid_argument(std::string(kName) + ": dtype " + name_of(params.dtype) + " into output dtype " +
+                                name_of(params.output_dtype) + "; it is the same or float32");
+  }
+  dispatch_float(kName, params.dtype, [&](auto tag) {
+    launch(kName, reduce_scatter_kernel<typename decltype(tag)::Type, float>, shape, params);
+  });
+}
+
+}  // namespace pycomm::cuda

@@ -1,0 +1,200 @@
+"""Messages by put and get; ranks that are dead, aborted or have run for very long; calls that launchers refuse."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.cuda_on_cpu.kernels import CHUNK, DTYPES, OPS, Memory, Ranks, flat_layout, pointers
+from tests.cuda_on_cpu.test_collectives import NUM_SEEDS
+
+MakeRanks = Callable[..., Ranks]
+EXPIRED, ABORTED = 1, 2  # StatusCode
+SHORT_NS = 3_000_000
+
+
+def pattern(num_bytes: int, message: int) -> np.ndarray:
+    return ((np.arange(num_bytes) * 7 + message * 13 + 1) % 251).astype(np.uint8)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 8])
+@pytest.mark.parametrize("num_bytes", [0, 1, 31, 4097])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_messages_arrive_in_order(make_ranks: MakeRanks, num_slots: int, num_bytes: int, shift: int) -> None:
+    """More messages than slots, in both directions between two ranks of three at once."""
+    for seed in range(NUM_SEEDS):
+        ranks = make_ranks(3)
+        pairs, num_messages = ((0, 2), (2, 0)), 2 * num_slots + 1
+        inputs = {
+            (src, m): Memory(pattern(num_bytes, src + 5 * m), shift) for src, _ in pairs for m in range(num_messages)
+        }
+        slots = {dst: [Memory(np.zeros(num_bytes, np.uint8), m % 2) for m in range(num_slots)] for _, dst in pairs}
+        outputs = {key: Memory(np.zeros(num_bytes, np.uint8)) for key in inputs}
+        for message in range(num_messages):
+            for src, dst in pairs:  # a stream holds both directions, so a put must not wait for its own rank's get
+                channel = (num_slots, ctypes.c_int64(num_bytes))
+                addresses = pointers([memory.address for memory in slots[dst]])
+                source = ctypes.c_void_p(inputs[src, message].address)
+                ranks.launch("put", src, dst, *channel, source, addresses)
+            for src, dst in pairs:
+                channel = (num_slots, ctypes.c_int64(num_bytes))
+                addresses = pointers([memory.address for memory in slots[dst]])
+                target = ctypes.c_void_p(outputs[src, message].address)
+                ranks.launch("get", dst, src, *channel, addresses, target)
+        ranks.run(seed)
+        for key, output in outputs.items():
+            np.testing.assert_array_equal(output.elements, inputs[key].elements)
+            output.assert_guards_intact()
+        for memory in (memory for part in slots.values() for memory in part):
+            memory.assert_guards_intact()
+
+
+def test_a_get_can_read_the_senders_memory(make_ranks: MakeRanks) -> None:
+    ranks = make_ranks(2)
+    source, target = Memory(pattern(1000, 0)), Memory(np.zeros(1000, np.uint8))
+    addresses = pointers([source.address])
+    ranks.launch("get", 1, 0, 1, ctypes.c_int64(1000), addresses, ctypes.c_void_p(target.address))
+    ranks.launch("put", 0, 1, 1, ctypes.c_int64(1000), None, addresses)
+    ranks.run(0)
+    np.testing.assert_array_equal(target.elements, source.elements)
+
+
+def test_a_put_needs_no_get_until_the_slots_are_full(make_ranks: MakeRanks) -> None:
+    ranks = make_ranks(2, SHORT_NS)
+    source, slots = Memory(pattern(100, 0)), [Memory(np.zeros(100, np.uint8)) for _ in range(2)]
+    addresses = pointers([slot.address for slot in slots])
+
+    def put() -> None:
+        ranks.launch("put", 0, 1, 2, ctypes.c_int64(100), ctypes.c_void_p(source.address), addresses)
+        ranks.run(0)
+
+    put()
+    put()
+    assert ranks.status(0).code == 0
+    for slot in slots:
+        np.testing.assert_array_equal(slot.elements, source.elements)
+    put()
+    status = ranks.status(0)
+    assert (status.code, status.rank, status.expected, status.seen) == (EXPIRED, 1, 1, 0)
+
+
+class Sums:
+    """Two-shot all-reduces of ones."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.memories = [Memory(np.ones(2 * CHUNK, np.int32)) for _ in range(ranks.num_ranks)]
+
+    def queue(self, rank: int) -> None:
+        layout = flat_layout(2 * CHUNK)
+        data = pointers([memory.address for memory in self.memories])
+        codes = (DTYPES["int32"], OPS["sum"])
+        self.ranks.launch("all_reduce_two_shot", rank, ctypes.byref(layout), *codes, data, None)
+
+    def values(self) -> list[set[int]]:
+        return [set(memory.elements.tolist()) for memory in self.memories]
+
+
+def test_a_dead_rank_is_named_and_later_kernels_do_nothing(make_ranks: MakeRanks) -> None:
+    for seed in range(NUM_SEEDS):
+        ranks = make_ranks(3, SHORT_NS)
+        sums = Sums(ranks)
+        for rank in range(3):
+            sums.queue(rank)
+        ranks.run(seed)
+        assert sums.values() == [{3}] * 3
+        for rank in (0, 2):  # rank 1 is dead
+            sums.queue(rank)
+        ranks.run(seed)
+        codes = {ranks.status(rank).code for rank in (0, 2)}
+        assert EXPIRED in codes
+        assert codes <= {EXPIRED, ABORTED}
+        for rank in (0, 2):
+            status = ranks.status(rank)
+            if status.code == EXPIRED:
+                assert (status.rank, status.expected, status.seen) == (1, 3, 2)
+                assert status.block in (0, 1)
+        for rank in range(3):  # it comes back: too late
+            sums.queue(rank)
+        ranks.run(seed)
+        assert ranks.status(1).code == ABORTED
+        assert sums.values() == [{3}] * 3
+
+
+def test_a_rank_that_dies_between_the_barriers_is_named(make_ranks: MakeRanks) -> None:
+    """The first barrier is passed, the second is not: as if rank 0 had vanished in the middle of its kernel."""
+    ranks = make_ranks(2, SHORT_NS)
+    sums = Sums(ranks)
+    ranks.launch("put", 0, 1, 1, ctypes.c_int64(0), None, pointers([0]))  # anything that is no barrier
+    sums.queue(1)
+    one_barrier = Memory(np.zeros(64 * 16, np.uint8))
+    layout = flat_layout(0)
+    staging = pointers([one_barrier.address] * 2)
+    address = ctypes.c_void_p(one_barrier.address)
+    codes = (DTYPES["int32"], DTYPES["int32"], OPS["sum"])
+    args = (*codes, address, address, staging, ctypes.c_size_t(64 * 16), None)
+    ranks.launch("all_reduce_one_shot", 0, ctypes.byref(layout), *args)  # passes one barrier and leaves
+    ranks.run(1)
+    status = ranks.status(1)
+    assert (status.code, status.rank, status.expected, status.seen) == (EXPIRED, 0, 2, 1)
+
+
+def test_an_abort_of_the_host_stops_every_kernel(make_ranks: MakeRanks) -> None:
+    ranks = make_ranks(3)
+    sums = Sums(ranks)
+    for rank in range(3):
+        ranks.abort(rank)
+        sums.queue(rank)
+    ranks.run(0)
+    assert [ranks.status(rank).code for rank in range(3)] == [ABORTED] * 3
+    assert sums.values() == [{1}] * 3
+
+
+def test_epochs_wrap_around(make_ranks: MakeRanks) -> None:
+    for seed in range(NUM_SEEDS):
+        ranks = make_ranks(3)
+        ranks.start_at(2**32 - 5)
+        sums = Sums(ranks)
+        source, slots = Memory(pattern(100, 0)), [Memory(np.zeros(100, np.uint8)) for _ in range(2)]
+        target = Memory(np.zeros(100, np.uint8))
+        addresses = pointers([slot.address for slot in slots])
+        for _ in range(8):
+            for rank in range(3):
+                sums.queue(rank)
+            ranks.launch("put", 0, 1, 2, ctypes.c_int64(100), ctypes.c_void_p(source.address), addresses)
+            ranks.launch("get", 1, 0, 2, ctypes.c_int64(100), addresses, ctypes.c_void_p(target.address))
+        ranks.run(seed)
+        assert sums.values() == [{3**8}] * 3
+        np.testing.assert_array_equal(target.elements, source.elements)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "said"),
+    [(0, 64, "0 blocks"), (129, 64, "1 to 128 blocks"), (1, 33, "whole warps"), (1, 544, "32 to 512 threads")],
+)
+def test_a_grid_that_does_not_fit_is_refused(make_ranks: MakeRanks, blocks: int, threads: int, said: str) -> None:
+    ranks = make_ranks(2)
+    sums = Sums(ranks)
+    ranks.blocks, ranks.threads = blocks, threads
+    with pytest.raises(ValueError, match=said):
+        sums.queue(0)
+
+
+def test_what_is_not_defined_is_refused(make_ranks: MakeRanks) -> None:
+    ranks = make_ranks(2)
+    memory = Memory(np.zeros(CHUNK, np.int32))
+    layout = flat_layout(CHUNK)
+    data, address = pointers([memory.address] * 2), ctypes.c_void_p(memory.address)
+    int32, float32, avg = DTYPES["int32"], DTYPES["float32"], OPS["avg"]
+    with pytest.raises(ValueError, match='"avg" of int32'):
+        ranks.launch("all_reduce_two_shot", 0, ctypes.byref(layout), int32, avg, data, None)
+    with pytest.raises(ValueError, match="bytes of staging; this call needs"):
+        args = (float32, float32, avg, address, address, data, ctypes.c_size_t(1024), None)
+        ranks.launch("all_reduce_one_shot", 0, ctypes.byref(layout), *args)
+    with pytest.raises(ValueError, match="into output dtype int32"):
+        ranks.launch("reduce_scatter", 0, ctypes.byref(layout), float32, int32, avg, data, address, None)
+    with pytest.raises(ValueError, match="3 slots"):
+        ranks.launch("put", 0, 1, 3, ctypes.c_int64(0), None, pointers([0] * 3))

@@ -1,0 +1,66 @@
+"""The kernels under both sanitizers, and every weakened ordering reported; see kernels_driver.cpp."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_on_cpu.build import HERE, build
+
+NUM_ROUNDS = os.environ.get("PYCOMM_TEST_ROUNDS", "4")
+REPORT = 66  # what a sanitizer exits with, below
+SIGNAL = HERE.parent.parent / "csrc" / "cuda" / "device" / "signal.cuh"
+
+
+def orderings() -> list[str]:
+    """The names in signal.cuh's enum Ordering: a new one is tested as it comes."""
+    (body,) = re.findall(r"enum class Ordering \{(.*?)\};", SIGNAL.read_text(), flags=re.DOTALL)
+    return re.findall(r"^\s*(k\w+),", body, flags=re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def thread_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("thread"), "thread") / "cuda_on_cpu"
+
+
+@pytest.fixture(scope="module")
+def address_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("address"), "address") / "cuda_on_cpu"
+
+
+def drive(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    options = f"halt_on_error=1:exitcode={REPORT}"
+    environment = {**os.environ, "TSAN_OPTIONS": options, "ASAN_OPTIONS": options}
+    command = [str(program), *(str(arg) for arg in args)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_no_data_race(thread_build: Path, num_ranks: int) -> None:
+    done = drive(thread_build, 10 * num_ranks, num_ranks, NUM_ROUNDS)
+    assert done.returncode == 0, done.stderr
+    assert "right" in done.stdout
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_no_wrong_address_and_no_leak(address_build: Path, num_ranks: int) -> None:
+    done = drive(address_build, 10 * num_ranks, num_ranks, NUM_ROUNDS)
+    assert done.returncode == 0, done.stderr
+    assert "right" in done.stdout
+
+
+@pytest.mark.parametrize("ordering", orderings())
+def test_a_weakened_ordering_is_reported(thread_build: Path, ordering: str) -> None:
+    done = drive(thread_build, 1, 2, NUM_ROUNDS, orderings().index(ordering))
+    assert done.returncode == REPORT, done.stdout + done.stderr
+    assert "data race" in done.stderr
+
+
+def test_every_ordering_is_used() -> None:
+    text = SIGNAL.read_text()
+    assert len(orderings()) == 5
+    assert [name for name in orderings() if f"Ordering::{name}>" not in text] == []
