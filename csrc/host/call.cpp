@@ -33,6 +33,8 @@ std::string describe(const Call& call) {
       return "send(dst=" + std::to_string(call.root) + ", tag=" + tag + ", " + elements + ")";
     case OpKind::kRecv:
       return "recv(src=" + (call.root < 0 ? "any" : std::to_string(call.root)) + ", tag=" + tag + ", " + elements + ")";
+    case OpKind::kAwait:
+      return "wait_posted(" + std::to_string(call.count) + ")";
     case OpKind::kAllocate:
       return "empty(" + std::to_string(call.count) + " bytes)";
     case OpKind::kSplit:

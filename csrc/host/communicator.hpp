@@ -53,6 +53,10 @@ class Communicator {
   std::shared_ptr<Work> exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
                                           std::vector<int>* sources);
 
+  /// Group::post and Group::wait_posted, on a flag of this rank's symmetric memory.
+  void post(std::uint64_t& flag, std::uint64_t value);
+  void wait_posted(const std::uint64_t& flag, std::uint64_t value, double timeout_s);
+
   std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
   /// `rank`'s counterpart of a range of this rank's symmetric memory.
   std::unique_ptr<SymmetricBuffer> peer(const void* data, std::size_t bytes, int rank);

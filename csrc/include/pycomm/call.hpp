@@ -25,6 +25,7 @@ enum class OpKind : std::uint8_t {
   kScatter = 12,
   kSend = 13,  // messages are no calls of all ranks: root is the peer, splits the tag
   kRecv = 14,
+  kAwait = 15,  // no matched call: a wait for what peers have posted, `count` the epoch
 };
 
 struct Call {
