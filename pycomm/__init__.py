@@ -8,6 +8,7 @@ import torch as _torch  # noqa: F401  (before the extension: it brings the C++ r
 from pycomm import errors
 from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
+from pycomm import tensor_parallel
 from pycomm.data_parallel import DataParallel
 
 __version__ = _version()

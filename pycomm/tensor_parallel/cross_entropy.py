@@ -138,10 +138,10 @@ def _logits_gradient_impl(
         part = torch.sub(logits[block], log_sum[block, None]).exp_().mul_(scale[block, None])
         if label_smoothing:
             part -= (grad[block] * label_smoothing / total)[:, None]
-        out[block] = part
-    rows_here = (where >= 0).nonzero().squeeze(1)
-    columns = where[rows_here]
-    out[rows_here, columns] -= ((1 - label_smoothing) * grad[rows_here]).to(out.dtype)
+        here = where[block]
+        hit = (here >= 0).nonzero().squeeze(1)
+        part[hit, here[hit]] -= (1 - label_smoothing) * grad[block][hit]
+        out[block] = part  # the only rounding of a 16-bit gradient
     return out
 
 
