@@ -1,6 +1,9 @@
-"""The compiled extension. Tensors cross as addresses and counts, so its build needs no torch."""
+"""The compiled extension. It reads tensors through DLPack's C exchange interface, so its build needs no torch."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 MAX_RANKS: int
 
@@ -33,6 +36,25 @@ def reduce(dtype: str, op: str, sources: list[int], destinations: list[int], cou
         ValueError: an unknown dtype or op, "avg" over integers, or no source or destination.
     """
 
+# Checks of arguments; pycomm/arguments.py. All raise ValueError.
+def checked_tensor(argument: Any, name: str, cuda_index: int, reduced: bool, /) -> torch.Tensor:
+    """The tensor itself, or one on an array's memory. ``cuda_index`` -1: on the host; ``reduced``: not bool."""
+
+def checked_op(op: str, /) -> str: ...
+def check_rank(rank: int, world_size: int, name: str, /) -> None: ...
+def check_only_at_root(tensor: Any, root: int, rank: int, world_size: int, name: str, /) -> None: ...
+def part_counts(whole: torch.Tensor, name: str, splits: Sequence[int] | None, world_size: int, /) -> list[int]:
+    """Elements of each rank's part, from counts along dim 0; None: equal parts."""
+
+def check_count(tensor: torch.Tensor, name: str, expected: int, /) -> None: ...
+def check_apart(output: torch.Tensor, input: torch.Tensor, /) -> None:
+    """One dtype, and no overlap."""
+
+def check_part(
+    output: torch.Tensor, input: torch.Tensor, output_is_part: bool, counts: Sequence[int], owner: int, /
+) -> None:
+    """One of the two is part ``owner`` of the other: as long, of its dtype, and lying there or elsewhere."""
+
 class Work:
     """An operation on the progress thread."""
 
@@ -53,7 +75,7 @@ class Listener:
     def address(self) -> str: ...
 
 class HostCommunicator:
-    """The host transport's communicator. Codes of dtypes and ops are those of csrc/include/pycomm/types.hpp."""
+    """The host transport's communicator."""
 
     def __init__(
         self,
@@ -74,79 +96,51 @@ class HostCommunicator:
     def tuning(self) -> dict[str, int]:
         """Sizes and thresholds in bytes: ``slice_bytes``, ``one_shot_bytes``; rank 0's, on every rank."""
 
-    def all_reduce(
-        self, data: int, count: int, dtype: int, op: int, async_op: bool, timeout_s: float, /
-    ) -> Work | None: ...
-    def broadcast(
-        self, data: int, count: int, dtype: int, root: int, async_op: bool, timeout_s: float, /
-    ) -> Work | None: ...
-    def reduce(
-        self, data: int, count: int, dtype: int, op: int, root: int, async_op: bool, timeout_s: float, /
-    ) -> Work | None: ...
+    # The calls of pycomm.backends.Calls.
+    def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def broadcast(self, tensor: Any, root: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def reduce(self, tensor: Any, root: int, op: str, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
     def reduce_scatter(
         self,
-        output: int,
-        input: int,
-        dtype: int,
-        counts: Sequence[int],
-        op: int,
+        output: Any,
+        input: Any,
+        op: str,
+        input_splits: Sequence[int] | None,
         async_op: bool,
-        timeout_s: float,
+        timeout_s: float | None,
         /,
     ) -> Work | None: ...
     def all_gather(
-        self, output: int, input: int, dtype: int, counts: Sequence[int], async_op: bool, timeout_s: float, /
+        self,
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
     ) -> Work | None: ...
     def all_to_all(
-        self, output: int, input: int, dtype: int, counts: Sequence[int], async_op: bool, timeout_s: float, /
-    ) -> Work | None: ...
-    def all_to_all_by_splits(
         self,
-        output: int,
-        input: int,
-        dtype: int,
-        output_counts: Sequence[int],
-        input_counts: Sequence[int],
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        input_splits: Sequence[int] | None,
         async_op: bool,
-        timeout_s: float,
+        timeout_s: float | None,
         /,
     ) -> Work | None: ...
-    def gather(
-        self,
-        output: int,
-        input: int,
-        dtype: int,
-        counts: Sequence[int],
-        root: int,
-        async_op: bool,
-        timeout_s: float,
-        /,
-    ) -> Work | None: ...
+    def gather(self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
     def scatter(
-        self,
-        output: int,
-        input: int,
-        dtype: int,
-        counts: Sequence[int],
-        root: int,
-        async_op: bool,
-        timeout_s: float,
-        /,
+        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /
     ) -> Work | None: ...
-    def send(
-        self, data: int, count: int, dtype: int, dst: int, tag: int, async_op: bool, timeout_s: float, /
-    ) -> Work | None: ...
+    def barrier(self, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def send(self, tensor: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
     def recv(
-        self, data: int, count: int, dtype: int, src: int, tag: int, async_op: bool, timeout_s: float, /
-    ) -> Work | int:
-        """Returns the source; ``src`` -1: any."""
-
-    def exchange_messages(
-        self, messages: Sequence[tuple[bool, int, int, int, int, int]], async_op: bool, timeout_s: float, /
-    ) -> Work | list[int]:
-        """Messages (is_send, address, elements, dtype, peer, tag) that progress together; returns their sources."""
-
-    def barrier(self, async_op: bool, timeout_s: float, /) -> Work | None: ...
+        self, tensor: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /
+    ) -> Work | int: ...
+    def exchange(
+        self, messages: Sequence[tuple[bool, Any, int | None, int]], async_op: bool, timeout_s: float | None, /
+    ) -> Work | list[int]: ...
     def empty(self, bytes: int, timeout_s: float) -> SymmetricBuffer: ...
     def peer(self, data: int, bytes: int, rank: int, /) -> SymmetricBuffer: ...
     def post(self, flag: int, value: int, /) -> None: ...

@@ -1,14 +1,213 @@
-"""What callers hand to a collective, checked before anything is sent: tensors, parts of tensors, and their overlap."""
+"""The checks of arguments for back ends that are written in Python. The extension has their logic, and checks its own.
+
+:class:`Checked` stands between a Communicator and such a back end, which it hands checked tensors and counts.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-__all__ = ["check_apart", "check_numel", "even_counts", "split_counts", "tensor_on"]
+from pycomm import _C
+
+__all__ = ["Checked", "CheckedCalls", "Message", "checked_timeout", "tensor_on"]
+
+# (is_send, tensor, peer, tag); peer None: any source.
+Message = tuple[bool, Any, int | None, int]
+
+
+class CheckedCalls(Protocol):
+    """The calls of a back end in Python.
+
+    Tensors are contiguous, on ``device`` and of supported dtypes. Counts are elements of each rank's part: of the input
+    of reduce_scatter, of the output of all_gather, of the root's tensor in gather and scatter, where the other ranks
+    have None. Calls return a Work when ``async_op``, else None.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def reduce_scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        op: str,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
+    def all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None: ...
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None: ...
+    def all_to_all_by_splits(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_counts: Sequence[int],
+        input_counts: Sequence[int],
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
+    def gather(
+        self,
+        output: torch.Tensor | None,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
+    def scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor | None,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None: ...
+    def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None: ...
+    def recv(
+        self, tensor: torch.Tensor, src: int | None, tag: int, async_op: bool, timeout_s: float
+    ) -> _C.Work | int: ...
+    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]: ...
+
+
+class Checked:
+    """The :class:`pycomm.backends.Calls` of a back end in Python: checks, then calls it."""
+
+    def __init__(self, backend: CheckedCalls, timeout_s: float) -> None:
+        self._backend = backend
+        self._timeout_s = timeout_s
+
+    def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
+        tensor = self._reduced(tensor, "the tensor")
+        return self._backend.all_reduce(tensor, _C.checked_op(op), async_op, self._timeout(timeout_s))
+
+    def broadcast(self, tensor: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
+        tensor = self._moved(tensor, "the tensor")
+        return self._backend.broadcast(tensor, self._rank(root, "root"), async_op, self._timeout(timeout_s))
+
+    def reduce(self, tensor: Any, root: int, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
+        tensor = self._reduced(tensor, "the tensor")
+        root = self._rank(root, "root")
+        return self._backend.reduce(tensor, root, _C.checked_op(op), async_op, self._timeout(timeout_s))
+
+    def reduce_scatter(
+        self,
+        output: Any,
+        input: Any,
+        op: str,
+        input_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> _C.Work | None:
+        output, input = self._reduced(output, "output"), self._reduced(input, "input")
+        counts = _C.part_counts(input, "input", input_splits, self._backend.world_size)
+        _C.check_part(output, input, True, counts, self._backend.rank)
+        op = _C.checked_op(op)
+        return self._backend.reduce_scatter(output, input, counts, op, async_op, self._timeout(timeout_s))
+
+    def all_gather(
+        self,
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> _C.Work | None:
+        output, input = self._moved(output, "output"), self._moved(input, "input")
+        counts = _C.part_counts(output, "output", output_splits, self._backend.world_size)
+        _C.check_part(output, input, False, counts, self._backend.rank)
+        return self._backend.all_gather(output, input, counts, async_op, self._timeout(timeout_s))
+
+    def all_to_all(
+        self,
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        input_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> _C.Work | None:
+        output, input = self._moved(output, "output"), self._moved(input, "input")
+        _C.check_apart(output, input)
+        input_counts = _C.part_counts(input, "input", input_splits, self._backend.world_size)
+        timeout_s = self._timeout(timeout_s)
+        if output_splits is None and input_splits is None:
+            _C.check_count(output, "output", input.numel())
+            return self._backend.all_to_all(output, input, input_counts, async_op, timeout_s)
+        output_counts = _C.part_counts(output, "output", output_splits, self._backend.world_size)
+        return self._backend.all_to_all_by_splits(output, input, output_counts, input_counts, async_op, timeout_s)
+
+    def gather(self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
+        input = self._moved(input, "input")
+        output = self._only_at_root(output, root, "output")
+        counts = [input.numel()] * self._backend.world_size
+        if output is not None:
+            _C.check_count(output, "output", sum(counts))
+            _C.check_part(output, input, False, counts, root)
+        return self._backend.gather(output, input, counts, root, async_op, self._timeout(timeout_s))
+
+    def scatter(self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
+        output = self._moved(output, "output")
+        input = self._only_at_root(input, root, "input")
+        counts = [output.numel()] * self._backend.world_size
+        if input is not None:
+            _C.check_count(input, "input", sum(counts))
+            _C.check_part(output, input, True, counts, root)
+        return self._backend.scatter(output, input, counts, root, async_op, self._timeout(timeout_s))
+
+    def barrier(self, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
+        return self._backend.barrier(async_op, self._timeout(timeout_s))
+
+    def send(self, tensor: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
+        tensor = self._moved(tensor, "the tensor")
+        return self._backend.send(tensor, self._rank(dst, "dst"), tag, async_op, self._timeout(timeout_s))
+
+    def recv(self, tensor: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | int:
+        _, tensor, src, tag = self._message((False, tensor, src, tag))
+        return self._backend.recv(tensor, src, tag, async_op, self._timeout(timeout_s))
+
+    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float | None, /) -> _C.Work | list[int]:
+        checked = [self._message(message) for message in messages]
+        return self._backend.exchange(checked, async_op, self._timeout(timeout_s))
+
+    def _message(self, message: Message) -> Message:
+        is_send, tensor, peer, tag = message
+        if peer is not None:
+            peer = self._rank(peer, "dst" if is_send else "src")
+        return is_send, self._moved(tensor, "the tensor"), peer, tag
+
+    def _moved(self, tensor: Any, name: str) -> torch.Tensor:
+        return tensor_on(self._backend.device, tensor, name)
+
+    def _reduced(self, tensor: Any, name: str) -> torch.Tensor:
+        return _C.checked_tensor(tensor, name, _cuda_index(self._backend.device), True)
+
+    def _only_at_root(self, tensor: Any, root: int, name: str) -> torch.Tensor | None:
+        _C.check_only_at_root(tensor, root, self._backend.rank, self._backend.world_size, name)
+        return None if tensor is None else self._moved(tensor, name)
+
+    def _rank(self, rank: int, name: str) -> int:
+        _C.check_rank(rank, self._backend.world_size, name)
+        return rank
+
+    def _timeout(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else checked_timeout(timeout_s)
 
 
 def tensor_on(device: torch.device, tensor: Any, name: str = "the tensor") -> torch.Tensor:
@@ -16,85 +215,18 @@ def tensor_on(device: torch.device, tensor: Any, name: str = "the tensor") -> to
 
     Raises:
         TypeError: neither a tensor nor an array that speaks DLPack.
-        ValueError: not contiguous, or elsewhere.
+        ValueError: not contiguous, elsewhere, or of a dtype that no call takes.
     """
-    if not isinstance(tensor, torch.Tensor):
-        if not hasattr(tensor, "__dlpack__"):
-            raise TypeError(f"{name}: {type(tensor).__name__} is neither a tensor nor an array that speaks DLPack")
-        tensor = torch.from_dlpack(tensor)
-    assert isinstance(tensor, torch.Tensor)
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, this communicator works on {device}")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()}): "
-            f"pass tensor.contiguous() and copy the result back, or lay the tensor out contiguously"
-        )
-    return tensor
+    return _C.checked_tensor(tensor, name, _cuda_index(device), False)
 
 
-def even_counts(tensor: torch.Tensor, world_size: int, name: str) -> list[int]:
-    """Elements of each rank's part where all are equal.
-
-    Raises:
-        ValueError: the number of elements is no multiple of ``world_size``.
-    """
-    count, rest = divmod(tensor.numel(), world_size)
-    if rest != 0:
-        raise ValueError(
-            f"{name} has {tensor.numel()} elements, which {world_size} ranks cannot share evenly: "
-            f"pass {name}_splits, or pad it"
-        )
-    return [count] * world_size
+def checked_timeout(timeout_s: float) -> float:
+    """``timeout_s``, or ValueError if it is no positive number of seconds."""
+    if not timeout_s > 0:  # false for nan, too
+        raise ValueError(f"timeout_s={timeout_s}: it is a positive number of seconds")
+    return timeout_s
 
 
-def split_counts(tensor: torch.Tensor, splits: Sequence[int] | None, world_size: int, name: str) -> list[int]:
-    """Elements of each rank's part of ``tensor``, from counts along dim 0; None: equal parts.
-
-    Raises:
-        ValueError: they are not one a rank, are negative, or do not add up to dim 0.
-    """
-    if splits is None:
-        return even_counts(tensor, world_size, name)
-    counts = [int(count) for count in splits]
-    if len(counts) != world_size:
-        raise ValueError(f"{name}_splits has {len(counts)} counts, it needs one for each of the {world_size} ranks")
-    if any(count < 0 for count in counts):
-        raise ValueError(f"{name}_splits={counts}: a count is negative")
-    if tensor.dim() == 0:
-        raise ValueError(f"{name} has no dim 0 to split: pass {name}.view(1)")
-    if sum(counts) != tensor.shape[0]:
-        raise ValueError(f"{name}_splits={counts} add up to {sum(counts)}, dim 0 of {name} has {tensor.shape[0]}")
-    row = math.prod(tensor.shape[1:])
-    return [count * row for count in counts]
-
-
-def check_numel(tensor: torch.Tensor, expected: int, name: str) -> None:
-    """ValueError unless ``tensor`` has ``expected`` elements."""
-    if tensor.numel() != expected:
-        raise ValueError(f"{name} has {tensor.numel()} elements (shape {tuple(tensor.shape)}), it needs {expected}")
-
-
-def check_apart(output: torch.Tensor, input: torch.Tensor, in_place: tuple[torch.Tensor, int, int] | None) -> None:
-    """ValueError unless both have one dtype and do not overlap.
-
-    Args:
-        in_place: (whole, start, count): the one overlap that is allowed, the smaller tensor being just these elements
-            of the larger, ``whole``. None: no overlap is.
-    """
-    if output.dtype != input.dtype:
-        raise ValueError(f"output is {output.dtype}, input is {input.dtype}: both need one dtype")
-    size = output.element_size()
-    begin, end = output.data_ptr(), output.data_ptr() + output.numel() * size
-    input_begin, input_end = input.data_ptr(), input.data_ptr() + input.numel() * size
-    if end <= input_begin or input_end <= begin or begin == end or input_begin == input_end:
-        return
-    if in_place is None:
-        raise ValueError("output and input overlap: pass separate memory")
-    whole, start, count = in_place
-    part = input if whole is output else output
-    if part.data_ptr() != whole.data_ptr() + start * size or part.numel() != count:
-        raise ValueError(
-            f"output and input overlap: they may only where the smaller is this rank's own part of the larger, "
-            f"which starts at element {start}"
-        )
+def _cuda_index(device: torch.device) -> int:
+    """-1: the host."""
+    return -1 if device.type == "cpu" else device.index or 0

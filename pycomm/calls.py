@@ -1,24 +1,45 @@
-"""What the calls of a Communicator have in common: the Work of asynchronous ones, timeouts, tensors in flight."""
+"""What the calls of a Communicator have in common: the Work of asynchronous ones, and tensors in flight."""
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-
-import torch
+from typing import Any
 
 from pycomm import _C
 from pycomm.backends import Backend
 
-__all__ = ["Calls", "InFlight", "Work", "checked_timeout"]
+__all__ = ["InFlight", "RankCalls", "Work"]
 
-InFlight = deque[tuple[_C.Work, tuple[torch.Tensor, ...]]]
+
+class InFlight:
+    """Operations under way, in the order of their calls, and what each of them keeps alive."""
+
+    def __init__(self) -> None:
+        self._operations: deque[tuple[_C.Work, tuple[Any, ...]]] = deque()
+        self._lock = threading.Lock()  # any thread may call
+
+    def add(self, core: _C.Work, tensors: tuple[Any, ...]) -> None:
+        self.drop_finished()
+        with self._lock:
+            self._operations.append((core, tensors))
+
+    def drop_finished(self) -> None:
+        with self._lock:
+            while self._operations and self._operations[0][0].done():
+                self._operations.popleft()
+
+    def clear(self) -> None:
+        with self._lock:
+            self._operations.clear()
 
 
 class Work:
     """An asynchronous operation. It keeps its tensors alive until it is done, even if the Work itself is dropped."""
 
-    def __init__(self, core: _C.Work) -> None:
+    def __init__(self, core: _C.Work, in_flight: InFlight) -> None:
         self._core = core
+        self._in_flight = in_flight
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return when the operation is done; raise what went wrong in it.
@@ -31,6 +52,7 @@ class Work:
             PycommError: the operation failed.
         """
         self._core.wait(timeout_s)
+        self._in_flight.drop_finished()
 
     def done(self) -> bool:
         """True once the operation is over, well or not."""
@@ -42,40 +64,23 @@ class Work:
         return self._core.source()
 
 
-class Calls:
+class RankCalls:
     """A rank of a group, and the operations that it has under way."""
 
     def __init__(self, backend: Backend, timeout_s: float) -> None:
         self.rank = backend.rank
         self.world_size = backend.world_size
         self.device = backend.device
-        self.timeout_s = timeout_s
         self._backend = backend
-        self._in_flight: InFlight = deque()
+        self._calls = backend.calls
+        self._timeout_s = timeout_s
+        self._in_flight = InFlight()
 
-    def _timeout(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that any wait for another rank may take, in calls that are given no other."""
+        return self._timeout_s
 
-    def _work(self, core: _C.Work, *tensors: torch.Tensor | None) -> Work:
-        self._drop_finished()
-        self._in_flight.append((core, tuple(tensor for tensor in tensors if tensor is not None)))
-        return Work(core)
-
-    def _outcome(self, core: _C.Work | None, *tensors: torch.Tensor | None) -> Work | None:
-        """Of a call: its Work, if it has one, which keeps the tensors."""
-        if core is not None:
-            return self._work(core, *tensors)
-        if self._in_flight:
-            self._drop_finished()
-        return None
-
-    def _drop_finished(self) -> None:
-        while self._in_flight and self._in_flight[0][0].done():
-            self._in_flight.popleft()
-
-
-def checked_timeout(timeout_s: float) -> float:
-    """``timeout_s``, or ValueError if it is no positive number of seconds."""
-    if not timeout_s > 0:  # false for nan, too
-        raise ValueError(f"timeout_s={timeout_s}: it is a positive number of seconds")
-    return timeout_s
+    def _work(self, core: _C.Work, *tensors: Any) -> Work:
+        self._in_flight.add(core, tensors)
+        return Work(core, self._in_flight)

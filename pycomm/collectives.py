@@ -1,6 +1,6 @@
 """The collectives of a Communicator: the methods that all ranks call together.
 
-They check their arguments and hand memory to the back end. docs/algorithms.md has steps, bytes and order of each.
+The back end checks their arguments. docs/algorithms.md has steps, bytes and order of each.
 """
 
 from __future__ import annotations
@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from pycomm.arguments import check_apart, check_numel, split_counts, tensor_on
-from pycomm.calls import Calls, Work
+from pycomm.calls import RankCalls, Work
 
 __all__ = ["Collectives"]
 
 
-class Collectives(Calls):
+class Collectives(RankCalls):
     """What all ranks of a communicator call together, in the same order.
 
     Tensors are contiguous and of any shape: parts are runs of elements. Splits are counts along dim 0, one a rank, the
@@ -36,8 +33,8 @@ class Collectives(Calls):
             tensor: same dtype and number of elements on every rank (shapes may differ).
             op: "sum", "avg" (floating point only), "min", "max" or "prod".
         """
-        tensor = tensor_on(self.device, tensor)
-        return self._outcome(self._backend.all_reduce(tensor, op, async_op, self._timeout(timeout_s)), tensor)
+        core = self._calls.all_reduce(tensor, op, async_op, timeout_s)
+        return None if core is None else self._work(core, tensor)
 
     def reduce(
         self,
@@ -56,8 +53,8 @@ class Collectives(Calls):
             tensor: same dtype and number of elements on every rank.
             op: as in :meth:`all_reduce`.
         """
-        tensor = tensor_on(self.device, tensor)
-        return self._outcome(self._backend.reduce(tensor, root, op, async_op, self._timeout(timeout_s)), tensor)
+        core = self._calls.reduce(tensor, root, op, async_op, timeout_s)
+        return None if core is None else self._work(core, tensor)
 
     def reduce_scatter(
         self,
@@ -79,12 +76,8 @@ class Collectives(Calls):
             op: as in :meth:`all_reduce`.
             input_splits: rows (dim 0 of ``input``) of each rank's part; None: N / n elements each.
         """
-        output = tensor_on(self.device, output, "output")
-        input = tensor_on(self.device, input, "input")
-        counts = split_counts(input, input_splits, self.world_size, "input")
-        self._check_part(output, input, part=output, counts=counts, owner=self.rank)
-        core = self._backend.reduce_scatter(output, input, counts, op, async_op, self._timeout(timeout_s))
-        return self._outcome(core, output, input)
+        core = self._calls.reduce_scatter(output, input, op, input_splits, async_op, timeout_s)
+        return None if core is None else self._work(core, output, input)
 
     def all_gather(
         self,
@@ -104,12 +97,8 @@ class Collectives(Calls):
             input: [part ``rank``]. May be exactly that part of ``output``, else disjoint.
             output_splits: rows (dim 0 of ``output``) of each rank's part; None: N / n elements each.
         """
-        output = tensor_on(self.device, output, "output")
-        input = tensor_on(self.device, input, "input")
-        counts = split_counts(output, output_splits, self.world_size, "output")
-        self._check_part(output, input, part=input, counts=counts, owner=self.rank)
-        core = self._backend.all_gather(output, input, counts, async_op, self._timeout(timeout_s))
-        return self._outcome(core, output, input)
+        core = self._calls.all_gather(output, input, output_splits, async_op, timeout_s)
+        return None if core is None else self._work(core, output, input)
 
     def all_to_all(
         self,
@@ -132,18 +121,8 @@ class Collectives(Calls):
             input_splits: rows (dim 0 of ``input``) for each rank; None: N / n elements each. Either all ranks pass
                 splits or none does; as elements, those of a pair of ranks must agree.
         """
-        output = tensor_on(self.device, output, "output")
-        input = tensor_on(self.device, input, "input")
-        check_apart(output, input, None)
-        input_counts = split_counts(input, input_splits, self.world_size, "input")
-        timeout_s = self._timeout(timeout_s)
-        if output_splits is None and input_splits is None:
-            check_numel(output, input.numel(), "output")
-            core = self._backend.all_to_all(output, input, input_counts, async_op, timeout_s)
-        else:
-            output_counts = split_counts(output, output_splits, self.world_size, "output")
-            core = self._backend.all_to_all_by_splits(output, input, output_counts, input_counts, async_op, timeout_s)
-        return self._outcome(core, output, input)
+        core = self._calls.all_to_all(output, input, output_splits, input_splits, async_op, timeout_s)
+        return None if core is None else self._work(core, output, input)
 
     def broadcast(
         self, tensor: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -153,8 +132,8 @@ class Collectives(Calls):
         Args:
             tensor: same dtype and number of elements on every rank.
         """
-        tensor = tensor_on(self.device, tensor)
-        return self._outcome(self._backend.broadcast(tensor, root, async_op, self._timeout(timeout_s)), tensor)
+        core = self._calls.broadcast(tensor, root, async_op, timeout_s)
+        return None if core is None else self._work(core, tensor)
 
     def gather(
         self, output: Any, input: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -165,14 +144,8 @@ class Collectives(Calls):
             output: [n x N] at the root, None elsewhere.
             input: [N], the same N on every rank. At the root it may be exactly its part of ``output``, else disjoint.
         """
-        input = tensor_on(self.device, input, "input")
-        output = self._only_at_root(output, root, "output")
-        counts = [input.numel()] * self.world_size
-        if output is not None:
-            check_numel(output, sum(counts), "output")
-            self._check_part(output, input, part=input, counts=counts, owner=root)
-        core = self._backend.gather(output, input, counts, root, async_op, self._timeout(timeout_s))
-        return self._outcome(core, output, input)
+        core = self._calls.gather(output, input, root, async_op, timeout_s)
+        return None if core is None else self._work(core, output, input)
 
     def scatter(
         self, output: Any, input: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -183,34 +156,10 @@ class Collectives(Calls):
             output: [N], the same N on every rank. At the root it may be exactly its part of ``input``, else disjoint.
             input: [n x N] at the root, None elsewhere.
         """
-        output = tensor_on(self.device, output, "output")
-        input = self._only_at_root(input, root, "input")
-        counts = [output.numel()] * self.world_size
-        if input is not None:
-            check_numel(input, sum(counts), "input")
-            self._check_part(output, input, part=output, counts=counts, owner=root)
-        core = self._backend.scatter(output, input, counts, root, async_op, self._timeout(timeout_s))
-        return self._outcome(core, output, input)
+        core = self._calls.scatter(output, input, root, async_op, timeout_s)
+        return None if core is None else self._work(core, output, input)
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Work | None:
         """Return once every rank has called it."""
-        return self._outcome(self._backend.barrier(async_op, self._timeout(timeout_s)))
-
-    def _check_part(
-        self, output: torch.Tensor, input: torch.Tensor, *, part: torch.Tensor, counts: list[int], owner: int
-    ) -> None:
-        """``part``, one of the two, is as long as part ``owner`` of the other, and lies there or elsewhere."""
-        whole, name = (output, "input") if part is input else (input, "output")
-        check_numel(part, counts[owner], name)
-        check_apart(output, input, (whole, sum(counts[:owner]), counts[owner]))
-
-    def _only_at_root(self, tensor: Any, root: int, name: str) -> torch.Tensor | None:
-        if not 0 <= root < self.world_size:
-            raise ValueError(f"root is {root}, it must be 0 to {self.world_size - 1}")
-        if self.rank == root:
-            if tensor is None:
-                raise ValueError(f"{name} is None on rank {root}, the root, which needs it")
-            return tensor_on(self.device, tensor, name)
-        if tensor is not None:
-            raise ValueError(f"{name} belongs to rank {root}, the root: pass None on rank {self.rank}")
-        return None
+        core = self._calls.barrier(async_op, timeout_s)
+        return None if core is None else self._work(core)

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
-from pycomm.arguments import tensor_on
+from pycomm.arguments import checked_timeout, tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.shm import ShmBackend
-from pycomm.calls import InFlight, Work, checked_timeout
+from pycomm.calls import InFlight, Work
 from pycomm.collectives import Collectives
 from pycomm.errors import BackendUnavailableError
 from pycomm.messages import Messages

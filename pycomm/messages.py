@@ -8,18 +8,13 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-import torch
-
-from pycomm.arguments import tensor_on
-from pycomm.backends import Message
-from pycomm.calls import Calls, Work
+from pycomm.arguments import Message
+from pycomm.calls import RankCalls, Work
 
 __all__ = ["Batch", "Messages"]
 
-_ANY_SOURCE = -1
 
-
-class Messages(Calls):
+class Messages(RankCalls):
     """Messages between two ranks. Tensors are contiguous and of any dtype that collectives move.
 
     Both sides need one dtype and number of elements: ``MismatchError`` on both otherwise, or on the receiver alone if
@@ -35,9 +30,8 @@ class Messages(Calls):
         Args:
             tag: any integer; matches the receive's.
         """
-        tensor = tensor_on(self.device, tensor)
-        core = self._backend.send(tensor, self._checked_peer(dst, "dst"), tag, async_op, self._timeout(timeout_s))
-        return self._outcome(core, tensor)
+        core = self._calls.send(tensor, dst, tag, async_op, timeout_s)
+        return None if core is None else self._work(core, tensor)
 
     def recv(
         self,
@@ -53,9 +47,7 @@ class Messages(Calls):
         Returns:
             The rank that sent; with ``async_op`` a Work, whose ``source`` it is in the end.
         """
-        tensor = tensor_on(self.device, tensor)
-        source = _ANY_SOURCE if src is None else self._checked_peer(src, "src")
-        outcome = self._backend.recv(tensor, source, tag, async_op, self._timeout(timeout_s))
+        outcome = self._calls.recv(tensor, src, tag, async_op, timeout_s)
         return outcome if isinstance(outcome, int) else self._work(outcome, tensor)
 
     def batch(self, *, async_op: bool = False, timeout_s: float | None = None) -> Batch:
@@ -68,17 +60,7 @@ class Messages(Calls):
         They start when the block ends, which waits for all of them, unless ``async_op``: then ``b.work`` is their Work.
         A block that raises starts none.
         """
-        return Batch(self, async_op, self._timeout(timeout_s))
-
-    def _message(self, tensor: Any, peer: int | None, tag: int, *, is_send: bool) -> Message:
-        tensor = tensor_on(self.device, tensor)
-        checked = _ANY_SOURCE if peer is None else self._checked_peer(peer, "dst" if is_send else "src")
-        return Message(is_send, tensor, checked, tag)
-
-    def _checked_peer(self, peer: int, name: str) -> int:
-        if not 0 <= peer < self.world_size:
-            raise ValueError(f"{name} is {peer}, it must be 0 to {self.world_size - 1}")
-        return peer
+        return Batch(self, async_op, timeout_s)
 
 
 class Batch:
@@ -89,7 +71,7 @@ class Batch:
         sources: after the block, without ``async_op``: of each message in order, the rank that sent it.
     """
 
-    def __init__(self, messages: Messages, async_op: bool, timeout_s: float) -> None:
+    def __init__(self, messages: Messages, async_op: bool, timeout_s: float | None) -> None:
         self.work: Work | None = None
         self.sources: list[int] = []
         self._messages = messages
@@ -97,13 +79,13 @@ class Batch:
         self._timeout_s = timeout_s
         self._pending: list[Message] = []
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int = 0) -> None:
+    def send(self, tensor: Any, dst: int, tag: int = 0) -> None:
         """As :meth:`Messages.send`, when the block ends."""
-        self._pending.append(self._messages._message(tensor, dst, tag, is_send=True))
+        self._pending.append((True, tensor, dst, tag))
 
-    def recv(self, tensor: torch.Tensor, src: int | None = None, tag: int = 0) -> None:
+    def recv(self, tensor: Any, src: int | None = None, tag: int = 0) -> None:
         """As :meth:`Messages.recv`, when the block ends."""
-        self._pending.append(self._messages._message(tensor, src, tag, is_send=False))
+        self._pending.append((False, tensor, src, tag))
 
     def __enter__(self) -> Batch:
         return self
@@ -114,8 +96,8 @@ class Batch:
         if error is not None:
             return
         pending, self._pending = self._pending, []
-        outcome = self._messages._backend.exchange(pending, self._async_op, self._timeout_s)
+        outcome = self._messages._calls.exchange(pending, self._async_op, self._timeout_s)
         if isinstance(outcome, list):
             self.sources = outcome
         else:
-            self.work = self._messages._work(outcome, *(message.tensor for message in pending))
+            self.work = self._messages._work(outcome, *(tensor for _, tensor, _, _ in pending))

@@ -28,6 +28,12 @@ def wrong_arguments(comm: Communicator) -> None:
             comm.broadcast(matrix, root)
     with pytest.raises(ValueError, match="is on meta"):
         comm.all_reduce(torch.ones(3, device="meta"))
+    with pytest.raises(ValueError, match="has layout torch.sparse_coo: .*to_dense"):
+        comm.all_reduce(torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match="dtype float8_e4m3fn is not supported"):
+        comm.broadcast(torch.ones(3).to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="dtype bool is not supported; it is one of float32"):
+        comm.all_reduce(torch.ones(3, dtype=torch.bool))
     with pytest.raises(TypeError, match="list is neither a tensor nor"):
         comm.all_reduce([1.0, 2.0])
     with pytest.raises(ValueError, match="timeout_s"):
@@ -38,6 +44,7 @@ def wrong_arguments(comm: Communicator) -> None:
         with pytest.raises(ValueError, match="avg of int32"):
             comm.all_reduce(torch.ones(3, dtype=torch.int32), "avg", async_op=True)
     assert torch.equal(matrix, torch.ones(4, 6))
+    matrix = torch.nn.Parameter(matrix)  # the memory of a leaf that requires gradients is as good as any
     comm.all_reduce(matrix)
     assert (matrix == comm.world_size).all()
 

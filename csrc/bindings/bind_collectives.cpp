@@ -1,6 +1,8 @@
-// The collectives of HostCommunicator. Tensors cross as addresses, parts as lists of numbers of elements, one a rank.
+// The collectives of HostCommunicator, with arguments as callers of the Communicator pass them; they are checked here,
+// and nothing was sent when they are wrong.
 #include <pybind11/stl.h>
 
+#include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
 
 namespace py = pybind11;
@@ -11,100 +13,136 @@ namespace {
 
 using host::Communicator;
 using host::Parts;
-using NoGil = py::call_guard<py::gil_scoped_release>;
-using Address = std::uintptr_t;
-using Counts = std::vector<std::uint64_t>;
+using MaybeWork = std::shared_ptr<host::Work>;  // none if the call was synchronous
 
-void* as_pointer(Address address) { return reinterpret_cast<void*>(address); }
-
-host::Tensors tensors_of(Address output, Address input, int dtype) {
-  return {as_pointer(input), as_pointer(output), static_cast<DType>(dtype)};
+/// Run `call(options)` without the GIL.
+template <class Run>
+MaybeWork without_gil(const Communicator& self, bool async_op, Timeout timeout_s, const Run& run) {
+  const host::CallOptions options = options_of(self, async_op, timeout_s);
+  const py::gil_scoped_release nogil;
+  return run(options);
 }
 
-void bind_in_place(CommunicatorClass& communicator) {
-  communicator
-      .def(
-          "all_reduce",
-          [](Communicator& self, Address data, std::size_t count, int dtype, int op, bool async_op, double timeout_s) {
-            return self.all_reduce(as_pointer(data), count, static_cast<DType>(dtype), static_cast<ReduceOp>(op),
-                                   {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "broadcast",
-          [](Communicator& self, Address data, std::size_t count, int dtype, int root, bool async_op,
-             double timeout_s) {
-            return self.broadcast(as_pointer(data), count, static_cast<DType>(dtype), root, {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "reduce",
-          [](Communicator& self, Address data, std::size_t count, int dtype, int op, int root, bool async_op,
-             double timeout_s) {
-            return self.reduce(as_pointer(data), count, static_cast<DType>(dtype), static_cast<ReduceOp>(op), root,
-                               {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "barrier",
-          [](Communicator& self, bool async_op, double timeout_s) { return self.barrier({timeout_s, async_op}); },
-          NoGil());
+/// A tensor that only the root has: none elsewhere.
+std::optional<Tensor> only_at_root(const Communicator& self, py::handle tensor, int root, const char* name) {
+  check_only_at_root(tensor, root, self.rank(), self.world_size(), name);
+  if (tensor.is_none()) return std::nullopt;
+  return std::optional<Tensor>(std::in_place, tensor, name);
 }
 
-void bind_from_input_to_output(CommunicatorClass& communicator) {
-  communicator
-      .def(
-          "reduce_scatter",
-          [](Communicator& self, Address output, Address input, int dtype, Counts counts, int op, bool async_op,
-             double timeout_s) {
-            return self.reduce_scatter(tensors_of(output, input, dtype), Parts(std::move(counts)),
-                                       static_cast<ReduceOp>(op), {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "all_gather",
-          [](Communicator& self, Address output, Address input, int dtype, Counts counts, bool async_op,
-             double timeout_s) {
-            return self.all_gather(tensors_of(output, input, dtype), Parts(std::move(counts)), {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "all_to_all",
-          [](Communicator& self, Address output, Address input, int dtype, Counts counts, bool async_op,
-             double timeout_s) {
-            return self.all_to_all(tensors_of(output, input, dtype), Parts(std::move(counts)), {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "all_to_all_by_splits",
-          [](Communicator& self, Address output, Address input, int dtype, Counts output_counts, Counts input_counts,
-             bool async_op, double timeout_s) {
-            return self.all_to_all_by_splits(tensors_of(output, input, dtype), Parts(std::move(output_counts)),
-                                             Parts(std::move(input_counts)), {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "gather",
-          [](Communicator& self, Address output, Address input, int dtype, Counts counts, int root, bool async_op,
-             double timeout_s) {
-            return self.gather(tensors_of(output, input, dtype), Parts(std::move(counts)), root, {timeout_s, async_op});
-          },
-          NoGil())
-      .def(
-          "scatter",
-          [](Communicator& self, Address output, Address input, int dtype, Counts counts, int root, bool async_op,
-             double timeout_s) {
-            return self.scatter(tensors_of(output, input, dtype), Parts(std::move(counts)), root,
-                                {timeout_s, async_op});
-          },
-          NoGil());
+MaybeWork all_reduce(Communicator& self, py::handle argument, std::string_view op, bool async_op, Timeout timeout_s) {
+  const Tensor tensor(argument, "the tensor");
+  const DType dtype = tensor.reduced_dtype();
+  const ReduceOp reduce_op = reduce_op_of(op);
+  return without_gil(self, async_op, timeout_s, [&](const auto& options) {
+    return self.all_reduce(tensor.data(), tensor.count(), dtype, reduce_op, options);
+  });
+}
+
+MaybeWork broadcast(Communicator& self, py::handle argument, int root, bool async_op, Timeout timeout_s) {
+  const Tensor tensor(argument, "the tensor");
+  const DType dtype = tensor.moved_dtype();
+  return without_gil(self, async_op, timeout_s, [&](const auto& options) {
+    return self.broadcast(tensor.data(), tensor.count(), dtype, root, options);
+  });
+}
+
+MaybeWork reduce(Communicator& self, py::handle argument, int root, std::string_view op, bool async_op,
+                 Timeout timeout_s) {
+  const Tensor tensor(argument, "the tensor");
+  const DType dtype = tensor.reduced_dtype();
+  const ReduceOp reduce_op = reduce_op_of(op);
+  return without_gil(self, async_op, timeout_s, [&](const auto& options) {
+    return self.reduce(tensor.data(), tensor.count(), dtype, reduce_op, root, options);
+  });
+}
+
+MaybeWork reduce_scatter(Communicator& self, py::handle output_argument, py::handle input_argument, std::string_view op,
+                         py::handle input_splits, bool async_op, Timeout timeout_s) {
+  const Tensor output(output_argument, "output");
+  const Tensor input(input_argument, "input");
+  Parts parts = parts_of(input, input_splits, self.world_size());
+  check_part(input, output, parts, self.rank());
+  const host::Tensors tensors{input.data(), output.data(), input.reduced_dtype()};
+  const ReduceOp reduce_op = reduce_op_of(op);
+  return without_gil(self, async_op, timeout_s, [&](const auto& options) {
+    return self.reduce_scatter(tensors, std::move(parts), reduce_op, options);
+  });
+}
+
+MaybeWork all_gather(Communicator& self, py::handle output_argument, py::handle input_argument,
+                     py::handle output_splits, bool async_op, Timeout timeout_s) {
+  const Tensor output(output_argument, "output");
+  const Tensor input(input_argument, "input");
+  Parts parts = parts_of(output, output_splits, self.world_size());
+  check_part(output, input, parts, self.rank());
+  const host::Tensors tensors{input.data(), output.data(), input.moved_dtype()};
+  return without_gil(self, async_op, timeout_s,
+                     [&](const auto& options) { return self.all_gather(tensors, std::move(parts), options); });
+}
+
+MaybeWork all_to_all(Communicator& self, py::handle output_argument, py::handle input_argument,
+                     py::handle output_splits, py::handle input_splits, bool async_op, Timeout timeout_s) {
+  const Tensor output(output_argument, "output");
+  const Tensor input(input_argument, "input");
+  check_apart(output, input);
+  Parts input_parts = parts_of(input, input_splits, self.world_size());
+  const host::Tensors tensors{input.data(), output.data(), input.moved_dtype()};
+  if (output_splits.is_none() && input_splits.is_none()) {
+    check_count(output, input.count());
+    return without_gil(self, async_op, timeout_s,
+                       [&](const auto& options) { return self.all_to_all(tensors, std::move(input_parts), options); });
+  }
+  Parts output_parts = parts_of(output, output_splits, self.world_size());
+  return without_gil(self, async_op, timeout_s, [&](const auto& options) {
+    return self.all_to_all_by_splits(tensors, std::move(output_parts), std::move(input_parts), options);
+  });
+}
+
+MaybeWork gather(Communicator& self, py::handle output_argument, py::handle input_argument, int root, bool async_op,
+                 Timeout timeout_s) {
+  const Tensor input(input_argument, "input");
+  const std::optional<Tensor> output = only_at_root(self, output_argument, root, "output");
+  const Parts parts = Parts::even(input.count(), self.world_size());
+  if (output) {
+    check_count(*output, parts.total());
+    check_part(*output, input, parts, root);
+  }
+  const host::Tensors tensors{input.data(), output ? output->data() : nullptr, input.moved_dtype()};
+  return without_gil(self, async_op, timeout_s,
+                     [&](const auto& options) { return self.gather(tensors, parts, root, options); });
+}
+
+MaybeWork scatter(Communicator& self, py::handle output_argument, py::handle input_argument, int root, bool async_op,
+                  Timeout timeout_s) {
+  const Tensor output(output_argument, "output");
+  const std::optional<Tensor> input = only_at_root(self, input_argument, root, "input");
+  const Parts parts = Parts::even(output.count(), self.world_size());
+  if (input) {
+    check_count(*input, parts.total());
+    check_part(*input, output, parts, root);
+  }
+  const host::Tensors tensors{input ? input->data() : nullptr, output.data(), output.moved_dtype()};
+  return without_gil(self, async_op, timeout_s,
+                     [&](const auto& options) { return self.scatter(tensors, parts, root, options); });
+}
+
+MaybeWork barrier(Communicator& self, bool async_op, Timeout timeout_s) {
+  return without_gil(self, async_op, timeout_s, [&](const auto& options) { return self.barrier(options); });
 }
 
 }  // namespace
 
 void bind_collectives(CommunicatorClass& communicator) {
-  bind_in_place(communicator);
-  bind_from_input_to_output(communicator);
+  communicator.def("all_reduce", &all_reduce)
+      .def("broadcast", &broadcast)
+      .def("reduce", &reduce)
+      .def("reduce_scatter", &reduce_scatter)
+      .def("all_gather", &all_gather)
+      .def("all_to_all", &all_to_all)
+      .def("gather", &gather)
+      .def("scatter", &scatter)
+      .def("barrier", &barrier);
 }
 
 }  // namespace pycomm::bindings

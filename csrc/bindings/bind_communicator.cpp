@@ -22,10 +22,17 @@ std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size
   host::Tuning tuning = host::default_tuning(world_size);
   tuning.strict = strict ? 1 : 0;
   auto members = host::meet(rank, world_size, listener, address, tuning, Deadline::after(timeout_s), &check_signals);
-  return std::make_unique<Communicator>(std::move(name), std::move(members), &check_signals);
+  return std::make_unique<Communicator>(std::move(name), std::move(members), timeout_s, &check_signals);
 }
 
 }  // namespace
+
+host::CallOptions options_of(const Communicator& communicator, bool async_op, Timeout timeout_s) {
+  const double seconds = timeout_s.value_or(communicator.timeout_s());
+  if (seconds > 0) return {seconds, async_op};  // false for nan, too
+  throw py::value_error("timeout_s=" + py::str(py::float_(seconds)).cast<std::string>() +
+                        ": it is a positive number of seconds");
+}
 
 void bind_communicator(py::module_& module) {
   module.def("build_id", &host::build_id);

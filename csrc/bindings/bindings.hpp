@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <optional>
 
 #include "host/communicator.hpp"
 
@@ -19,8 +20,14 @@ struct ReleaseGil {
 using CommunicatorHolder = std::unique_ptr<host::Communicator, ReleaseGil>;
 using CommunicatorClass = pybind11::class_<host::Communicator, CommunicatorHolder>;
 
+/// Seconds as a caller passes them; none: the communicator's.
+using Timeout = std::optional<double>;
+/// Throws py::value_error if they are not positive.
+host::CallOptions options_of(const host::Communicator& communicator, bool async_op, Timeout timeout_s);
+
 void bind_errors(pybind11::module_& module);
 void bind_reduce(pybind11::module_& module);
+void bind_arguments(pybind11::module_& module);
 void bind_communicator(pybind11::module_& module);
 void bind_collectives(CommunicatorClass& communicator);
 void bind_messages(CommunicatorClass& communicator);

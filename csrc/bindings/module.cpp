@@ -5,5 +5,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("version", [] { return PYCOMM_VERSION; });
   pycomm::bindings::bind_errors(module);
   pycomm::bindings::bind_reduce(module);
+  pycomm::bindings::bind_arguments(module);
   pycomm::bindings::bind_communicator(module);
 }

@@ -21,8 +21,9 @@ namespace {
 /// What each rank shows: its part, to everyone; the only reader shows nothing.
 Shown parts_of_ranks(const Parts& parts, int reader) {
   Shown shown{{}, Readers::kEveryone};
+  shown.layouts.reserve(static_cast<std::size_t>(parts.num_parts()));
   for (int r = 0; r < parts.num_parts(); ++r) {
-    shown.layouts.emplace_back(std::vector<std::uint64_t>{r == reader ? 0 : parts.count(r)});
+    shown.layouts.push_back(Parts::even(r == reader ? 0 : parts.count(r), 1));
   }
   return shown;
 }

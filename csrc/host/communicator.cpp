@@ -45,8 +45,9 @@ std::vector<int> members_of(const std::vector<SplitChoice>& choices, std::int64_
 
 }  // namespace
 
-Communicator::Communicator(std::string name, Membership members, InterruptCheck interrupt)
-    : interrupt_(interrupt),
+Communicator::Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt)
+    : timeout_s_(timeout_s),
+      interrupt_(interrupt),
       group_(std::make_unique<Group>(std::move(name), std::move(members))),
       progress_(std::make_unique<Progress>()),
       messenger_(std::make_unique<Messenger>(*group_, interrupt)),
@@ -166,19 +167,24 @@ std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
   return run(options, [](Group& group) { host::barrier(group); });
 }
 
-std::shared_ptr<Work> Communicator::exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
-                                                      std::vector<int>* sources) {
+void Communicator::send(const MessageSpec& spec, double timeout_s) {
   check_not_forked();
-  for (const MessageSpec& spec : specs) {
-    const bool any = !spec.is_send && spec.peer == kAnySource;
-    if (any || (spec.peer >= 0 && spec.peer < world_size())) continue;
-    throw std::invalid_argument(std::string(spec.is_send ? "dst" : "src") + " is " + std::to_string(spec.peer) +
-                                ", it must be 0 to " + std::to_string(world_size() - 1));
-  }
-  if (options.async_op) return messenger_->start(specs, options.timeout_s);
-  std::vector<int> found = messenger_->run(specs, options.timeout_s);
-  if (sources != nullptr) *sources = std::move(found);
-  return nullptr;
+  messenger_->send(spec, timeout_s);
+}
+
+int Communicator::recv(const MessageSpec& spec, double timeout_s) {
+  check_not_forked();
+  return messenger_->recv(spec, timeout_s);
+}
+
+std::vector<int> Communicator::run_messages(const std::vector<MessageSpec>& specs, double timeout_s) {
+  check_not_forked();
+  return messenger_->run(specs, timeout_s);
+}
+
+std::shared_ptr<Work> Communicator::start_messages(const std::vector<MessageSpec>& specs, double timeout_s) {
+  check_not_forked();
+  return messenger_->start(specs, timeout_s);
 }
 
 void Communicator::post(std::uint64_t& flag, std::uint64_t value) {
@@ -236,7 +242,7 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
                               std::string(address.text.begin(), address.text.end()), group.tuning(), group.deadline(),
                               group.interrupt());
     result = std::make_unique<Communicator>(group.name() + suffix + "[" + std::to_string(*color) + "]",
-                                            std::move(members), interrupt_);
+                                            std::move(members), timeout_s_, interrupt_);
   });
   return result;
 }

@@ -23,7 +23,8 @@ struct CallOptions {
 
 class Communicator {
  public:
-  Communicator(std::string name, Membership members, InterruptCheck interrupt);
+  /// `timeout_s`: of calls that are not given one; here only remembered.
+  Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt);
   Communicator(const Communicator&) = delete;  // its thread holds its address
   Communicator& operator=(const Communicator&) = delete;
   ~Communicator();
@@ -31,6 +32,7 @@ class Communicator {
   int rank() const { return group_->rank(); }
   int world_size() const { return group_->world_size(); }
   const std::string& name() const { return group_->name(); }
+  double timeout_s() const { return timeout_s_; }
   const Tuning& tuning() const { return group_->tuning(); }
 
   // Each returns a Work if asynchronous, nullptr otherwise, and throws std::invalid_argument before anything is sent.
@@ -48,10 +50,13 @@ class Communicator {
                                              const CallOptions& options);
   std::shared_ptr<Work> barrier(const CallOptions& options);
 
-  /// Messages that progress together; independent of collectives. Waits, and leaves their sources in `sources` (may be
-  /// nullptr), unless asynchronous.
-  std::shared_ptr<Work> exchange_messages(const std::vector<MessageSpec>& specs, const CallOptions& options,
-                                          std::vector<int>* sources);
+  // Messages are independent of collectives; peers are ranks of the group, or kAnySource of a receive.
+  void send(const MessageSpec& spec, double timeout_s);
+  /// Returns the source.
+  int recv(const MessageSpec& spec, double timeout_s);
+  /// Messages that progress together. Returns their sources (a send's: its destination).
+  std::vector<int> run_messages(const std::vector<MessageSpec>& specs, double timeout_s);
+  std::shared_ptr<Work> start_messages(const std::vector<MessageSpec>& specs, double timeout_s);
 
   /// Group::post and Group::wait_posted, on a flag of this rank's symmetric memory.
   void post(std::uint64_t& flag, std::uint64_t value);
@@ -78,6 +83,7 @@ class Communicator {
   void leave(double drain_s, InterruptCheck interrupt);
   void give_up_in_child();
 
+  double timeout_s_;
   InterruptCheck interrupt_;
   std::unique_ptr<Group> group_;
   std::unique_ptr<Progress> progress_;

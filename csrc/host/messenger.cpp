@@ -31,6 +31,61 @@ void Messenger::send_to(int peer) {
   stream_out(peer, outgoing, channel);
 }
 
+/// The next offer of the channel, which has room for it.
+Offer Messenger::put_offer(const Channel& channel, const MessageSpec& spec, std::uint64_t id) {
+  const std::uint64_t number = channel.header().offered;  // only this rank writes it
+  Offer offer;
+  offer.id = id;
+  offer.tag = spec.tag;
+  offer.count = spec.count;
+  offer.dtype = spec.dtype;
+  if (spec.bytes() <= channel.sizes().eager_bytes) {
+    if (spec.bytes() != 0) std::memcpy(channel.eager_data(number), spec.data, spec.bytes());
+  } else {
+    offer.location = group_.segments().locate(spec.data, spec.bytes());
+    offer.transfer = offer.location.symmetric() ? Transfer::kInPlace : Transfer::kStreamed;
+  }
+  channel.offer(number) = offer;
+  store_flag(channel.header().offered, number + 1);
+  return offer;
+}
+
+/// An eager send is done when its bytes are in the channel, if nothing waits before it and the channel has room.
+bool Messenger::send_at_once(const MessageSpec& spec) {
+  const Channel channel = members_.control.channel(members_.rank, spec.peer);
+  if (spec.bytes() > channel.sizes().eager_bytes || group_.tuning().strict != 0) return false;
+  const std::lock_guard lock(mutex_);
+  Outgoing& outgoing = outgoing_[static_cast<std::size_t>(spec.peer)];
+  const Channel::Header& header = channel.header();
+  if (!outgoing.queued.empty() || header.offered - load_flag(header.taken) >= Channel::kNumOffers) return false;
+  ++num_posted_;
+  put_offer(channel, spec, outgoing.next_id++);
+  waiter_.ring(spec.peer);
+  return true;
+}
+
+/// An eager message that fits and comes while this rank spins, if no other receive could be meant.
+bool Messenger::recv_at_once(const MessageSpec& spec) {
+  if (spec.peer == kAnySource || group_.tuning().strict != 0) return false;
+  const Channel channel = members_.control.channel(spec.peer, members_.rank);
+  Channel::Header& header = channel.header();
+  if (!waiter_.spin([&] { return load_flag(header.offered) > load_flag(header.taken); })) return false;
+  const std::lock_guard lock(mutex_);
+  const std::uint64_t number = header.taken;
+  if (!receives_.empty() || !incoming_[static_cast<std::size_t>(spec.peer)].arrived.empty()) return false;
+  if (load_flag(header.offered) == number) return false;
+  const Offer& offer = channel.offer(number);
+  if (offer.transfer != Transfer::kEager || offer.tag != spec.tag || offer.count != spec.count ||
+      offer.dtype != spec.dtype) {
+    return false;
+  }
+  ++num_posted_;
+  if (spec.bytes() != 0) std::memcpy(spec.data, channel.eager_data(number), spec.bytes());
+  store_flag(header.taken, number + 1);
+  waiter_.ring(spec.peer);  // it may wait for room
+  return true;
+}
+
 void Messenger::post_offers(int peer, Outgoing& outgoing, const Channel& channel) {
   Channel::Header& header = channel.header();
   bool posted = false;
@@ -40,19 +95,7 @@ void Messenger::post_offers(int peer, Outgoing& outgoing, const Channel& channel
     Message& message = *outgoing.queued.front();
     outgoing.queued.pop_front();
     message.id = outgoing.next_id++;
-    Offer offer;
-    offer.id = message.id;
-    offer.tag = message.spec.tag;
-    offer.count = message.spec.count;
-    offer.dtype = message.spec.dtype;
-    if (message.bytes() <= channel.sizes().eager_bytes) {
-      if (message.bytes() != 0) std::memcpy(channel.eager_data(number), message.spec.data, message.bytes());
-    } else {
-      offer.location = group_.segments().locate(message.spec.data, message.bytes());
-      offer.transfer = offer.location.symmetric() ? Transfer::kInPlace : Transfer::kStreamed;
-    }
-    channel.offer(number) = offer;
-    store_flag(header.offered, number + 1);
+    const Offer offer = put_offer(channel, message.spec, message.id);
     posted = true;
     if (offer.transfer == Transfer::kEager && group_.tuning().strict == 0) {
       finish(message);

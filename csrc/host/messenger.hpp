@@ -37,6 +37,8 @@ struct MessageSpec {
   void* data = nullptr;
   std::size_t count = 0;
   DType dtype = DType::kUInt8;
+
+  std::size_t bytes() const { return count * size_of(dtype); }
 };
 
 class Messenger {
@@ -46,6 +48,9 @@ class Messenger {
   Messenger& operator=(const Messenger&) = delete;
   ~Messenger();
 
+  /// One message. Small ones take a short way where nothing else is under way.
+  void send(const MessageSpec& spec, double timeout_s);
+  int recv(const MessageSpec& spec, double timeout_s);
   /// Post messages that progress together and wait for all; returns their sources (a send's: its destination).
   std::vector<int> run(const std::vector<MessageSpec>& specs, double timeout_s);
   /// Post them and return at once.
@@ -66,7 +71,7 @@ class Messenger {
     const std::byte* in_place = nullptr;
     bool done = false;
 
-    std::size_t bytes() const { return spec.count * size_of(spec.dtype); }
+    std::size_t bytes() const { return spec.bytes(); }
   };
   /// Messages that were posted together and are waited for together.
   struct Batch {
@@ -101,6 +106,10 @@ class Messenger {
   void fail(const Error& error);
   void loop();
 
+  void check_usable() const;
+  bool send_at_once(const MessageSpec& spec);
+  bool recv_at_once(const MessageSpec& spec);
+
   // All of these are called under mutex_.
   void post(Batch& batch);
   bool waits_for(const Batch& batch, int rank) const;
@@ -108,6 +117,7 @@ class Messenger {
   void drop_all(const Error& error);
   void progress();
   void send_to(int peer);
+  Offer put_offer(const Channel& channel, const MessageSpec& spec, std::uint64_t id);
   void post_offers(int peer, Outgoing& outgoing, const Channel& channel);
   void read_replies(Outgoing& outgoing, const Channel& channel);
   void stream_out(int peer, Outgoing& outgoing, const Channel& channel);

@@ -42,8 +42,7 @@ Messenger::Messenger(Group& group, InterruptCheck interrupt)
 Messenger::~Messenger() { stop(); }
 
 std::shared_ptr<Messenger::Batch> Messenger::make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const {
-  group_.check_usable();
-  waiter_.check_aborted();
+  check_usable();
   auto batch = std::make_shared<Batch>();
   batch->deadline = Deadline::after(timeout_s);
   batch->num_active = specs.size();
@@ -68,6 +67,21 @@ void Messenger::post(Batch& batch) {
     }
   }
   progress();
+}
+
+void Messenger::check_usable() const {
+  group_.check_usable();
+  waiter_.check_aborted();
+}
+
+void Messenger::send(const MessageSpec& spec, double timeout_s) {
+  check_usable();
+  if (!send_at_once(spec)) run({spec}, timeout_s);
+}
+
+int Messenger::recv(const MessageSpec& spec, double timeout_s) {
+  check_usable();
+  return recv_at_once(spec) ? spec.peer : run({spec}, timeout_s).front();
 }
 
 std::vector<int> Messenger::run(const std::vector<MessageSpec>& specs, double timeout_s) {

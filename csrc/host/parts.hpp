@@ -15,17 +15,30 @@ namespace pycomm::host {
 class Parts {
  public:
   Parts() = default;  // none
-  explicit Parts(std::vector<std::uint64_t> counts) : counts_(std::move(counts)) {
+  explicit Parts(std::vector<std::uint64_t> counts)
+      : num_parts_(static_cast<int>(counts.size())), counts_(std::move(counts)) {
     starts_.reserve(counts_.size());
     for (const std::uint64_t count : counts_) {
       starts_.push_back(total_);
       total_ += count;
     }
   }
+  /// The usual ones, all of `count` elements: nothing to allocate.
+  static Parts even(std::uint64_t count, int num_parts) {
+    Parts parts;
+    parts.num_parts_ = num_parts;
+    parts.even_count_ = count;
+    parts.total_ = count * static_cast<std::uint64_t>(num_parts);
+    return parts;
+  }
 
-  int num_parts() const { return static_cast<int>(counts_.size()); }
-  std::uint64_t count(int part) const { return counts_[static_cast<std::size_t>(part)]; }
-  std::uint64_t start(int part) const { return starts_[static_cast<std::size_t>(part)]; }
+  int num_parts() const { return num_parts_; }
+  std::uint64_t count(int part) const {
+    return counts_.empty() ? even_count_ : counts_[static_cast<std::size_t>(part)];
+  }
+  std::uint64_t start(int part) const {
+    return starts_.empty() ? even_count_ * static_cast<std::uint64_t>(part) : starts_[static_cast<std::size_t>(part)];
+  }
   std::uint64_t total() const { return total_; }
 
   /// For Call::splits: 0 if all parts are equal, else FNV-1a of the counts.
@@ -39,9 +52,11 @@ class Parts {
   }
 
  private:
-  std::vector<std::uint64_t> counts_;
-  std::vector<std::uint64_t> starts_;
+  int num_parts_ = 0;
+  std::uint64_t even_count_ = 0;
   std::uint64_t total_ = 0;
+  std::vector<std::uint64_t> counts_;  // empty: all are even_count_
+  std::vector<std::uint64_t> starts_;
 };
 
 /// The memory of one rank in a call that is not in place; a side that this rank does not have is nullptr.

@@ -14,7 +14,7 @@ namespace pycomm::host {
 void scatter(Group& group, const Tensors& tensors, const Parts& parts, int root) {
   const Call call{.kind = OpKind::kScatter, .dtype = tensors.dtype, .root = root, .count = parts.total()};
   const bool is_small = call.bytes() <= group.tuning().one_shot_bytes;
-  const Parts nothing(std::vector<std::uint64_t>(static_cast<std::size_t>(group.world_size()), 0));
+  const Parts nothing = Parts::even(0, group.world_size());
   Shown shown{std::vector<Parts>(static_cast<std::size_t>(group.world_size()), nothing), Readers::kOneAPart};
   shown.layouts[static_cast<std::size_t>(root)] = parts;
   Rounds rounds(group, tensors.input, tensors.dtype, std::move(shown), is_small);

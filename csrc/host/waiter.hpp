@@ -40,14 +40,21 @@ class Waiter {
       while (next < members_.world_size && ready(next)) ++next;
       return next == members_.world_size;
     };
-    if (advance()) return;
-    for (int i = 0; i < spins_; ++i) {
-      pause();
-      if (advance()) return;
-    }
+    if (spin(advance)) return;
     using Advance = decltype(advance);
     sleep({[](const void* f) { return (*static_cast<const Advance*>(f))(); }, &advance},
           {[](const void* f, int rank) { return (*static_cast<const Ready*>(f))(rank); }, &ready}, context);
+  }
+
+  /// The first, short part of a wait: whether `arrived()` came to hold while it spun.
+  template <class Arrived>
+  bool spin(const Arrived& arrived) const {
+    if (arrived()) return true;
+    for (int i = 0; i < spins_; ++i) {
+      pause();
+      if (arrived()) return true;
+    }
+    return false;
   }
 
   /// Wake every peer that sleeps; call it after each flag that somebody may wait for.

@@ -4,94 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from pycomm import _C
+from pycomm.arguments import Message
 from pycomm.errors import BackendUnavailableError
 
-__all__ = ["Backend", "Choice", "Message", "choose"]
+__all__ = ["Backend", "Calls", "Choice", "choose"]
 
 NAMES = ("auto", "shm", "nccl", "gloo")
 
 
-class Message(NamedTuple):
-    """One send or receive; ``peer`` -1: from any source."""
+class Calls(Protocol):
+    """What all ranks of a group call, with the arguments of :class:`pycomm.communicator.Communicator`'s methods.
 
-    is_send: bool
-    tensor: torch.Tensor
-    peer: int
-    tag: int
+    Whoever implements it checks them, so that the common call passes from its caller to the extension at once; back
+    ends in Python leave that to :class:`pycomm.arguments.Checked`. Calls return a Work when ``async_op``, else None.
+    ``timeout_s`` None: the communicator's.
+    """
+
+    def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
+    def broadcast(self, tensor: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
+    def reduce(self, tensor: Any, root: int, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
+    def reduce_scatter(
+        self,
+        output: Any,
+        input: Any,
+        op: str,
+        input_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> _C.Work | None: ...
+    def all_gather(
+        self,
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> _C.Work | None: ...
+    def all_to_all(
+        self,
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        input_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> _C.Work | None: ...
+    def gather(
+        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /
+    ) -> _C.Work | None: ...
+    def scatter(
+        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /
+    ) -> _C.Work | None: ...
+    def barrier(self, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
+    def send(self, tensor: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
+    def recv(
+        self, tensor: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /
+    ) -> _C.Work | int: ...
+    def exchange(
+        self, messages: Sequence[Message], async_op: bool, timeout_s: float | None, /
+    ) -> _C.Work | list[int]: ...
 
 
 class Backend(Protocol):
-    """What a Communicator needs. Tensors are contiguous and on ``device``; names of ops are checked here.
-
-    ``counts`` are elements of each rank's part: of the input of reduce_scatter, of the output of all_gather, of the
-    root's tensor in gather and scatter, where the other ranks have None. Calls
-    return a Work when ``async_op``, else None.
-    """
+    """What a Communicator needs: the calls of its group, and the group's memory and life."""
 
     name: str
     device: torch.device
+    rank: int
+    world_size: int
+    group: str
+    calls: Calls
 
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def group(self) -> str: ...
-
-    def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None: ...
-    def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None: ...
-    def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None: ...
-    def reduce_scatter(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        counts: Sequence[int],
-        op: str,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None: ...
-    def all_gather(
-        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
-    ) -> _C.Work | None: ...
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
-    ) -> _C.Work | None: ...
-    def all_to_all_by_splits(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_counts: Sequence[int],
-        input_counts: Sequence[int],
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None: ...
-    def gather(
-        self,
-        output: torch.Tensor | None,
-        input: torch.Tensor,
-        counts: Sequence[int],
-        root: int,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None: ...
-    def scatter(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor | None,
-        counts: Sequence[int],
-        root: int,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None: ...
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None: ...
-    def recv(self, tensor: torch.Tensor, src: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | int: ...
-    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]: ...
-    def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None: ...
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor: ...
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...
     def split(self, color: int | None, key: int, timeout_s: float) -> Backend | None: ...

@@ -30,7 +30,7 @@ def wrong_arguments(comm: Communicator) -> None:
     refused(lambda: comm.reduce_scatter(part, whole, input_splits=[-4] + [4] * (n - 1)), "a count is negative")
     refused(lambda: comm.reduce_scatter(part, whole[0, 0], input_splits=[1] * n), "has no dim 0 to split")
     refused(lambda: comm.all_gather(whole, torch.zeros(13)), "input has 13 elements .* it needs 12")
-    refused(lambda: comm.all_gather(whole, part.double()), "output is torch.float32, input is torch.float64")
+    refused(lambda: comm.all_gather(whole, part.double()), "input is torch.float64, output is torch.float32")
     refused(lambda: comm.all_gather(whole.t(), part), "output is not contiguous")
     refused(lambda: comm.all_gather(whole, [1.0]), "input: list is neither", TypeError)
     refused(lambda: comm.all_to_all(whole, torch.zeros(6 * n)), f"output has {12 * n} elements")

@@ -172,7 +172,11 @@ class Rank {
     const std::vector<MessageSpec> specs = {
         {.is_send = true, .peer = right, .tag = call, .data = mine->data(), .count = count, .dtype = DType::kFloat32},
         {.is_send = false, .peer = left, .tag = call, .data = theirs.data(), .count = count, .dtype = DType::kFloat32}};
-    finish(comm_.exchange_messages(specs, options_, nullptr));
+    if (options_.async_op) {
+      finish(comm_.start_messages(specs, options_.timeout_s));
+    } else {
+      comm_.run_messages(specs, options_.timeout_s);
+    }
     for (std::size_t i = 0; i < count; ++i) expect(theirs[i], value(left, i, call), "ring", call);
     mine->fill(-1, call);
   }
@@ -200,7 +204,7 @@ int main(int argc, char** argv) {
     ranks.emplace_back([&, rank] {
       auto members = meet(rank, num_ranks, rank == 0 ? &listener : nullptr, listener.address(),
                           default_tuning(num_ranks), Deadline::after(kTimeoutS), nullptr);
-      Communicator comm("world", std::move(members), nullptr);
+      Communicator comm("world", std::move(members), 600, nullptr);
       Rank(comm, seed).run(num_calls);
       comm.barrier({kTimeoutS, false});
       comm.close(kTimeoutS);
