@@ -92,7 +92,8 @@ class Communicator(Collectives, Messages):
         Raises:
             PeerTimeoutError, PeerLostError: as a collective's.
         """
-        self._host().wait_posted(tensor_on(self.device, flag, "flag"), value, self._timeout(timeout_s))
+        wait_s = self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
+        self._host().wait_posted(tensor_on(self.device, flag, "flag"), value, wait_s)
 
     def _host(self) -> ShmBackend:
         if not isinstance(self._backend, ShmBackend):

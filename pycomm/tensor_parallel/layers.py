@@ -14,6 +14,8 @@ Refs: "Megatron-LM" (2019); "Reducing Activation Recomputation in Large Transfor
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ class ParallelLayer(nn.Module):
     shards: dict[str, Shard]
     weight: nn.Parameter
     bias: nn.Parameter | None
+    transposed: bool = False
 
     def shard_sizes(self, name: str) -> list[int]:
         """How much of its cut dimension each rank has of parameter ``name``."""
@@ -49,11 +52,44 @@ class ParallelLayer(nn.Module):
         part = self.shards[name].take(full.detach(), self.comm.world_size, self.comm.rank)
         return nn.Parameter(part, requires_grad=full.requires_grad)
 
-    def _adopt(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _adopt(self, module: nn.Module, comm: Communicator, **shards: Shard) -> None:
+        """Take this rank's part of a linear module's parameters; ``shards`` are in terms of [out, in]."""
+        self.comm, self.shards = comm, shards
+        self.out_features, self.in_features = out_features_of(module), in_features_of(module)
+        self.transposed = not isinstance(module, nn.Linear)
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor)
+        if self.transposed and shards["weight"].dim is not None:
+            shards["weight"] = replace(shards["weight"], dim=1 - shards["weight"].dim)
         self.weight = self._take("weight", weight)
         if bias is None:
-            del self.shards["bias"]
+            del shards["bias"]
+        assert bias is None or isinstance(bias, Tensor)
         self.register_parameter("bias", None if bias is None else self._take("bias", bias))
+
+    @property
+    def matrix(self) -> Tensor:
+        """This rank's weight as [out, in], also of a module that stores it the other way round."""
+        return self.weight.t() if self.transposed else self.weight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear``, or the Conv1D of transformers, which is one with its weight stored as [in, out]."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def out_features_of(module: nn.Module) -> int:
+    """Of a linear module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0 if isinstance(module, nn.Linear) else 1]
+
+
+def in_features_of(module: nn.Module) -> int:
+    """Of a linear module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1 if isinstance(module, nn.Linear) else 0]
 
 
 class ColumnParallelLinear(ParallelLayer):
@@ -86,7 +122,7 @@ class ColumnParallelLinear(ParallelLayer):
     ) -> None:
         super().__init__()
         full = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._setup(full.weight, full.bias, comm, gather_output, sequence_parallel, overlap, unit, segments)
+        self._setup(full, comm, gather_output, sequence_parallel, overlap, Shard(0, out_features, unit, segments))
 
     @classmethod
     def from_linear(
@@ -103,34 +139,29 @@ class ColumnParallelLinear(ParallelLayer):
         """This rank's part of an unsharded module, which is left as it is."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._setup(module.weight, module.bias, comm, gather_output, sequence_parallel, overlap, unit, segments)
+        shard = Shard(0, out_features_of(module), unit, segments)
+        layer._setup(module, comm, gather_output, sequence_parallel, overlap, shard)
         return layer
 
     def _setup(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
+        module: nn.Module,
         comm: Communicator,
         gather_output: bool,
         sequence_parallel: bool,
         overlap: bool,
-        unit: int,
-        segments: int,
+        shard: Shard,
     ) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.comm = comm
-        self.gather_output, self.sequence_parallel, self.overlap = gather_output, sequence_parallel, overlap
-        shard = Shard(0, self.out_features, unit, segments)
-        if gather_output and segments > 1:
+        if gather_output and shard.segments > 1:
             raise ValueError("gather_output does not go with segments: their parts would be in the wrong order")
-        self.shards = {"weight": shard, "bias": shard}
+        self.gather_output, self.sequence_parallel, self.overlap = gather_output, sequence_parallel, overlap
         self.reduce_input = True  # False: the input's gradient is summed by who made it (``parallelize``)
         self.pad_empty = False  # True: a rank without units computes with one of zeros (``parallelize``)
-        self._adopt(weight, bias)
+        self._adopt(module, comm, weight=shard, bias=shard)
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in_features] (with sequence_parallel this rank's rows) -> […, this rank's outputs, or all of them]."""
-        weight = self.weight
+        weight = self.matrix
         if self.sequence_parallel:
             out = fused.all_gather_matmul(x, weight, self.comm, overlap=self.overlap)
             if self.bias is not None:
@@ -177,7 +208,7 @@ class RowParallelLinear(ParallelLayer):
     ) -> None:
         super().__init__()
         full = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._setup(full.weight, full.bias, comm, input_is_parallel, sequence_parallel, overlap, unit)
+        self._setup(full, comm, input_is_parallel, sequence_parallel, overlap, unit)
 
     @classmethod
     def from_linear(
@@ -193,44 +224,40 @@ class RowParallelLinear(ParallelLayer):
         """This rank's part of an unsharded module, which is left as it is."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._setup(module.weight, module.bias, comm, input_is_parallel, sequence_parallel, overlap, unit)
+        layer._setup(module, comm, input_is_parallel, sequence_parallel, overlap, unit)
         return layer
 
     def _setup(
         self,
-        weight: Tensor,
-        bias: Tensor | None,
+        module: nn.Module,
         comm: Communicator,
         input_is_parallel: bool,
         sequence_parallel: bool,
         overlap: bool,
         unit: int,
     ) -> None:
-        self.out_features, self.in_features = weight.shape
-        self.comm = comm
         self.input_is_parallel, self.sequence_parallel, self.overlap = input_is_parallel, sequence_parallel, overlap
-        self.shards = {"weight": Shard(1, self.in_features, unit), "bias": Shard(None)}
-        self._adopt(weight, bias)
+        self._adopt(module, comm, weight=Shard(1, in_features_of(module), unit), bias=Shard(None))
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, this rank's inputs, or all of them] -> […, out_features] (with sequence_parallel this rank's rows)."""
         if not self.input_is_parallel:
             x = _own_features(x, self)
-        elif x.shape[-1] != self.weight.shape[1]:
+        elif x.shape[-1] != self.matrix.shape[1]:
             x = self._without_padding(x)
         if not self.sequence_parallel:
-            out = fused.matmul_all_reduce(x, self.weight, self.comm, overlap=self.overlap)
+            out = fused.matmul_all_reduce(x, self.matrix, self.comm, overlap=self.overlap)
             return out if self.bias is None else out + self.bias
-        out = fused.matmul_reduce_scatter(x, self.weight, self.comm, overlap=self.overlap)
+        out = fused.matmul_reduce_scatter(x, self.matrix, self.comm, overlap=self.overlap)
         # Every rank adds the bias to its own rows, so its gradient is a sum over ranks.
         return out if self.bias is None else out + copy_to_ranks(self.bias, self.comm)
 
     def _without_padding(self, x: Tensor) -> Tensor:
         """A rank without heads computes with one of zeros (``parallelize``), which is cut off here."""
-        if self.weight.shape[1] or x.shape[-1] != self.shards["weight"].unit:
+        if self.matrix.shape[1] or x.shape[-1] != self.shards["weight"].unit:
             raise ValueError(
                 f"the input has {x.shape[-1]} features, this rank's part of {self.in_features} has "
-                f"{self.weight.shape[1]}: is the layer before it cut in the same units?"
+                f"{self.matrix.shape[1]}: is the layer before it cut in the same units?"
             )
         return x[..., :0]
 
