@@ -75,15 +75,20 @@ def scatter_to_ranks(x: Tensor, comm: Communicator, dim: int = -1) -> Tensor:
 def all_gather(x: Tensor, comm: Communicator, dim: int = -2, sizes: Sequence[int] | None = None) -> Tensor:
     """The ranks' x, one after the other along ``dim``; the gradient is summed over ranks and scattered.
 
-    ``sizes`` as in :func:`gather_from_ranks`; they must be those of the rule of ``torch.chunk``.
+    ``sizes`` as in :func:`gather_from_ranks`.
     """
     out: Tensor = _all_gather(x, dim % x.dim(), sizes_of(x, dim, sizes, comm), group_name(comm))
     return out
 
 
-def reduce_scatter(x: Tensor, comm: Communicator, dim: int = -2) -> Tensor:
-    """This rank's part along ``dim`` of the sum of the ranks' x; the gradients of the parts are concatenated."""
-    out: Tensor = _reduce_scatter(x, dim % x.dim(), group_name(comm))
+def reduce_scatter(x: Tensor, comm: Communicator, dim: int = -2, sizes: Sequence[int] | None = None) -> Tensor:
+    """This rank's part along ``dim`` of the sum of the ranks' x; the gradients of the parts are concatenated.
+
+    Args:
+        sizes: of each rank's part; None: by the rule of ``torch.chunk``.
+    """
+    parts = shard_sizes(x.shape[dim], comm.world_size) if sizes is None else list(sizes)
+    out: Tensor = _reduce_scatter(x, dim % x.dim(), parts, group_name(comm))
     return out
 
 
@@ -122,9 +127,8 @@ def _own_part(x: Tensor, dim: int, group: str) -> Tensor:
     return x.narrow(dim, start_of(sizes, comm.rank), sizes[comm.rank]).clone(memory_format=torch.contiguous_format)
 
 
-def _sum_of_own_part(x: Tensor, dim: int, group: str) -> Tensor:
+def _sum_of_own_part(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
     comm = communicator(group)
-    sizes = shard_sizes(x.shape[dim], comm.world_size)
     parts = [part.flatten() for part in x.split(sizes, dim)]
     out = x.new_empty(*x.shape[:dim], sizes[comm.rank], *x.shape[dim + 1 :])
     comm.reduce_scatter(out, torch.cat(parts), input_splits=[part.numel() for part in parts])
@@ -142,6 +146,10 @@ def _whole(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
 def _part(x: Tensor, dim: int, group: str) -> Tensor:
     comm = communicator(group)
     return x.new_empty(*x.shape[:dim], shard_sizes(x.shape[dim], comm.world_size)[comm.rank], *x.shape[dim + 1 :])
+
+
+def _part_of(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
+    return x.new_empty(*x.shape[:dim], sizes[communicator(group).rank], *x.shape[dim + 1 :])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -195,12 +203,12 @@ _all_gather = define(
     _concatenate,
     _whole,
     setup_context=_keep,
-    backward=lambda ctx, grad: (_reduce_scatter(grad, ctx.dim, ctx.group), None, None, None),
+    backward=lambda ctx, grad: (_reduce_scatter(grad, ctx.dim, ctx.sizes, ctx.group), None, None, None),
 )
 _reduce_scatter = define(
-    "reduce_scatter(Tensor x, int dim, str group) -> Tensor",
+    "reduce_scatter(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
     _sum_of_own_part,
-    _part,
+    _part_of,
     setup_context=_keep,
-    backward=lambda ctx, grad: (_all_gather(grad, ctx.dim, _parts_again(ctx), ctx.group), None, None),
+    backward=lambda ctx, grad: (_all_gather(grad, ctx.dim, ctx.sizes, ctx.group), None, None, None),
 )

@@ -84,7 +84,7 @@ def check_operators(comm):
         (functional._gather, (x(2, 4), 1, sizes, group)),
         (functional._scatter, (x(2, 4 * n), 1, group)),
         (functional._all_gather, (x(2, 4), 1, sizes, group)),
-        (functional._reduce_scatter, (x(2, 4 * n), 1, group)),
+        (functional._reduce_scatter, (x(2, 4 * n), 1, sizes, group)),
         (overlap._all_gather_matmul, (x(4, 3), x(5, 3), sizes, group, True)),
         (overlap._matmul_reduce_scatter, (x(4 * n, 3), x(5, 3), group, True)),
         (overlap._matmul_all_reduce, (x(4, 3), x(5, 3), group, True)),
