@@ -66,9 +66,12 @@ def parallelize(
         ValueError: no plan is known; a pattern names no module (the error lists near names); a style does not fit its
             module, or two tied weights are to be cut differently. The model is unchanged then.
     """
-    styles = styles_by_name(model, auto_plan(model) if isinstance(plan, str) else plan, strict=not isinstance(plan, str))
-    if isinstance(plan, str) and plan != "auto":
-        raise ValueError(f'plan={plan!r}: it is "auto" or a mapping from patterns to styles')
+    if isinstance(plan, str):
+        if plan != "auto":
+            raise ValueError(f'plan={plan!r}: it is "auto" or a mapping from patterns to styles')
+        styles = styles_by_name(model, auto_plan(model), strict=False)
+    else:
+        styles = styles_by_name(model, plan, strict=True)
     known = architecture_of(model)
     if sequence_parallel and known is None:
         raise ValueError(f"sequence_parallel: pycomm does not know where the blocks of {type(model).__name__} are")
