@@ -1,9 +1,10 @@
 """Tensor-parallel blocks, forward and backward: pycomm, DTensor, and the same products with no communication.
 
-``python benchmarks/tensor_parallel.py [--ranks 2] [--block mlp] [--shapes 256x1024x128,…] [--json FILE] [--plot FILE]``
+``python benchmarks/tensor_parallel.py [--ranks 2] [--block mlp] [--shapes 256x1024x128,…] [--json FILE]``
 
-Contenders take turns in one run (A B A B …), on ranks of one thread each. Shapes are hidden x ffn x tokens. A contender's
-time in a round is that of its slowest rank. Overlap efficiency is (sequential - fused) / (sequential - products alone).
+Contenders take turns in one run (A B A B …), on ranks of one thread each. Shapes are hidden x ffn x tokens. A
+contender's time in a round is that of its slowest rank. Overlap efficiency is
+(sequential - fused) / (sequential - products alone).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -72,7 +74,9 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.output = (nn.Linear(hidden, hidden) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = [layer(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(0, 1) for layer in (self.query, self.key, self.value)]
+        heads = [
+            layer(x).unflatten(-1, (-1, HEAD_WIDTH)).transpose(0, 1) for layer in (self.query, self.key, self.value)
+        ]
         mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
         return self.output(mixed.transpose(0, 1).flatten(1))
 
@@ -103,11 +107,10 @@ def local_block(block: nn.Module, comm: pycomm.Communicator) -> nn.Module:
     return block
 
 
-def dtensor_block(block: nn.Module, backend: str, ranks: int) -> nn.Module:
+def dtensor_block(block: nn.Module, ranks: int) -> nn.Module:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    del backend
     plan = {name: ColwiseParallel() if name in COLUMN else RowwiseParallel() for name, _ in block.named_children()}
     return parallelize_module(block, DeviceMesh("cpu", list(range(ranks))), plan)
 
@@ -127,9 +130,7 @@ def count_wrong(block: nn.Module, reference: nn.Module, x: Tensor, grad: Tensor)
         out = step(module, own, grad)
         results.append((out.detach(), own.grad))
     terms = max(p.numel() // p.shape[0] for p in reference.parameters() if p.dim() == 2) * 4
-    return sum(
-        int(((a - b).abs() > terms * 2**-24 * b.abs().max()).sum()) for a, b in zip(*results, strict=True)
-    )
+    return sum(int(((a - b).abs() > terms * 2**-24 * b.abs().max()).sum()) for a, b in zip(*results, strict=True))
 
 
 def measure(
@@ -167,7 +168,7 @@ def worker(options: argparse.Namespace) -> None:
         blocks = {
             "pycomm": pycomm_block(block_of(options.block, hidden, ffn), comm, True),
             "pycomm, overlap off": pycomm_block(block_of(options.block, hidden, ffn), comm, False),
-            "DTensor on gloo": dtensor_block(block_of(options.block, hidden, ffn), "gloo", comm.world_size),
+            "DTensor on gloo": dtensor_block(block_of(options.block, hidden, ffn), comm.world_size),
             "products alone": local_block(block_of(options.block, hidden, ffn), comm),
         }
         reference = block_of(options.block, hidden, ffn)
@@ -175,7 +176,7 @@ def worker(options: argparse.Namespace) -> None:
             name: 0 if name == "products alone" else count_wrong(block, reference, x.detach(), grad)
             for name, block in blocks.items()
         }
-        runs = {name: (lambda block=block: step(block, x, grad)) for name, block in blocks.items()}
+        runs = {name: partial(step, block, x, grad) for name, block in blocks.items()}
         for name, times in measure(comm, runs, options.budget_s).items():
             low, _, high = quantiles(times, n=4)
             rows.append(
@@ -193,7 +194,9 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> None:
     print(", ".join(f"{key} {value}" for key, value in host.items()))
     if (warning := load_warning()) is not None:
         print(warning)
-    print(f"{'shape':>15} {'contender':<22} {'ms p50':>8} {'p25':>8} {'p75':>8} {'x DTensor':>10} {'of bound':>9} #wrong")
+    print(
+        f"{'shape':>15} {'contender':<22} {'ms p50':>8} {'p25':>8} {'p75':>8} {'x DTensor':>10} {'of bound':>9} #wrong"
+    )
     for row in rows:
         same = {r.contender: r for r in rows if (r.hidden, r.ffn, r.tokens) == (row.hidden, row.ffn, row.tokens)}
         speedup = same["DTensor on gloo"].time_ms_p50 / row.time_ms_p50

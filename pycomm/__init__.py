@@ -5,11 +5,10 @@ One semantics on processes that share a host's memory, on one GPU and on a clust
 
 import torch as _torch  # noqa: F401  (before the extension: it brings the C++ runtime that both use)
 
-from pycomm import errors
+from pycomm import errors, tensor_parallel
 from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
-from pycomm import tensor_parallel
 from pycomm.data_parallel import DataParallel
 
 __version__ = _version()
-__all__ = ["Communicator", "DataParallel", "Work", "__version__", "errors", "init"]
+__all__ = ["Communicator", "DataParallel", "Work", "__version__", "errors", "init", "tensor_parallel"]

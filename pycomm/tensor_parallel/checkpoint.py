@@ -85,8 +85,9 @@ def full_state_dict(model: nn.Module, *, root: int | None = 0) -> dict[str, Tens
 def sharded_state_dict(model: nn.Module, mesh: DeviceMesh) -> dict[str, Any]:
     """Parameters and buffers for torch.distributed.checkpoint: those that are cut as DTensors over ``mesh``.
 
-    They share memory with the parameters, so that loading into them loads the model; no communication. A parameter whose
-    segments are cut each for itself (GPT-2's query, key and value in one) has one entry a segment, ``name#0`` and so on.
+    They share memory with the parameters, so that loading into them loads the model; no communication. A parameter
+    whose segments are cut each for itself (GPT-2's query, key and value in one) has one entry a segment, ``name#0``
+    and so on. A dimension that is cut in units (heads) is two, so that DTensor's rule never cuts one.
 
     Args:
         mesh: one-dimensional, over the ranks of the communicator that the model is cut over, in their order.
@@ -107,15 +108,16 @@ def sharded_state_dict(model: nn.Module, mesh: DeviceMesh) -> dict[str, Any]:
             continue
         shard, _ = shards[name]
         assert shard.dim is not None
-        for i, part in enumerate(value.chunk(shard.segments, shard.dim)):
-            # Whole heads are counted as one: DTensor's rule is torch.chunk's, of units.
-            units = part.unflatten(shard.dim, (part.shape[shard.dim] // shard.unit, shard.unit))
-            shape = list(units.shape)
+        for i, segment in enumerate(value.chunk(shard.segments, shard.dim)):
+            part = segment
+            if shard.unit > 1:
+                part = part.unflatten(shard.dim, (part.shape[shard.dim] // shard.unit, shard.unit))
+            shape = list(part.shape)
             shape[shard.dim] = shard.total // shard.segments // shard.unit
             stride = torch.empty(shape, device="meta").stride()
             key = name if shard.segments == 1 else f"{name}#{i}"
             found[key] = DTensor.from_local(
-                units, mesh, [Placement(shard.dim)], run_check=False, shape=torch.Size(shape), stride=stride
+                part, mesh, [Placement(shard.dim)], run_check=False, shape=torch.Size(shape), stride=stride
             )
     return found
 
@@ -145,12 +147,17 @@ def _read(view: Any, cut: tuple[Shard, Communicator] | None) -> Tensor:
     if view.get_shape()[shard.dim] != shard.total:
         raise ValueError(f"the file has a tensor of {view.get_shape()}, dimension {shard.dim} shall be {shard.total}")
     lead = (slice(None),) * shard.dim
+
+    def rows(start: int, size: int) -> Tensor:
+        index = (*lead, slice(start, start + size))
+        found: Tensor = view[index]
+        return found
+
     intervals = shard.intervals(comm.world_size, comm.rank)
-    parts = [view[(*lead, slice(start, start + size))] for start, size in intervals if size]
+    parts = [rows(start, size) for start, size in intervals if size]
     if parts:
         return torch.cat(parts, shard.dim)
-    first: Tensor = view[(*lead, slice(0, 1))]
-    return first.narrow(shard.dim, 0, 0)
+    return rows(0, 1).narrow(shard.dim, 0, 0)
 
 
 def _assign(model: nn.Module, names: list[str], old: Tensor, part: Tensor) -> None:
@@ -182,5 +189,3 @@ def _gather(value: Tensor, shard: Shard, comm: Communicator) -> Tensor:
         for (start, size), segment in zip(intervals, part.chunk(shard.segments, shard.dim), strict=True):
             full.narrow(shard.dim, start, size).copy_(segment)
     return full
-
-

@@ -93,7 +93,7 @@ def reduce_scatter(x: Tensor, comm: Communicator, dim: int = -2, sizes: Sequence
 
 
 def sizes_of(x: Tensor, dim: int, sizes: Sequence[int] | None, comm: Communicator) -> list[int]:
-    """``sizes``, or if None those of ``dim`` on every rank, by a small collective; compiled code takes them as equal."""
+    """``sizes``, or if None those of ``dim`` on every rank: a small collective; compiled code takes them as equal."""
     if sizes is not None:
         return list(sizes)
     if torch.compiler.is_compiling() or comm.world_size == 1:
@@ -170,42 +170,42 @@ def _narrowed(ctx: Any, grad: Tensor) -> Tensor:
     return grad.narrow(ctx.dim, start_of(ctx.sizes, rank), ctx.sizes[rank])
 
 
-_copy = define(
+_copy: Any = define(
     "copy_to_ranks(Tensor x, str group) -> Tensor",
     lambda x, group: x.clone(memory_format=torch.contiguous_format),
     _same,
     setup_context=_keep,
     backward=lambda ctx, grad: (_reduce(grad, ctx.group), None),
 )
-_reduce = define(
+_reduce: Any = define(
     "reduce_from_ranks(Tensor x, str group) -> Tensor",
     _sum_over_ranks,
     _same,
     setup_context=_keep,
     backward=lambda ctx, grad: (grad, None),
 )
-_gather = define(
+_gather: Any = define(
     "gather_from_ranks(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
     _concatenate,
     _whole,
     setup_context=_keep,
     backward=lambda ctx, grad: (_narrowed(ctx, grad), None, None, None),
 )
-_scatter = define(
+_scatter: Any = define(
     "scatter_to_ranks(Tensor x, int dim, str group) -> Tensor",
     _own_part,
     _part,
     setup_context=_keep,
     backward=lambda ctx, grad: (_gather(grad, ctx.dim, _parts_again(ctx), ctx.group), None, None),
 )
-_all_gather = define(
+_all_gather: Any = define(
     "all_gather(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
     _concatenate,
     _whole,
     setup_context=_keep,
     backward=lambda ctx, grad: (_reduce_scatter(grad, ctx.dim, ctx.sizes, ctx.group), None, None, None),
 )
-_reduce_scatter = define(
+_reduce_scatter: Any = define(
     "reduce_scatter(Tensor x, int dim, SymInt[] sizes, str group) -> Tensor",
     _sum_of_own_part,
     _part_of,

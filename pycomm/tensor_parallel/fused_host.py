@@ -15,8 +15,9 @@ A core computes or communicates, never both: what is hidden is the wait for rank
 
 Shapes are [B, S, width]: the sequence, dim 1, is what is cut. 16-bit partial sums are added in fp32 and rounded once.
 
-Ref: "Breaking the Computation and Communication Abstraction Barrier in Distributed Machine Learning Workloads" (CoCoNet,
-2022), "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models" (2023).
+Refs: "Breaking the Computation and Communication Abstraction Barrier in Distributed Machine Learning Workloads"
+(CoCoNet, 2022); "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models"
+(2023).
 """
 
 from __future__ import annotations

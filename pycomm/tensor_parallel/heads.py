@@ -33,10 +33,11 @@ def head_width(attention: nn.Module) -> int | None:
         width = getattr(attention, name, None)
         if isinstance(width, int):
             return width
+    num_heads = getattr(attention, "num_heads", None)
     for name in QUERY:
         query = getattr(attention, name, None)
-        if query is not None and is_linear(query) and isinstance(getattr(attention, "num_heads", None), int):
-            return out_features_of(query) // int(attention.num_heads)
+        if query is not None and is_linear(query) and isinstance(num_heads, int):
+            return out_features_of(query) // num_heads
     return None
 
 
@@ -84,5 +85,5 @@ class RepeatedHeadsLinear(ParallelLayer):
             out = F.linear(x, weight, bias)
         if not self._repeat:
             return F.pad(out, (0, self.width))
-        heads = out.unflatten(-1, (-1, self.width))
+        heads: Tensor = out.unflatten(-1, (-1, self.width))
         return heads.index_select(-2, torch.tensor(self._repeat, device=x.device)).flatten(-2)

@@ -1,10 +1,10 @@
 """Linear layers and embeddings cut over ranks.
 
 The usual pair: ``ColumnParallelLinear`` cuts the outputs and takes an input that all ranks have,
-``RowParallelLinear`` cuts the inputs and sums its outputs over ranks; whatever acts on single features may stand between
-them. With ``sequence_parallel`` activations outside the pair are cut along the sequence, dim −2, instead of being the
-same everywhere: the first layer gathers, the second one scatters, and norms and dropout in between see only their part
-(make their parameters' gradients whole with :func:`sum_gradients`).
+``RowParallelLinear`` cuts the inputs and sums its outputs over ranks; whatever acts on single features may stand
+between them. With ``sequence_parallel`` activations outside the pair are cut along the sequence, dim −2, instead of
+being the same everywhere: the first layer gathers, the second one scatters, and norms and dropout in between see only
+their part (make their parameters' gradients whole with :func:`sum_gradients`).
 
 Weights are drawn as the unsharded module draws them, and then cut: the same ``torch.manual_seed`` gives the same full
 weights for any number of ranks, which must be seeded alike. A layer holds the full weight for a moment when it is made.
@@ -15,6 +15,7 @@ Refs: "Megatron-LM" (2019); "Reducing Activation Recomputation in Large Transfor
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,13 @@ from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel import overlap as fused
-from pycomm.tensor_parallel.functional import copy_to_ranks, gather_from_ranks, reduce_from_ranks, reduce_scatter
-from pycomm.tensor_parallel.functional import scatter_to_ranks
+from pycomm.tensor_parallel.functional import (
+    copy_to_ranks,
+    gather_from_ranks,
+    reduce_from_ranks,
+    reduce_scatter,
+    scatter_to_ranks,
+)
 from pycomm.tensor_parallel.lookup import vocab_lookup
 from pycomm.tensor_parallel.shards import Shard, shard_bounds
 
@@ -57,14 +63,13 @@ class ParallelLayer(nn.Module):
         self.comm, self.shards = comm, shards
         self.out_features, self.in_features = out_features_of(module), in_features_of(module)
         self.transposed = not isinstance(module, nn.Linear)
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor)
+        weight: Any = module.weight
+        bias: Any = module.bias
         if self.transposed and shards["weight"].dim is not None:
             shards["weight"] = replace(shards["weight"], dim=1 - shards["weight"].dim)
         self.weight = self._take("weight", weight)
         if bias is None:
             del shards["bias"]
-        assert bias is None or isinstance(bias, Tensor)
         self.register_parameter("bias", None if bias is None else self._take("bias", bias))
 
     @property
@@ -127,7 +132,7 @@ class ColumnParallelLinear(ParallelLayer):
     @classmethod
     def from_linear(
         cls,
-        module: nn.Linear,
+        module: nn.Module,
         comm: Communicator,
         gather_output: bool = False,
         sequence_parallel: bool = False,
@@ -136,7 +141,7 @@ class ColumnParallelLinear(ParallelLayer):
         unit: int = 1,
         segments: int = 1,
     ) -> ColumnParallelLinear:
-        """This rank's part of an unsharded module, which is left as it is."""
+        """This rank's part of an unsharded linear module (or transformers' Conv1D), which is left as it is."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         shard = Shard(0, out_features_of(module), unit, segments)
@@ -186,8 +191,8 @@ class RowParallelLinear(ParallelLayer):
     The bias is whole on every rank and added once, after the sum.
 
     Args:
-        input_is_parallel: x has this rank's inputs only, as ``ColumnParallelLinear`` makes them; else x is whole, and cut
-            here.
+        input_is_parallel: x has this rank's inputs only, as ``ColumnParallelLinear`` makes them; else x is whole, and
+            cut here.
         sequence_parallel: the output is cut along dim −2.
         Others as of :class:`ColumnParallelLinear`.
     """
@@ -213,7 +218,7 @@ class RowParallelLinear(ParallelLayer):
     @classmethod
     def from_linear(
         cls,
-        module: nn.Linear,
+        module: nn.Module,
         comm: Communicator,
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
@@ -221,7 +226,7 @@ class RowParallelLinear(ParallelLayer):
         *,
         unit: int = 1,
     ) -> RowParallelLinear:
-        """This rank's part of an unsharded module, which is left as it is."""
+        """This rank's part of an unsharded linear module (or transformers' Conv1D), which is left as it is."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._setup(module, comm, input_is_parallel, sequence_parallel, overlap, unit)
@@ -262,7 +267,9 @@ class RowParallelLinear(ParallelLayer):
         return x[..., :0]
 
     def extra_repr(self) -> str:
-        return _describe(self, f"sequence_parallel={self.sequence_parallel}, input_is_parallel={self.input_is_parallel}")
+        return _describe(
+            self, f"sequence_parallel={self.sequence_parallel}, input_is_parallel={self.input_is_parallel}"
+        )
 
 
 class VocabParallelEmbedding(ParallelLayer):
@@ -350,4 +357,3 @@ def _own_features(x: Tensor, layer: ParallelLayer) -> Tensor:
 
 def _describe(layer: ParallelLayer, what: str) -> str:
     return f"{what}, rank {layer.comm.rank} of {layer.comm.world_size}: {tuple(layer.weight.shape)}"
-

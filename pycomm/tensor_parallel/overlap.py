@@ -248,9 +248,7 @@ def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _matmul_reduce_scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
-    grads = _matmul_reduce_scatter_backward(
-        grad.contiguous(), x, weight, ctx.group, ctx.overlap, need_x, need_weight
-    )
+    grads = _matmul_reduce_scatter_backward(grad.contiguous(), x, weight, ctx.group, ctx.overlap, need_x, need_weight)
     return *_wanted(grads, need_x, need_weight), None, None
 
 

@@ -4,8 +4,8 @@ Modules are replaced in place and keep the names of their parameters, so ``state
 blocks are whole on every rank, or with ``sequence_parallel`` cut along the sequence: then the first block's input is
 scattered, attention and MLP gather theirs, and the last block's output is gathered.
 
-Ref: "Megatron-LM" (2019) for where to cut a transformer; "Reducing Activation Recomputation in Large Transformer Models"
-(2022) for sequence parallel.
+Refs: "Megatron-LM" (2019) for where to cut a transformer; "Reducing Activation Recomputation in Large Transformer
+Models" (2022) for sequence parallel.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def _let_ties_follow(model: nn.Module, styles: dict[str, str], ties: list[list[t
         if not planned:
             continue
         if any(style not in _COLUMN_LIKE for style in planned.values()):
-            raise ValueError(f"plan: {', '.join(planned)} share a weight with {', '.join(owners)}: cut them all by rows")
+            raise ValueError(
+                f"plan: {', '.join(planned)} share a weight with {', '.join(owners)}: cut them all by rows"
+            )
         for owner in owners:
             embeds = isinstance(model.get_submodule(owner), nn.Embedding)
             styles.setdefault(owner, "vocab" if embeds else "colwise_gather_output")
@@ -183,9 +185,7 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _retie(
-    model: nn.Module, ties: list[list[tuple[str, str]]], layers: Mapping[str, ParallelLayer | None]
-) -> None:
+def _retie(model: nn.Module, ties: list[list[tuple[str, str]]], layers: Mapping[str, ParallelLayer | None]) -> None:
     for group in ties:
         cut = [getattr(layers[owner], name) for owner, name in group if layers.get(owner) is not None]
         for owner, name in group if cut else []:
@@ -295,12 +295,12 @@ def _replace_dropout(
     for name, module in list(model.named_modules()):
         is_inside = any(name.startswith(f"{block}.") for block in inside)
         if is_inside and isinstance(getattr(module, "hidden_dropout", None), float) and module.hidden_dropout > 0:
-            raise ValueError(f"{name} draws dropout itself (hidden_dropout), which sequence_parallel cannot cut: set it to 0")
+            raise ValueError(
+                f"{name} draws dropout itself (hidden_dropout), which sequence_parallel cannot cut: set it to 0"
+            )
         if not isinstance(module, nn.Dropout) or module.p == 0:
             continue
         parent, _, child = name.rpartition(".")
         if parent in attentions and not child.startswith("resid"):
             continue  # of attention weights: refused in training
         _set(model, name, ParallelDropout(module.p, comm, _SEQUENCE if is_inside else None))
-
-

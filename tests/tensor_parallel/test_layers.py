@@ -1,4 +1,4 @@
-"""Layers against the unsharded module: outputs, input gradients and parameter gradients, every size uneven somewhere."""
+"""Layers against the unsharded module: outputs, gradients of inputs and parameters; every size is uneven somewhere."""
 
 import pytest
 import torch
@@ -89,9 +89,7 @@ def embed(comm, num_embeddings, sequence_parallel, padding_idx):
     torch.manual_seed(0)
     full = nn.Embedding(num_embeddings, 6, padding_idx)
     torch.manual_seed(0)
-    mine = VocabParallelEmbedding(
-        num_embeddings, 6, comm, padding_idx=padding_idx, sequence_parallel=sequence_parallel
-    )
+    mine = VocabParallelEmbedding(num_embeddings, 6, comm, padding_idx=padding_idx, sequence_parallel=sequence_parallel)
     assert torch.equal(mine.weight, part(full.weight, comm, 0))
     ids = torch.randint(num_embeddings, (3, 5), generator=torch.Generator().manual_seed(1))
     ids[0, 0] = 0

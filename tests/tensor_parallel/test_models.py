@@ -1,4 +1,4 @@
-"""Whole models, cut by parallelize, against the same model in one piece: loss, every gradient, twenty training steps."""
+"""Whole models, cut by parallelize, against the same in one piece: loss, every gradient, twenty training steps."""
 
 import importlib.util
 
@@ -13,7 +13,9 @@ from tests.tensor_parallel import zoo
 BOUND = 2.0 ** (12 + 8 - 53)
 STEPS = 20
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
 
 
 def gradients_agree(comm, kind, sequence_parallel, seq):

@@ -113,11 +113,10 @@ def ragged(comm, rows):
     """Any number of rows on any rank, growing and shrinking from call to call."""
     for counts in rows:
         x = tensor(sum(counts), 5, seed=sum(counts))
-        shard = x.split(counts)[comm.rank].clone().requires_grad_()
+        shard = x.split(counts)[comm.rank].clone()
         weight = tensor(3, 5, seed=9)
         out = all_gather_matmul(shard, weight, comm)
         assert torch.equal(out, x @ weight.T), counts
-        (grad,) = torch.autograd.grad(out.square().sum(), shard) if len(counts) == 2 and counts[0] == counts[1] else (0,)
     return True
 
 
@@ -126,7 +125,7 @@ def test_rows_of_any_number(pool):
 
 
 def half_precision(comm):
-    """16-bit partial sums: products of small integers are exact, and so are their fp32 sums; one rounding at the end."""
+    """Products of small integers are exact, and so are their fp32 sums: one rounding, at the end."""
     n = comm.world_size
     x, weight = tensor(6, 64 * n, seed=1), tensor(4, 64 * n, seed=2)
     shards = [part(t, comm, 1).bfloat16() for t in (x, weight)]

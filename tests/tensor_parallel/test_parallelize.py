@@ -107,7 +107,10 @@ def test_a_plan_for_a_model_of_ones_own(pool):
 
 
 def heads_here(comm, num_heads):
-    model, whole = small_gpt(num_heads=num_heads, hidden=4 * num_heads), small_gpt(num_heads=num_heads, hidden=4 * num_heads)
+    model, whole = (
+        small_gpt(num_heads=num_heads, hidden=4 * num_heads),
+        small_gpt(num_heads=num_heads, hidden=4 * num_heads),
+    )
     parallelize(model, comm)
     ids = torch.arange(8).view(1, 8)
     assert close(model(ids), whole(ids), 10 * 2 * 4 * 4 * num_heads)
@@ -193,7 +196,9 @@ def test_ranks_read_their_shards_and_write_the_whole(pool, kind, tmp_path):
 
 
 def save_or_load(comm, kind, store, directory, save):
-    dist.init_process_group("gloo", store=file_store(store, comm.world_size), rank=comm.rank, world_size=comm.world_size)
+    dist.init_process_group(
+        "gloo", store=file_store(store, comm.world_size), rank=comm.rank, world_size=comm.world_size
+    )
     try:
         model = zoo.build(kind)
         if not save:
@@ -218,7 +223,9 @@ def test_a_sharded_checkpoint_loads_on_another_number_of_ranks(pool, kind, tmp_p
     pool.run(2, save_or_load, kind, str(tmp_path / "save"), str(tmp_path / "checkpoint"), True)
     for world_size in (1, 3):
         store = str(tmp_path / f"load{world_size}")
-        assert pool.run(world_size, save_or_load, kind, store, str(tmp_path / "checkpoint"), False) == [True] * world_size
+        assert (
+            pool.run(world_size, save_or_load, kind, store, str(tmp_path / "checkpoint"), False) == [True] * world_size
+        )
 
 
 def missing(comm, directory):

@@ -24,7 +24,14 @@ def build(kind: str) -> nn.Module:
         return hf.LlamaForCausalLM(config).double()
     if kind == "gpt2":
         config = hf.GPT2Config(
-            vocab_size=VOCAB, n_positions=16, n_embd=20, n_layer=2, n_head=5, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+            vocab_size=VOCAB,
+            n_positions=16,
+            n_embd=20,
+            n_layer=2,
+            n_head=5,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
         )
         return hf.GPT2LMHeadModel(config).double()
     if kind == "bloom":
