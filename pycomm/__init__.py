@@ -5,7 +5,7 @@ One semantics on processes that share a host's memory, on one GPU and on a clust
 
 import torch as _torch  # noqa: F401  (before the extension: it brings the C++ runtime that both use)
 
-from pycomm import errors, pipeline
+from pycomm import errors, pipeline, tensor_parallel
 from pycomm._C import version as _version
 from pycomm.communicator import Communicator, Work, init
 from pycomm.data_parallel import DataParallel, ShardedAdamW, clip_grad_norm_
@@ -24,6 +24,7 @@ __all__ = [
     "errors",
     "init",
     "pipeline",
+    "tensor_parallel",
 ]
 
 _register_with_torch()  # torch.distributed.init_process_group("pycomm") works from here on

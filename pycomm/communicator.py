@@ -21,6 +21,7 @@ from pycomm.backends import Backend, choose
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.shm import ShmBackend
 from pycomm.calls import InFlight, Work
+from pycomm.errors import BackendUnavailableError
 from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
@@ -74,6 +75,31 @@ class Communicator(FusedCalls, Messages):
             tensor: contiguous, a tensor of :meth:`empty` or a part of one.
         """
         return self._backend.peers(tensor_on(self.device, tensor))
+
+    def post(self, flag: torch.Tensor, value: int) -> None:
+        """Say that this rank has come so far: a barrier in two halves, of which the other is :meth:`wait_posted`.
+
+        For operations that read peers' memory while they compute. Host transport only. Does not wait.
+
+        Args:
+            flag: one int64 of symmetric memory, zero on all ranks before the first post; nothing else writes it.
+            value: not below the last one. What this rank wrote before is seen by whoever has waited for it.
+        """
+        self._shared_memory().post(tensor_on(self.device, flag, "flag"), value)
+
+    def wait_posted(self, flag: torch.Tensor, value: int, *, timeout_s: float | None = None) -> None:
+        """Return once every rank has posted ``value``, or more, to its part of ``flag``.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: as a collective's.
+        """
+        wait_s = self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
+        self._shared_memory().wait_posted(tensor_on(self.device, flag, "flag"), value, wait_s)
+
+    def _shared_memory(self) -> ShmBackend:
+        if not isinstance(self._backend, ShmBackend):
+            raise BackendUnavailableError(f"posted flags need the host transport; this communicator is {self.backend}")
+        return self._backend
 
     def split(self, color: int | None, key: int | None = None) -> Communicator | None:
         """Divide the group: collective; ranks of equal ``color`` form a new communicator, ordered by (key, rank).

@@ -79,6 +79,14 @@ void bind_communicator(py::module_& module) {
                       int rank) { return self.peer(as_pointer(data), bytes, rank); })
       .def("is_symmetric", [](Communicator& self, std::uintptr_t data,
                               std::size_t bytes) { return self.is_symmetric(as_pointer(data), bytes); })
+      .def("post", [](Communicator& self, std::uintptr_t flag,
+                      std::uint64_t value) { self.post(*static_cast<std::uint64_t*>(as_pointer(flag)), value); })
+      .def(
+          "wait_posted",
+          [](Communicator& self, std::uintptr_t flag, std::uint64_t value, double timeout_s) {
+            self.wait_posted(*static_cast<const std::uint64_t*>(as_pointer(flag)), value, timeout_s);
+          },
+          NoGil())
       .def(
           "split",
           [](Communicator& self, std::optional<std::int64_t> color, std::int64_t key, double timeout_s) {

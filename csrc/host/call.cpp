@@ -37,6 +37,8 @@ std::string describe(const Call& call) {
       return std::string("reduce_gradients(") + (call.root < 0 ? "to all, " : "to owners, ") + elements + ")";
     case OpKind::kUpdateParameters:
       return std::string("update_parameters(") + (call.root != 0 ? "reducing gradients, " : "") + elements + ")";
+    case OpKind::kAwait:
+      return "wait_posted(" + std::to_string(call.count) + ")";
     case OpKind::kAllocate:
       return "empty(" + std::to_string(call.count) + " bytes)";
     case OpKind::kSplit:

@@ -202,6 +202,19 @@ std::shared_ptr<Work> Communicator::receive_arrived(const MessageSpec& spec, dou
   return messenger_->start_arrived(spec, timeout_s);
 }
 
+void Communicator::post(std::uint64_t& flag, std::uint64_t value) {
+  check_not_forked();
+  group_->post(flag, value);
+}
+
+void Communicator::wait_posted(const std::uint64_t& flag, std::uint64_t value, double timeout_s) {
+  check_not_forked();
+  if (progress_->busy()) progress_->drain(kNoLimit, interrupt_);
+  const std::lock_guard lock(executing_);
+  group_->set_patient(false);
+  group_->run(timeout_s, interrupt_, {}, [&](Group& group) { group.wait_posted(flag, value); });
+}
+
 std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double timeout_s) {
   std::unique_ptr<SymmetricBuffer> buffer;
   run({.timeout_s = timeout_s}, [&](Group& group) { buffer = group.segments().allocate(group, bytes); });

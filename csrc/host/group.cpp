@@ -45,6 +45,26 @@ void Group::wait(std::uint64_t phase, int only) const {
       context());
 }
 
+void Group::post(std::uint64_t& flag, std::uint64_t value) {
+  check_usable();
+  if (!segments_.locate(&flag, sizeof(flag)).symmetric())
+    throw std::invalid_argument("the flag is not symmetric memory");
+  store_flag(flag, value);
+  waiter_.ring();
+}
+
+void Group::wait_posted(const std::uint64_t& flag, std::uint64_t value) {
+  waiter_.check_aborted();
+  const Location location = segments_.locate(&flag, sizeof(flag));
+  if (!location.symmetric()) throw std::invalid_argument("the flag is not symmetric memory");
+  call_ = Call{.kind = OpKind::kAwait, .count = value};
+  std::vector<const std::uint64_t*> flags;
+  for (int r = 0; r < world_size(); ++r) {
+    flags.push_back(reinterpret_cast<const std::uint64_t*>(segments_.address(location, r)));
+  }
+  waiter_.wait([&](int r) { return load_flag(*flags[static_cast<std::size_t>(r)]) >= value; }, context());
+}
+
 void Group::begin(const Call& call, const Locations& locations) {
   waiter_.check_aborted();
   call_ = call;

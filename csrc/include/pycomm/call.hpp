@@ -27,6 +27,7 @@ enum class OpKind : std::uint8_t {
   kRecv = 14,
   kReduceGradients = 15,
   kUpdateParameters = 16,
+  kAwait = 17,  // no matched call: a wait for what peers have posted, `count` the epoch
 };
 
 struct Call {

@@ -1,0 +1,88 @@
+"""The operations of ``fused_host.py`` by collectives, for back ends whose ranks cannot read each other's memory.
+
+One chunk; with ``overlap`` the caller's other work runs while the reduction is under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pycomm.communicator import Communicator
+from pycomm.tensor_parallel.products import Visit, multiply, nothing
+from pycomm.tensor_parallel.shards import shard_sizes, start_of
+
+__all__ = ["all_reduce", "gather", "reduce_scatter", "row_counts"]
+
+
+def row_counts(comm: Communicator, rows: int) -> list[int]:
+    """``rows`` of every rank: a collective of 8 bytes each."""
+    counts = torch.empty(comm.world_size, dtype=torch.int64, device=comm.device)
+    comm.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=comm.device))
+    found: list[int] = counts.tolist()
+    return found
+
+
+def gather(
+    comm: Communicator,
+    shard: Tensor,
+    sizes: Sequence[int] | None,
+    overlap: bool,
+    start: Callable[[Sequence[int]], Visit],
+    rest: Callable[[Callable[[], None]], None] = lambda visit_others: visit_others(),
+) -> None:
+    """As ``fused_host.gather``."""
+    del overlap
+    rank, num_ranks = comm.rank, comm.world_size
+    batch, rows, width = shard.shape
+    found = row_counts(comm, rows)
+    if sizes is not None and found != list(sizes):
+        raise ValueError(f"the ranks have {found} rows, expected {list(sizes)}: pass the sizes that they have")
+    whole = shard.new_empty(batch * width * sum(found))
+    parts = [batch * width * count for count in found]
+    comm.all_gather(whole, shard.contiguous(), output_splits=parts)
+    visit = start(found)
+    visit(rank, start_of(found, rank), shard)
+
+    def visit_others() -> None:
+        for i in range(1, num_ranks):
+            peer = (rank + i) % num_ranks
+            theirs = whole[start_of(parts, peer) :][: parts[peer]].view(batch, found[peer], width)
+            visit(peer, start_of(found, peer), theirs)
+
+    rest(visit_others)
+
+
+def reduce_scatter(
+    comm: Communicator, x: Tensor, weight_t: Tensor, overlap: bool, meanwhile: Callable[[], None] = nothing
+) -> Tensor:
+    """As ``fused_host.reduce_scatter``."""
+    batch, rows, _ = x.shape
+    width = weight_t.shape[1]
+    sizes = shard_sizes(rows, comm.world_size)
+    parts = [batch * size * width for size in sizes]
+    partial = x.new_empty(sum(parts))
+    for owner, size in enumerate(sizes):
+        row = start_of(sizes, owner)
+        block = partial[start_of(parts, owner) :][: parts[owner]].view(batch, size, width)
+        multiply(x[:, row : row + size], weight_t, block)
+    out = x.new_empty(batch, sizes[comm.rank], width)
+    work = comm.reduce_scatter(out, partial, input_splits=parts, async_op=overlap)
+    meanwhile()
+    if work is not None:
+        work.wait()
+    return out
+
+
+def all_reduce(
+    comm: Communicator, x: Tensor, weight_t: Tensor, overlap: bool, meanwhile: Callable[[], None] = nothing
+) -> Tensor:
+    """As ``fused_host.all_reduce``."""
+    out = x @ weight_t
+    work = comm.all_reduce(out, async_op=overlap)
+    meanwhile()
+    if work is not None:
+        work.wait()
+    return out

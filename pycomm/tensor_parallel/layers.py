@@ -1,0 +1,359 @@
+"""Linear layers and embeddings cut over ranks.
+
+The usual pair: ``ColumnParallelLinear`` cuts the outputs and takes an input that all ranks have,
+``RowParallelLinear`` cuts the inputs and sums its outputs over ranks; whatever acts on single features may stand
+between them. With ``sequence_parallel`` activations outside the pair are cut along the sequence, dim −2, instead of
+being the same everywhere: the first layer gathers, the second one scatters, and norms and dropout in between see only
+their part (make their parameters' gradients whole with :func:`sum_gradients`).
+
+Weights are drawn as the unsharded module draws them, and then cut: the same ``torch.manual_seed`` gives the same full
+weights for any number of ranks, which must be seeded alike. A layer holds the full weight for a moment when it is made.
+
+Refs: "Megatron-LM" (2019); "Reducing Activation Recomputation in Large Transformer Models" (2022).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pycomm.communicator import Communicator
+from pycomm.tensor_parallel import overlap as fused
+from pycomm.tensor_parallel.functional import (
+    copy_to_ranks,
+    gather_from_ranks,
+    reduce_from_ranks,
+    reduce_scatter,
+    scatter_to_ranks,
+)
+from pycomm.tensor_parallel.lookup import vocab_lookup
+from pycomm.tensor_parallel.shards import Shard, shard_bounds
+
+__all__ = ["ColumnParallelLinear", "ParallelLayer", "RowParallelLinear", "VocabParallelEmbedding", "sum_gradients"]
+
+
+class ParallelLayer(nn.Module):
+    """A module some of whose parameters are parts of larger ones.
+
+    Attributes:
+        comm: the ranks that have the other parts.
+        shards: how each parameter of this module (not of its children) is cut, by its name.
+    """
+
+    comm: Communicator
+    shards: dict[str, Shard]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    transposed: bool = False
+
+    def shard_sizes(self, name: str) -> list[int]:
+        """How much of its cut dimension each rank has of parameter ``name``."""
+        return [self.shards[name].size(self.comm.world_size, rank) for rank in range(self.comm.world_size)]
+
+    def _take(self, name: str, full: Tensor) -> nn.Parameter:
+        part = self.shards[name].take(full.detach(), self.comm.world_size, self.comm.rank)
+        return nn.Parameter(part, requires_grad=full.requires_grad)
+
+    def _adopt(self, module: nn.Module, comm: Communicator, **shards: Shard) -> None:
+        """Take this rank's part of a linear module's parameters; ``shards`` are in terms of [out, in]."""
+        self.comm, self.shards = comm, shards
+        self.out_features, self.in_features = out_features_of(module), in_features_of(module)
+        self.transposed = not isinstance(module, nn.Linear)
+        weight: Any = module.weight
+        bias: Any = module.bias
+        if self.transposed and shards["weight"].dim is not None:
+            shards["weight"] = replace(shards["weight"], dim=1 - shards["weight"].dim)
+        self.weight = self._take("weight", weight)
+        if bias is None:
+            del shards["bias"]
+        self.register_parameter("bias", None if bias is None else self._take("bias", bias))
+
+    @property
+    def matrix(self) -> Tensor:
+        """This rank's weight as [out, in], also of a module that stores it the other way round."""
+        return self.weight.t() if self.transposed else self.weight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear``, or the Conv1D of transformers, which is one with its weight stored as [in, out]."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def out_features_of(module: nn.Module) -> int:
+    """Of a linear module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0 if isinstance(module, nn.Linear) else 1]
+
+
+def in_features_of(module: nn.Module) -> int:
+    """Of a linear module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1 if isinstance(module, nn.Linear) else 0]
+
+
+class ColumnParallelLinear(ParallelLayer):
+    """``y = x A^T + b`` with A cut by rows: each rank computes some of the outputs.
+
+    Args:
+        in_features, out_features: of the whole layer.
+        comm: the ranks that share it.
+        gather_output: give every rank all outputs.
+        sequence_parallel: the input is cut along dim −2 and gathered in the product.
+        overlap: hide communication behind the products; changes no bit.
+        unit: outputs are cut in multiples of it (a head's width).
+        segments: outputs are so many parts one after the other, each cut for itself (3: query, key and value).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        comm: Communicator,
+        bias: bool = True,
+        gather_output: bool = False,
+        sequence_parallel: bool = False,
+        overlap: bool = True,
+        *,
+        unit: int = 1,
+        segments: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        full = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._setup(full, comm, gather_output, sequence_parallel, overlap, Shard(0, out_features, unit, segments))
+
+    @classmethod
+    def from_linear(
+        cls,
+        module: nn.Module,
+        comm: Communicator,
+        gather_output: bool = False,
+        sequence_parallel: bool = False,
+        overlap: bool = True,
+        *,
+        unit: int = 1,
+        segments: int = 1,
+    ) -> ColumnParallelLinear:
+        """This rank's part of an unsharded linear module (or transformers' Conv1D), which is left as it is."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        shard = Shard(0, out_features_of(module), unit, segments)
+        layer._setup(module, comm, gather_output, sequence_parallel, overlap, shard)
+        return layer
+
+    def _setup(
+        self,
+        module: nn.Module,
+        comm: Communicator,
+        gather_output: bool,
+        sequence_parallel: bool,
+        overlap: bool,
+        shard: Shard,
+    ) -> None:
+        if gather_output and shard.segments > 1:
+            raise ValueError("gather_output does not go with segments: their parts would be in the wrong order")
+        self.gather_output, self.sequence_parallel, self.overlap = gather_output, sequence_parallel, overlap
+        self.reduce_input = True  # False: the input's gradient is summed by who made it (``parallelize``)
+        self.pad_empty = False  # True: a rank without units computes with one of zeros (``parallelize``)
+        self._adopt(module, comm, weight=shard, bias=shard)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, in_features] (with sequence_parallel this rank's rows) -> […, this rank's outputs, or all of them]."""
+        weight = self.matrix
+        if self.sequence_parallel:
+            out = fused.all_gather_matmul(x, weight, self.comm, overlap=self.overlap)
+            if self.bias is not None:
+                out = out + self.bias
+        elif self.reduce_input:
+            out = fused.copy_matmul(x, weight, self.comm, self.bias, overlap=self.overlap)
+        else:
+            out = F.linear(x, weight, self.bias)
+        if self.pad_empty and weight.shape[0] == 0:
+            out = F.pad(out, (0, self.shards["weight"].unit * self.shards["weight"].segments))
+        if self.gather_output:
+            out = gather_from_ranks(out, self.comm, -1, self.shard_sizes("weight"))
+        return out
+
+    def extra_repr(self) -> str:
+        return _describe(self, f"sequence_parallel={self.sequence_parallel}, gather_output={self.gather_output}")
+
+
+class RowParallelLinear(ParallelLayer):
+    """``y = x A^T + b`` with A cut by columns: each rank has some of the inputs, outputs are summed over ranks.
+
+    The bias is whole on every rank and added once, after the sum.
+
+    Args:
+        input_is_parallel: x has this rank's inputs only, as ``ColumnParallelLinear`` makes them; else x is whole, and
+            cut here.
+        sequence_parallel: the output is cut along dim −2.
+        Others as of :class:`ColumnParallelLinear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        comm: Communicator,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        sequence_parallel: bool = False,
+        overlap: bool = True,
+        *,
+        unit: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        full = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._setup(full, comm, input_is_parallel, sequence_parallel, overlap, unit)
+
+    @classmethod
+    def from_linear(
+        cls,
+        module: nn.Module,
+        comm: Communicator,
+        input_is_parallel: bool = True,
+        sequence_parallel: bool = False,
+        overlap: bool = True,
+        *,
+        unit: int = 1,
+    ) -> RowParallelLinear:
+        """This rank's part of an unsharded linear module (or transformers' Conv1D), which is left as it is."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._setup(module, comm, input_is_parallel, sequence_parallel, overlap, unit)
+        return layer
+
+    def _setup(
+        self,
+        module: nn.Module,
+        comm: Communicator,
+        input_is_parallel: bool,
+        sequence_parallel: bool,
+        overlap: bool,
+        unit: int,
+    ) -> None:
+        self.input_is_parallel, self.sequence_parallel, self.overlap = input_is_parallel, sequence_parallel, overlap
+        self._adopt(module, comm, weight=Shard(1, in_features_of(module), unit), bias=Shard(None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, this rank's inputs, or all of them] -> […, out_features] (with sequence_parallel this rank's rows)."""
+        if not self.input_is_parallel:
+            x = _own_features(x, self)
+        elif x.shape[-1] != self.matrix.shape[1]:
+            x = self._without_padding(x)
+        if not self.sequence_parallel:
+            out = fused.matmul_all_reduce(x, self.matrix, self.comm, overlap=self.overlap)
+            return out if self.bias is None else out + self.bias
+        out = fused.matmul_reduce_scatter(x, self.matrix, self.comm, overlap=self.overlap)
+        # Every rank adds the bias to its own rows, so its gradient is a sum over ranks.
+        return out if self.bias is None else out + copy_to_ranks(self.bias, self.comm)
+
+    def _without_padding(self, x: Tensor) -> Tensor:
+        """A rank without heads computes with one of zeros (``parallelize``), which is cut off here."""
+        if self.matrix.shape[1] or x.shape[-1] != self.shards["weight"].unit:
+            raise ValueError(
+                f"the input has {x.shape[-1]} features, this rank's part of {self.in_features} has "
+                f"{self.matrix.shape[1]}: is the layer before it cut in the same units?"
+            )
+        return x[..., :0]
+
+    def extra_repr(self) -> str:
+        return _describe(
+            self, f"sequence_parallel={self.sequence_parallel}, input_is_parallel={self.input_is_parallel}"
+        )
+
+
+class VocabParallelEmbedding(ParallelLayer):
+    """An embedding cut by rows: each rank looks up the ids that it has, and the results are summed over ranks.
+
+    Args:
+        num_embeddings, embedding_dim: of the whole.
+        comm: the ranks that share it.
+        padding_idx: as of ``nn.Embedding``: zeros when made, and no gradient.
+        sequence_parallel: the output is cut along dim −2.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        comm: Communicator,
+        *,
+        padding_idx: int | None = None,
+        sequence_parallel: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        full = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self._setup(full, comm, sequence_parallel)
+
+    @classmethod
+    def from_embedding(
+        cls, module: nn.Embedding, comm: Communicator, sequence_parallel: bool = False
+    ) -> VocabParallelEmbedding:
+        """This rank's part of an unsharded module, which is left as it is.
+
+        Raises:
+            ValueError: it renormalises, scales gradients by frequency or makes sparse ones.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._setup(module, comm, sequence_parallel)
+        return layer
+
+    def _setup(self, module: nn.Embedding, comm: Communicator, sequence_parallel: bool) -> None:
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            raise ValueError("max_norm, scale_grad_by_freq and sparse are not there for a vocabulary cut over ranks")
+        self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
+        self.padding_idx, self.comm, self.sequence_parallel = module.padding_idx, comm, sequence_parallel
+        self.shards = {"weight": Shard(0, self.num_embeddings)}
+        self.start, _ = shard_bounds(self.num_embeddings, comm.world_size, comm.rank)
+        self.weight = self._take("weight", module.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[…] int64 -> […, embedding_dim].
+
+        Raises:
+            IndexError: an id is outside the whole vocabulary.
+        """
+        mine = vocab_lookup(ids, self.weight, self.start, self.num_embeddings, self.padding_idx)
+        return reduce_scatter(mine, self.comm) if self.sequence_parallel else reduce_from_ranks(mine, self.comm)
+
+    def extra_repr(self) -> str:
+        return _describe(self, f"{self.num_embeddings} embeddings of {self.embedding_dim}")
+
+
+def sum_gradients(module: nn.Module, comm: Communicator) -> None:
+    """Sum the gradients of ``module``'s parameters over ranks in every backward, before they reach ``.grad``.
+
+    For modules that all ranks have whole and apply to their own part of the tokens, such as a norm between
+    sequence-parallel layers. Names and parameters stay as they are.
+    """
+
+    def total(grad: Tensor) -> Tensor:
+        return reduce_from_ranks(grad, comm)
+
+    for param in module.parameters():
+        param.register_hook(total)
+
+
+def _own_features(x: Tensor, layer: ParallelLayer) -> Tensor:
+    shard = layer.shards["weight"]
+    if shard.unit == 1:
+        return scatter_to_ranks(x, layer.comm, -1)
+    ((start, size),) = shard.intervals(layer.comm.world_size, layer.comm.rank)
+    return copy_to_ranks(x, layer.comm).narrow(-1, start, size)
+
+
+def _describe(layer: ParallelLayer, what: str) -> str:
+    return f"{what}, rank {layer.comm.rank} of {layer.comm.world_size}: {tuple(layer.weight.shape)}"

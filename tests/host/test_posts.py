@@ -1,0 +1,73 @@
+"""post and wait_posted: a barrier in two halves, on flags in symmetric memory."""
+
+import pytest
+import torch
+
+from pycomm.errors import PeerTimeoutError
+
+NUM_ROUNDS = 300
+
+
+def flag_of(comm):
+    flag = comm.empty(1, dtype=torch.int64)
+    flag.zero_()
+    comm.barrier()
+    return flag
+
+
+def exchange_rounds(comm):
+    """Every round writes, posts, waits and reads the peers; two alternating buffers need no other barrier."""
+    flag = flag_of(comm)
+    buffers = [comm.empty(1024, dtype=torch.int64) for _ in range(2)]
+    peers = [comm.peers(buffer) for buffer in buffers]
+    wrong = 0
+    for k in range(1, NUM_ROUNDS + 1):
+        buffers[k % 2].fill_(1000 * k + comm.rank)
+        comm.post(flag, k)
+        comm.wait_posted(flag, k)
+        wrong += sum(int((peer != 1000 * k + r).sum()) for r, peer in enumerate(peers[k % 2]))
+    return wrong
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_what_was_written_before_a_post_is_read_after_the_wait(pool, world_size):
+    assert pool.run(world_size, exchange_rounds) == [0] * world_size
+
+
+def wait_for_nobody(comm):
+    own = comm.split(0)
+    flag = flag_of(own)
+    own.post(flag, 1)
+    own.wait_posted(flag, 1)
+    outcome = None
+    if own.rank == 0:
+        own.post(flag, 2)
+        try:
+            own.wait_posted(flag, 2, timeout_s=0.2)
+        except PeerTimeoutError as error:
+            outcome = error.op, error.missing_ranks
+    comm.barrier()  # rank 1 is there, and does not post
+    own.close()
+    return outcome
+
+
+def test_a_rank_that_does_not_post_is_named(pool):
+    first, second = pool.run(2, wait_for_nobody)
+    assert second is None
+    assert first[1] == [1]
+    assert first[0] == "wait_posted(2)"
+
+
+def ordinary_flag(comm):
+    flag = torch.zeros(1, dtype=torch.int64)
+    messages = []
+    for call in (lambda: comm.post(flag, 1), lambda: comm.wait_posted(flag, 1)):
+        try:
+            call()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ordinary_memory_is_told(pool):
+    assert pool.run(1, ordinary_flag) == [["the flag is not symmetric memory"] * 2]

@@ -1,0 +1,197 @@
+"""Fused products against the same products of the whole, on one rank; overlapped and not, bit for bit."""
+
+import pytest
+import torch
+
+from pycomm.errors import MismatchError
+from pycomm.tensor_parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
+from pycomm.tensor_parallel.shards import shard_sizes
+
+WORLD_SIZES = [1, 2, 3, 4]
+
+
+def tensor(*shape, seed, dtype=torch.float32):
+    """Integers from -2 to 2: all sums below are exact in fp32, so that any order gives the same bits."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+
+def part(whole, comm, dim):
+    return whole.split(shard_sizes(whole.shape[dim], comm.world_size), dim)[comm.rank].clone()
+
+
+def with_gradients(out, grad, *inputs):
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def check_all_gather(comm, lead, rows, k, n, overlap):
+    x, weight, grad = tensor(*lead, rows, k, seed=1), tensor(n, k, seed=2), tensor(*lead, rows, n, seed=3)
+    # Every rank has its own weight: its columns of the whole product.
+    mine = (weight + comm.rank).requires_grad_()
+    shard = part(x, comm, -2).requires_grad_()
+    got = with_gradients(all_gather_matmul(shard, mine, comm, overlap=overlap), grad, shard, mine)
+    whole = x.requires_grad_()
+    want_out, _, want_weight = with_gradients(whole @ mine.T, grad, whole, mine)
+    want_x = sum(grad @ (weight + r) for r in range(comm.world_size))
+    assert torch.equal(got[0], want_out)
+    assert torch.equal(got[1], part(want_x, comm, -2))
+    assert torch.equal(got[2], want_weight)
+    return True
+
+
+def check_reduce(comm, lead, rows, k, n, overlap):
+    x, weight, grad = tensor(*lead, rows, k, seed=1), tensor(n, k, seed=2), tensor(*lead, rows, n, seed=3)
+    shards = [part(t, comm, -1).requires_grad_() for t in (x, weight)]
+    want = with_gradients(x.requires_grad_() @ weight.requires_grad_().T, grad, x, weight)
+    got = with_gradients(matmul_all_reduce(*shards, comm, overlap=overlap), grad, *shards)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], part(want[1], comm, -1))
+    assert torch.equal(got[2], part(want[2], comm, -1))
+    got = with_gradients(matmul_reduce_scatter(*shards, comm, overlap=overlap), part(grad, comm, -2), *shards)
+    assert torch.equal(got[0], part(want[0], comm, -2))
+    assert torch.equal(got[1], part(want[1], comm, -1))
+    assert torch.equal(got[2], part(want[2], comm, -1))
+    return True
+
+
+def check_copy(comm, lead, rows, k, n, overlap):
+    x, weight, grad = tensor(*lead, rows, k, seed=1), tensor(n, k, seed=2), tensor(*lead, rows, n, seed=3)
+    bias = tensor(n, seed=4)
+    whole = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    want = with_gradients(torch.nn.functional.linear(*whole), grad, *whole)
+    shards = [x.clone().requires_grad_(), *(part(t, comm, 0).requires_grad_() for t in (weight, bias))]
+    out = copy_matmul(shards[0], shards[1], comm, shards[2], overlap=overlap)
+    got = with_gradients(out, part(grad, comm, -1), *shards)
+    assert torch.equal(got[0], part(want[0], comm, -1))
+    assert torch.equal(got[1], want[1])
+    assert torch.equal(got[2], part(want[2], comm, 0))
+    assert torch.equal(got[3], part(want[3], comm, 0))
+    return True
+
+
+SHAPES = [((), 12, 8, 6), ((), 10, 7, 5), ((3,), 7, 6, 10), ((2, 2), 5, 9, 4), ((), 2, 3, 2), ((4,), 1, 4, 1)]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("check", [check_all_gather, check_reduce, check_copy])
+def test_results_and_gradients_are_those_of_the_whole(pool, world_size, check):
+    assert pool.run(world_size, every_case, check.__name__) == [True] * world_size
+
+
+def every_case(comm, name):
+    return all(globals()[name](comm, *shape, overlap) for shape in SHAPES for overlap in (True, False))
+
+
+def bits_of(comm, overlap, chunks):
+    """Everything the four operators compute from random numbers, where the order of a sum would show."""
+    from pycomm.tensor_parallel import fused_host
+
+    before = fused_host._CHUNK_BYTES
+    fused_host._CHUNK_BYTES = 1 << 9 if chunks else before
+    generator = torch.Generator().manual_seed(comm.rank)
+    try:
+        results = []
+        for lead in ((), (3,)):
+            x, weight = torch.randn(*lead, 23, 16, generator=generator), torch.randn(24, 16, generator=generator)
+            for operator in (all_gather_matmul, matmul_reduce_scatter, matmul_all_reduce, copy_matmul):
+                inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+                out = operator(*inputs, comm, overlap=overlap)
+                grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+                results += with_gradients(out, grad, *inputs)
+        return [t.numpy().tobytes() for t in results]
+    finally:
+        fused_host._CHUNK_BYTES = before
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("chunks", [False, True])
+def test_overlap_does_not_change_a_bit(pool, world_size, chunks):
+    assert pool.run(world_size, bits_of, True, chunks) == pool.run(world_size, bits_of, False, chunks)
+
+
+def ragged(comm, rows):
+    """Any number of rows on any rank, growing and shrinking from call to call."""
+    for counts in rows:
+        x = tensor(sum(counts), 5, seed=sum(counts))
+        shard = x.split(counts)[comm.rank].clone()
+        weight = tensor(3, 5, seed=9)
+        out = all_gather_matmul(shard, weight, comm)
+        assert torch.equal(out, x @ weight.T), counts
+    return True
+
+
+def test_rows_of_any_number(pool):
+    assert pool.run(3, ragged, [[1, 1, 1], [0, 9, 2], [300, 1, 0], [2, 2, 1], [0, 0, 2000]]) == [True] * 3
+
+
+def half_precision(comm):
+    """Products of small integers are exact, and so are their fp32 sums: one rounding, at the end."""
+    n = comm.world_size
+    x, weight = tensor(6, 64 * n, seed=1), tensor(4, 64 * n, seed=2)
+    shards = [part(t, comm, 1).bfloat16() for t in (x, weight)]
+    partials = torch.stack([a @ b.T for a, b in zip(x.chunk(n, 1), weight.chunk(n, 1), strict=True)])
+    want = partials.bfloat16().float().sum(0).bfloat16()
+    return torch.equal(matmul_all_reduce(*shards, comm), want) and torch.equal(
+        matmul_reduce_scatter(*shards, comm), part(want, comm, 0)
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_half_precision_sums_round_once(pool, world_size):
+    assert pool.run(world_size, half_precision) == [True] * world_size
+
+
+def mismatch(comm, operator):
+    function = {f.__name__: f for f in (all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter)}[operator]
+    messages = []
+    for other in ({"k": 6}, {"rows": 9}, {"rows": 4000}, {"dtype": torch.float64}):
+        sizes = {"k": 5, "rows": 8, "dtype": torch.float32} | (other if comm.rank == 1 else {})
+        if "k" in other and operator != "all_gather_matmul":
+            continue  # partial products may have different depth
+        if "rows" in other and operator == "all_gather_matmul":
+            continue  # rows may differ
+        x, weight = torch.ones(sizes["rows"], sizes["k"]), torch.ones(4, sizes["k"])
+        try:
+            function(x.to(sizes["dtype"]), weight.to(sizes["dtype"]), comm)
+            messages.append("nothing raised")
+        except MismatchError as error:
+            messages.append(error.calls[1])
+    x, weight = torch.ones(8, 4), torch.ones(2, 4)
+    assert function(x, weight, comm).sum() > 0, "the communicator goes on"
+    return messages
+
+
+def test_different_shapes_on_two_ranks_are_named_on_both(pool):
+    want = {
+        "all_gather_matmul": ["float32[1, 8, 6]", "float64[1, 8, 5]"],
+        "matmul_all_reduce": ["float32[1, 9, 4]", "float32[1, 4000, 4]", "float64[1, 8, 4]"],
+        "matmul_reduce_scatter": ["float32[1, 9, 4]", "float32[1, 4000, 4]", "float64[1, 8, 4]"],
+    }
+    for operator, calls in want.items():
+        assert pool.run(2, mismatch, operator) == [[f"{operator}({call})" for call in calls]] * 2
+
+
+def different_operators(comm):
+    x, weight = torch.ones(4, 4), torch.ones(4, 4)
+    try:
+        (matmul_all_reduce if comm.rank == 0 else all_gather_matmul)(x, weight, comm)
+    except MismatchError as error:
+        return error.calls
+    return None
+
+
+def test_different_operators_on_two_ranks_are_named(pool):
+    calls = {0: "matmul_all_reduce(float32[1, 4, 4])", 1: "all_gather_matmul(float32[1, 4, 4])"}
+    assert pool.run(2, different_operators) == [calls] * 2
+
+
+def test_what_does_not_fit_is_told(pool):
+    assert pool.run(1, misfit) == ["x (2, 3) torch.float32 does not fit weight (4, 2) torch.float32"]
+
+
+def misfit(comm):
+    try:
+        matmul_all_reduce(torch.ones(2, 3), torch.ones(4, 2), comm)
+    except ValueError as error:
+        return str(error).partition(":")[0]
+    return None
