@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import pycomm
 
 TIMEOUT_S = 60.0  # of any wait inside a test; generous, since the machine may be busy
+TUNE = "slice_bytes=64K"  # so that messages of several slices are quick to test
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "pycomm", "tests.pool"])
@@ -43,6 +45,7 @@ def file_store(path: str, world_size: int) -> dist.Store:
 
 def _serve(connection: Connection, rank: int, world_size: int, store_path: str) -> None:
     torch.set_num_threads(1)
+    os.environ["PYCOMM_TUNE"] = TUNE
     comm = pycomm.init(
         store=file_store(store_path, world_size), rank=rank, world_size=world_size, timeout_s=TIMEOUT_S, strict=True
     )

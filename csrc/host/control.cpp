@@ -84,10 +84,13 @@ Tuning tuning_with(int world_size, const Thresholds& thresholds) {
 
 Tuning default_tuning(int world_size) {
   const long l2 = ::sysconf(_SC_LEVEL2_CACHE_SIZE);
-  const std::uint64_t cache = l2 > 0 ? static_cast<std::uint64_t>(l2) : 512 * 1024;
-  // Two staging buffers, the slice of the user's tensor and what comes from the peers share the L2.
-  const std::uint64_t slice = std::clamp<std::uint64_t>(cache / 8, 32 * 1024, 256 * 1024) / kCacheLine * kCacheLine;
-  return Tuning{.slice_bytes = slice,
+  const std::uint64_t own_cache = l2 > 0 ? static_cast<std::uint64_t>(l2) : 512 * kKiB;
+  // As large as the writer's own cache, so that most of a slice has left it for the cache that all share before a peer
+  // reads it: lines out of another core's cache come several times slower. All ranks' staging buffers, two each, take a
+  // quarter of the shared cache at most.
+  const std::uint64_t shared = last_cache_bytes() / (8 * static_cast<std::uint64_t>(world_size));
+  const std::uint64_t slice = std::clamp<std::uint64_t>(std::min(own_cache, shared), 64 * kKiB, 2048 * kKiB);
+  return Tuning{.slice_bytes = slice / kCacheLine * kCacheLine,
                 .one_shot_bytes = 4 * 1024,
                 // Every rank's input and output together.
                 .cached_bytes = last_cache_bytes() / (2 * static_cast<std::uint64_t>(world_size)),
