@@ -21,7 +21,8 @@ import torch.distributed as dist
 import pycomm
 
 TIMEOUT_S = 60.0  # of any wait inside a test; generous, since the machine may be busy
-TUNE = "slice_bytes=64K"  # so that messages of several slices are quick to test
+# Messages of several slices, and of more than the caches are said to hold, shall be quick to test.
+TUNE = "slice_bytes=64K,cached_bytes=100K"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "pycomm", "tests.pool"])

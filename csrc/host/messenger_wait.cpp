@@ -112,25 +112,17 @@ std::shared_ptr<Work> Messenger::start(const std::vector<MessageSpec>& specs, do
     work->finish(nullptr);
     return work;
   }
-  {
-    const std::lock_guard lock(mutex_);
-    start(batch);
-  }
-  changed_.notify_all();
-  waiter_.ring(members_.rank);  // the thread may sleep on the bell
+  const std::lock_guard lock(mutex_);
+  start(batch);
   return work;
 }
 
 std::shared_ptr<Work> Messenger::start_arrived(const MessageSpec& spec, double timeout_s) {
   const std::shared_ptr<Batch> batch = make_batch({spec}, timeout_s);
   batch->work = std::make_shared<Work>();
-  {
-    const std::lock_guard lock(mutex_);
-    if (!has_arrived(spec.tag)) return nullptr;
-    start(batch);
-  }
-  changed_.notify_all();
-  waiter_.ring(members_.rank);
+  const std::lock_guard lock(mutex_);
+  if (!has_arrived(spec.tag)) return nullptr;
+  start(batch);
   return batch->work;
 }
 
@@ -140,6 +132,8 @@ void Messenger::start(const std::shared_ptr<Batch>& batch) {
   asynchronous_.push_back(batch);
   ++num_started_;
   post(*batch);
+  changed_.notify_all();
+  waiter_.ring(members_.rank);  // the thread may sleep on the bell
 }
 
 /// Whether a message with this tag waits for a receive.

@@ -23,8 +23,9 @@ constexpr auto kSlice = std::chrono::milliseconds(50);
 constexpr auto kLate = std::chrono::seconds(30);
 constexpr auto kYield = std::chrono::microseconds(500);  // about one wake-up of a sleeping thread, tenfold
 constexpr auto kPatientYield = std::chrono::microseconds(20);
-constexpr int kSpins =
-    200;  // 2 to 20 µs of pauses. Ranks that share a core in spite of all wait so long for each other
+// 2 to 20 µs of pauses, whose length differs between processors. Ranks that share a core in spite of all wait so long
+// for each other at every step.
+constexpr int kSpins = 200;
 
 std::string plural(const std::vector<int>& ranks) {
   std::string text = ranks.size() == 1 ? "rank " : "ranks ";

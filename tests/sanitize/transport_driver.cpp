@@ -57,7 +57,7 @@ class Rank {
       symmetric_ = pick(2) == 1;
       mixed_ = pick(4) == 0;
       options_ = {kTimeoutS, pick(2) == 1};
-      switch (pick(7)) {
+      switch (pick(8)) {
         case 0:
           all_reduce(count, call);
           break;
@@ -75,6 +75,9 @@ class Rank {
           break;
         case 5:
           ring(count, call);
+          break;
+        case 6:
+          relay(count, call);
           break;
         default:
           comm_.barrier({kTimeoutS, false});
@@ -180,6 +183,28 @@ class Rank {
     for (std::size_t i = 0; i < count; ++i) expect(theirs[i], value(left, i, call), "ring", call);
     mine->fill(-1, call);
   }
+  /// Once around the ranks, one blocking message after the other.
+  void relay(std::size_t count, int call) {
+    const int left = (me() + n() - 1) % n();
+    const int right = (me() + 1) % n();
+    const auto data = tensor(count);
+    data->fill(0, call);
+    const auto spec = [&](bool is_send, int peer) {
+      return MessageSpec{.is_send = is_send,
+                         .peer = peer,
+                         .tag = call,
+                         .data = data->data(),
+                         .count = count,
+                         .dtype = DType::kFloat32};
+    };
+    if (me() != 0) {
+      data->fill(-1, call);
+      comm_.recv(spec(false, left), options_.timeout_s);
+    }
+    if (right != 0) comm_.send(spec(true, right), options_.timeout_s);
+    for (std::size_t i = 0; i < count; ++i) expect(data->data()[i], value(0, i, call), "relay", call);
+    data->fill(-1, call);
+  }
 
   Communicator& comm_;
   std::minstd_rand draw_;
@@ -199,11 +224,13 @@ int main(int argc, char** argv) {
   const int num_ranks = std::atoi(argv[2]);
   const int num_calls = std::atoi(argv[3]);
   const Listener listener;
+  // Messages of several slices, and of more than the caches are said to hold, shall be quick to try.
+  const Tuning tuning = tuning_with(num_ranks, {{"slice_bytes", 64 * 1024}, {"cached_bytes", 100 * 1024}});
   std::vector<std::thread> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) {
     ranks.emplace_back([&, rank] {
-      auto members = meet(rank, num_ranks, rank == 0 ? &listener : nullptr, listener.address(),
-                          default_tuning(num_ranks), Deadline::after(kTimeoutS), nullptr);
+      auto members = meet(rank, num_ranks, rank == 0 ? &listener : nullptr, listener.address(), tuning,
+                          Deadline::after(kTimeoutS), nullptr);
       Communicator comm("world", std::move(members), 600, nullptr);
       Rank(comm, seed).run(num_calls);
       comm.barrier({kTimeoutS, false});
