@@ -24,7 +24,7 @@ from pycomm.data_parallel.shards import NORM_BLOCK, Row
 from pycomm.fused import dtype_name
 
 _NUM_BUFFERS = 2  # one is filled while the other travels
-_PART_OF_GRADIENTS = 32  # a buffer has at most this part of all gradients, so that the pool is small beside them
+_PART_OF_GRADIENTS = 64  # a buffer has at most this part of all gradients, so that the pool is small beside them
 _MIN_BYTES = 64 * 1024
 
 
