@@ -154,6 +154,21 @@ class DataParallel(nn.Module):
         if after_backward is None and joining.last_active:
             broadcast_state(self.module, self.comm, root=joining.last_active[0])
 
+    @property
+    def averages_every_backward(self) -> bool:
+        """Whether gradients shall not pile up under :meth:`no_sync`: in stage 2 of :class:`pycomm.ShardedAdamW`."""
+        return not self._engine.gradients.stay
+
+    def gradient_parts(self, param: nn.Parameter) -> list[tuple[int, Tensor]]:
+        """All that counts of the gradient of ``param`` on this rank, to be changed in place before the step.
+
+        Collective. Without averages of earlier backwards it is one tensor, from element 0 on: the whole ``.grad``.
+        Under stages 1 and 2 of :class:`pycomm.ShardedAdamW`, averages count on this rank's shard alone: [numel], with
+        the element of the parameter where it starts. A parameter that is a copy of one in another DataParallel gets
+        equal shards there if both have one number as their attribute ``shard_turn`` when they are wrapped.
+        """
+        return self._engine.gradients.parts(next(slot for slot in self._engine.gradients.slots if slot.param is param))
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the plain module's; under stage 2 of :class:`pycomm.ShardedAdamW`, what was averaged so far, too."""
         self.module.zero_grad(set_to_none)

@@ -112,7 +112,7 @@ class FamilyState:
         for slot in self.family.slots:
             begin, end = 0, slot.param.numel()
             if self._is_divided:
-                begin, end = owned(end, slot.index, rank, self._comm.world_size)
+                begin, end = owned(end, slot.turn, rank, self._comm.world_size)
             shards.append(Shard(begin, end, packed))
             packed += end - begin
         return shards
