@@ -101,6 +101,9 @@ class FamilyState:
                     mine.copy_(slot.in_memory_order(value)[shard.begin : shard.end])
                 elif name != "master":
                     mine.zero_()
+
+    def were_read(self) -> None:
+        """``tensors`` have other values, which belong to the parameters as they are now."""
         self._versions = self._current_versions()
 
     def shards(self) -> Iterator[tuple[Slot, Shard]]:
