@@ -85,9 +85,9 @@ def check_operators(comm):
         (functional._scatter, (x(2, 4 * n), 1, group)),
         (functional._all_gather, (x(2, 4), 1, sizes, group)),
         (functional._reduce_scatter, (x(2, 4 * n), 1, sizes, group)),
-        (overlap._all_gather_matmul, (x(4, 3), x(5, 3), sizes, group, True)),
-        (overlap._matmul_reduce_scatter, (x(4 * n, 3), x(5, 3), group, True)),
-        (overlap._matmul_all_reduce, (x(4, 3), x(5, 3), group, True)),
+        (overlap._all_gather_matmul, (x(4, 3), x(5, 3), x(5), sizes, group, True)),
+        (overlap._matmul_reduce_scatter, (x(4 * n, 3), x(5, 3), x(5), group, True)),
+        (overlap._matmul_all_reduce, (x(4, 3), x(5, 3), x(5), group, True)),
         (overlap._copy_matmul, (x(4, 3), x(5, 3), x(5), group, True)),
     ]
     from pycomm.tensor_parallel import cross_entropy, lookup
@@ -99,7 +99,10 @@ def check_operators(comm):
     ]
     outcomes = {}
     for operator, args in calls:
-        outcomes |= {f"{operator}.{test}": outcome for test, outcome in torch.library.opcheck(operator, args).items()}
+        outcomes |= {
+            f"{operator.operator}.{test}": outcome
+            for test, outcome in torch.library.opcheck(operator.operator, args).items()
+        }
     return sorted(name for name, outcome in outcomes.items() if outcome != "SUCCESS")
 
 

@@ -84,10 +84,10 @@ def every_case(comm, name):
 
 def bits_of(comm, overlap, chunks):
     """Everything the four operators compute from random numbers, where the order of a sum would show."""
-    from pycomm.tensor_parallel import fused_host
+    from pycomm.tensor_parallel import chunks as sizes
 
-    before = fused_host._CHUNK_BYTES
-    fused_host._CHUNK_BYTES = 1 << 9 if chunks else before
+    before = sizes._CHUNK_BYTES
+    sizes._CHUNK_BYTES = 1 << 9 if chunks else before
     generator = torch.Generator().manual_seed(comm.rank)
     try:
         results = []
@@ -100,7 +100,7 @@ def bits_of(comm, overlap, chunks):
                 results += with_gradients(out, grad, *inputs)
         return [t.numpy().tobytes() for t in results]
     finally:
-        fused_host._CHUNK_BYTES = before
+        sizes._CHUNK_BYTES = before
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
