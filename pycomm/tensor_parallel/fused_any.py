@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pycomm.communicator import Communicator, Work
-from pycomm.tensor_parallel.products import Visit, multiply, nothing
+from pycomm.tensor_parallel.products import Visit, as_3d, multiply, nothing
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
 
 __all__ = ["all_reduce", "gather", "reduce_scatter", "row_counts"]
@@ -66,7 +66,8 @@ def reduce_scatter(
     bias: Tensor | None = None,
 ) -> Tensor:
     """As ``fused_host.reduce_scatter``."""
-    batch, rows, _ = x.shape
+    x_3d = as_3d(x)
+    batch, rows, _ = x_3d.shape
     width = weight_t.shape[1]
     sizes = shard_sizes(rows, comm.world_size)
     parts = [batch * size * width for size in sizes]
@@ -74,8 +75,8 @@ def reduce_scatter(
     for owner, size in enumerate(sizes):
         row = start_of(sizes, owner)
         block = partial[start_of(parts, owner) :][: parts[owner]].view(batch, size, width)
-        multiply(x[:, row : row + size], weight_t, block, bias if comm.rank == 0 else None)
-    out = x.new_empty(batch, sizes[comm.rank], width)
+        multiply(x_3d[:, row : row + size], weight_t, block, bias if comm.rank == 0 else None)
+    out = x.new_empty(*x.shape[:-2], sizes[comm.rank], width)
     _finish(comm.reduce_scatter(out, partial, input_splits=parts, async_op=_hides(comm, overlap)), meanwhile)
     return out
 
@@ -90,7 +91,7 @@ def all_reduce(
 ) -> Tensor:
     """As ``fused_host.all_reduce``."""
     out = x.new_empty(*x.shape[:-1], weight_t.shape[1])
-    multiply(x, weight_t, out, bias if comm.rank == 0 else None)
+    multiply(as_3d(x), weight_t, as_3d(out), bias if comm.rank == 0 else None)
     _finish(comm.all_reduce(out, async_op=_hides(comm, overlap)), meanwhile)
     return out
 

@@ -13,7 +13,7 @@ With ``overlap`` a rank computes chunk k + 1, and what the caller has besides (`
 peers' chunk k. Without, the same pieces are computed in the same order, one after the other, so the bits are the same.
 A core computes or communicates, never both: what is hidden is the wait for ranks that are late.
 
-Shapes are [B, S, width]: the sequence, dim 1, is what is cut. 16-bit partial sums are added in fp32 and rounded once.
+The sequence, dim −2, is what is cut. 16-bit partial sums are added in fp32 and rounded once.
 
 Refs: "Breaking the Computation and Communication Abstraction Barrier in Distributed Machine Learning Workloads"
 (CoCoNet, 2022); "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models"
@@ -31,7 +31,7 @@ from torch import Tensor
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel.chunks import num_chunks_of, scattered, whole
 from pycomm.tensor_parallel.groups import workspace
-from pycomm.tensor_parallel.products import Visit, add, multiply, nothing
+from pycomm.tensor_parallel.products import Visit, add, as_3d, multiply, nothing
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
 from pycomm.tensor_parallel.workspace import Turn
 
@@ -114,22 +114,24 @@ def reduce_scatter(
     """``x @ weight_t``, summed over ranks in rank order: this rank's rows.
 
     Args:
-        x: [B, S, K], where K may differ between ranks.
+        x: […, S, K], where K may differ between ranks.
         weight_t: [K, N], any strides.
         meanwhile: called once, while peers compute if ``overlap``, else at the end.
         bias: [N], added once: rank 0's partial product starts from it.
 
     Returns:
-        [B, s, N] with s this rank's part of S, by the rule of ``torch.chunk``.
+        […, s, N] with s this rank's part of S, by the rule of ``torch.chunk``.
     """
-    batch, rows, _ = x.shape
+    x_3d = as_3d(x)
+    batch, rows, _ = x_3d.shape
     shape = (batch, rows, weight_t.shape[1])
     turn = workspace(comm).begin(comm, describe, _REDUCE_SCATTER, _dtype(x), *shape)
     num_bytes = math.prod(shape) * x.element_size()
     _reserve(turn, num_bytes)
     sizes = shard_sizes(rows, comm.world_size)
     num_chunks = num_chunks_of(num_bytes, max(sizes) if batch == 1 else batch)
-    out = x.new_empty(batch, sizes[comm.rank], shape[2])
+    out = x.new_empty(*x.shape[:-2], sizes[comm.rank], shape[2])
+    out_3d = as_3d(out)
     chunks = turn.layout(
         (_REDUCE_SCATTER, x.dtype, shape, num_chunks), lambda: scattered(turn, comm, shape, x.dtype, num_chunks)
     )
@@ -137,14 +139,14 @@ def reduce_scatter(
 
     def compute(j: int) -> None:
         for place, block in chunks[j].products:
-            multiply(x[place], weight_t, block, own_bias)
+            multiply(x_3d[place], weight_t, block, own_bias)
         turn.post()
 
     def reduce(j: int) -> None:
         if j == 0:
             turn.check_equal()
         turn.wait(2 + j)
-        add(chunks[j].parts, out[chunks[j].place])
+        add(chunks[j].parts, out_3d[chunks[j].place])
 
     _pipeline(num_chunks, [compute, reduce], overlap, meanwhile)
     return out
@@ -160,16 +162,19 @@ def all_reduce(
 ) -> Tensor:
     """``x @ weight_t + bias``, summed over ranks in rank order, the bias once.
 
-    Args and bits as :func:`reduce_scatter`. Returns [B, S, N].
+    Args:
+        x: […, K]; others as of :func:`reduce_scatter`, and the same bits.
+
+    Returns:
+        […, N].
     """
-    batch, rows, depth = x.shape
-    shape = (batch * rows, weight_t.shape[1])
-    turn = workspace(comm).begin(comm, describe, _ALL_REDUCE, _dtype(x), batch, rows, shape[1])
+    shape = (x.shape[:-1].numel(), weight_t.shape[1])
+    turn = workspace(comm).begin(comm, describe, _ALL_REDUCE, _dtype(x), 1, *shape)
     num_bytes = math.prod(shape) * x.element_size()
     _reserve(turn, num_bytes)
     num_chunks = num_chunks_of(num_bytes, shape[0])
-    flat = x.reshape(shape[0], depth)
-    out = x.new_empty(batch, rows, shape[1])
+    flat = x.reshape(shape[0], x.shape[-1])
+    out = x.new_empty(*x.shape[:-1], shape[1])
     flat_out = out.view(shape)
     chunks = turn.layout(
         (_ALL_REDUCE, x.dtype, shape, num_chunks), lambda: whole(turn, comm, shape, x.dtype, num_chunks)

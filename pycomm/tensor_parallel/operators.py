@@ -36,7 +36,7 @@ def define(
     Args:
         schema: as torch.library takes it, without the namespace.
         implementation: for CPU and CUDA tensors; without autograd, so it may write into what it makes. It returns
-            no views, since callers may write into results.
+            no views: torch refuses to let callers write into those.
         fake: shapes and dtypes of the results, for tracing.
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes them; None: has none, and
             differentiating raises.

@@ -196,8 +196,7 @@ def _all_gather_matmul_backward_impl(
     comm = communicator(group)
     fused, shard, grad_3d = _fused(comm), as_3d(x), as_3d(grad)
     if not need_weight:
-        grad_x = fused.reduce_scatter(comm, grad_3d, weight, overlap)
-        return grad_x.view(x.shape), weight.new_empty(0)
+        return fused.reduce_scatter(comm, grad, weight, overlap), weight.new_empty(0)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     found: list[Tensor] = []
 
@@ -212,12 +211,12 @@ def _all_gather_matmul_backward_impl(
 
     def rest(visit_others: Any) -> None:
         if need_x:
-            found.append(fused.reduce_scatter(comm, grad_3d, weight, overlap, visit_others))
+            found.append(fused.reduce_scatter(comm, grad, weight, overlap, visit_others))
         else:
             visit_others()
 
     fused.gather(comm, shard, sizes, overlap, start, rest)
-    return found[0].view(x.shape) if need_x else x.new_empty(0), grad_weight
+    return found[0] if need_x else x.new_empty(0), grad_weight
 
 
 def _all_gather_matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -241,8 +240,8 @@ def _all_gather_matmul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, 
 
 def _matmul_reduce_scatter_impl(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, overlap: bool) -> Tensor:
     comm = communicator(group)
-    out: Tensor = _fused(comm).reduce_scatter(comm, as_3d(x), weight.t(), overlap, bias=bias)
-    return _shaped(out, *x.shape[:-2], *out.shape[1:])
+    out: Tensor = _fused(comm).reduce_scatter(comm, x, weight.t(), overlap, bias=bias)
+    return out
 
 
 def _matmul_reduce_scatter_fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, overlap: bool) -> Tensor:
@@ -297,8 +296,8 @@ def _matmul_reduce_scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | No
 
 def _matmul_all_reduce_impl(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, overlap: bool) -> Tensor:
     comm = communicator(group)
-    out: Tensor = _fused(comm).all_reduce(comm, as_3d(x), weight.t(), overlap, bias=bias)
-    return _shaped(out, *x.shape[:-1], weight.shape[0])
+    out: Tensor = _fused(comm).all_reduce(comm, x, weight.t(), overlap, bias=bias)
+    return out
 
 
 def _matmul_fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, overlap: bool) -> Tensor:
@@ -332,7 +331,7 @@ def _copy_matmul_backward_impl(
 
     grad_x = x.new_empty(0)
     if need_x:
-        grad_x = _fused(comm).all_reduce(comm, as_3d(grad), weight, overlap, weight_gradient).view(x.shape)
+        grad_x = _fused(comm).all_reduce(comm, grad, weight, overlap, weight_gradient)
     else:
         weight_gradient()
     return grad_x, grad_weight[0] if need_weight else x.new_empty(0)
@@ -350,11 +349,6 @@ def _copy_matmul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _sum_of_rows(grad: Tensor, wanted: bool) -> Tensor | None:
     return grad.flatten(0, -2).sum(0) if wanted else None
-
-
-def _shaped(out: Tensor, *shape: int) -> Tensor:
-    """A result is no view of a tensor that autograd does not know: callers may write into it."""
-    return out if out.shape == shape else torch.ops.aten._unsafe_view(out, shape)
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError
+from pycomm.tensor_parallel.products import shown
 
 __all__ = ["Turn", "Workspace"]
 
@@ -123,7 +124,8 @@ class Turn:
 
     def wait(self, count: int, flag: int = 0) -> None:
         """Wait until every rank has posted ``count`` times in this turn."""
-        self._comm.wait_posted(self._workspace.flags[flag], self._base + count)
+        with shown("pycomm::wait"):
+            self._comm.wait_posted(self._workspace.flags[flag], self._base + count)
 
     def descriptors(self) -> list[list[int]]:
         """What every rank has called, by rank. Waits for them to begin."""
