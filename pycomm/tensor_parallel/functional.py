@@ -113,10 +113,11 @@ def _concatenate(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tenso
         raise ValueError(f"this rank has {x.shape[dim]} of dimension {dim}, sizes says {sizes[comm.rank]}")
     shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
     counts = [torch.Size(shape).numel() for shape in shapes]
-    flat = x.new_empty(sum(counts))
+    whole = x.new_empty(*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :])
+    flat = whole.view(-1)
     comm.all_gather(flat, x.contiguous(), output_splits=counts)
-    if torch.Size(x.shape[:dim]).numel() == 1:  # parts lie as they shall
-        return flat.view(*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :])
+    if x.shape[:dim].numel() == 1:  # parts lie as they shall
+        return whole
     parts = [part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)]
     return torch.cat(parts, dim)
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pycomm.communicator import Communicator
-from pycomm.tensor_parallel.products import Visit, multiply, nothing
+from pycomm.communicator import Communicator, Work
+from pycomm.tensor_parallel.products import Visit, as_3d, multiply, nothing
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
 
 __all__ = ["all_reduce", "gather", "reduce_scatter", "row_counts"]
@@ -19,6 +19,8 @@ __all__ = ["all_reduce", "gather", "reduce_scatter", "row_counts"]
 
 def row_counts(comm: Communicator, rows: int) -> list[int]:
     """``rows`` of every rank: a collective of 8 bytes each."""
+    if comm.world_size == 1:
+        return [rows]
     counts = torch.empty(comm.world_size, dtype=torch.int64, device=comm.device)
     comm.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=comm.device))
     found: list[int] = counts.tolist()
@@ -56,10 +58,16 @@ def gather(
 
 
 def reduce_scatter(
-    comm: Communicator, x: Tensor, weight_t: Tensor, overlap: bool, meanwhile: Callable[[], None] = nothing
+    comm: Communicator,
+    x: Tensor,
+    weight_t: Tensor,
+    overlap: bool,
+    meanwhile: Callable[[], None] = nothing,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As ``fused_host.reduce_scatter``."""
-    batch, rows, _ = x.shape
+    x_3d = as_3d(x)
+    batch, rows, _ = x_3d.shape
     width = weight_t.shape[1]
     sizes = shard_sizes(rows, comm.world_size)
     parts = [batch * size * width for size in sizes]
@@ -67,22 +75,33 @@ def reduce_scatter(
     for owner, size in enumerate(sizes):
         row = start_of(sizes, owner)
         block = partial[start_of(parts, owner) :][: parts[owner]].view(batch, size, width)
-        multiply(x[:, row : row + size], weight_t, block)
-    out = x.new_empty(batch, sizes[comm.rank], width)
-    work = comm.reduce_scatter(out, partial, input_splits=parts, async_op=overlap)
-    meanwhile()
-    if work is not None:
-        work.wait()
+        multiply(x_3d[:, row : row + size], weight_t, block, bias if comm.rank == 0 else None)
+    out = x.new_empty(*x.shape[:-2], sizes[comm.rank], width)
+    _finish(comm.reduce_scatter(out, partial, input_splits=parts, async_op=_hides(comm, overlap)), meanwhile)
     return out
 
 
 def all_reduce(
-    comm: Communicator, x: Tensor, weight_t: Tensor, overlap: bool, meanwhile: Callable[[], None] = nothing
+    comm: Communicator,
+    x: Tensor,
+    weight_t: Tensor,
+    overlap: bool,
+    meanwhile: Callable[[], None] = nothing,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As ``fused_host.all_reduce``."""
-    out = x @ weight_t
-    work = comm.all_reduce(out, async_op=overlap)
+    out = x.new_empty(*x.shape[:-1], weight_t.shape[1])
+    multiply(as_3d(x), weight_t, as_3d(out), bias if comm.rank == 0 else None)
+    _finish(comm.all_reduce(out, async_op=_hides(comm, overlap)), meanwhile)
+    return out
+
+
+def _hides(comm: Communicator, overlap: bool) -> bool:
+    """Whether there is anything to hide."""
+    return overlap and comm.world_size > 1
+
+
+def _finish(work: Work | None, meanwhile: Callable[[], None]) -> None:
     meanwhile()
     if work is not None:
         work.wait()
-    return out

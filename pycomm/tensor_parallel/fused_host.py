@@ -13,7 +13,7 @@ With ``overlap`` a rank computes chunk k + 1, and what the caller has besides (`
 peers' chunk k. Without, the same pieces are computed in the same order, one after the other, so the bits are the same.
 A core computes or communicates, never both: what is hidden is the wait for ranks that are late.
 
-Shapes are [B, S, width]: the sequence, dim 1, is what is cut. 16-bit partial sums are added in fp32 and rounded once.
+The sequence, dim −2, is what is cut. 16-bit partial sums are added in fp32 and rounded once.
 
 Refs: "Breaking the Computation and Communication Abstraction Barrier in Distributed Machine Learning Workloads"
 (CoCoNet, 2022); "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning Models"
@@ -22,22 +22,21 @@ Refs: "Breaking the Computation and Communication Abstraction Barrier in Distrib
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from pycomm.communicator import Communicator
+from pycomm.tensor_parallel.chunks import num_chunks_of, scattered, whole
 from pycomm.tensor_parallel.groups import workspace
-from pycomm.tensor_parallel.products import Visit, multiply, nothing
+from pycomm.tensor_parallel.products import Visit, add, as_3d, multiply, nothing
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
 from pycomm.tensor_parallel.workspace import Turn
 
 __all__ = ["all_reduce", "gather", "reduce_scatter"]
 
-_CHUNK_BYTES = 4 << 20  # of the whole product; smaller chunks cost the product more than waiting costs
-_MAX_CHUNKS = 4
 _MAX_ONE_STEP = 3  # ranks; beyond, reading n partials costs more than a second step
 _GATHER, _REDUCE_SCATTER, _ALL_REDUCE = range(3)
 _CALLS = ("all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce")
@@ -74,7 +73,7 @@ def gather(
     row_bytes = batch * width * shard.element_size()
     shown = turn.fits(rows * row_bytes)
     if shown:
-        turn.view(shard.shape, shard.dtype).copy_(shard)
+        turn.view(rank, shard.shape, shard.dtype).copy_(shard)
         turn.post()
     visit: Visit | None = None
     if overlap:
@@ -85,7 +84,7 @@ def gather(
         raise ValueError(f"the ranks have {found} rows, expected {assumed}: pass the sizes that they have")
     if not turn.fits(max(found) * row_bytes):
         turn.grow(max(found) * row_bytes)
-        turn.view(shard.shape, shard.dtype).copy_(shard)
+        turn.view(rank, shard.shape, shard.dtype).copy_(shard)
         turn.post_until(3)  # 2 was of the old buffer, if this rank's shard fitted there
         turn.wait(3)
     else:
@@ -98,121 +97,117 @@ def gather(
     def visit_others() -> None:
         for i in range(1, num_ranks):
             peer = (rank + i) % num_ranks
-            theirs = turn.peer_view(peer, (batch, found[peer], width), shard.dtype)
+            theirs = turn.view(peer, (batch, found[peer], width), shard.dtype)
             reader(peer, start_of(found, peer), theirs)
 
     rest(visit_others)
 
 
 def reduce_scatter(
-    comm: Communicator, x: Tensor, weight_t: Tensor, overlap: bool, meanwhile: Callable[[], None] = nothing
+    comm: Communicator,
+    x: Tensor,
+    weight_t: Tensor,
+    overlap: bool,
+    meanwhile: Callable[[], None] = nothing,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``x @ weight_t``, summed over ranks in rank order: this rank's rows.
 
     Args:
-        x: [B, S, K], where K may differ between ranks.
+        x: […, S, K], where K may differ between ranks.
         weight_t: [K, N], any strides.
         meanwhile: called once, while peers compute if ``overlap``, else at the end.
+        bias: [N], added once: rank 0's partial product starts from it.
 
     Returns:
-        [B, s, N] with s this rank's part of S, by the rule of ``torch.chunk``.
+        […, s, N] with s this rank's part of S, by the rule of ``torch.chunk``.
     """
-    rank, num_ranks = comm.rank, comm.world_size
-    batch, rows, _ = x.shape
-    width = weight_t.shape[1]
-    turn = workspace(comm).begin(comm, describe, _REDUCE_SCATTER, _dtype(x), batch, rows, width)
-    _reserve(turn, batch * rows * width * x.element_size())
-    mine = turn.view((batch * rows * width,), x.dtype)
-    peers = [turn.peer_view(peer, (batch * rows * width,), x.dtype) for peer in range(num_ranks)]
-    sizes = shard_sizes(rows, num_ranks)
-    out = x.new_empty(batch, sizes[rank], width)
-    # One sequence is cut along its rows, several are cut into groups of whole ones: either way pieces are contiguous.
-    num_chunks = _num_chunks(batch * rows * width * x.element_size(), max(sizes) if batch == 1 else batch)
-    pieces = [_cut(sizes[owner] if batch == 1 else batch, num_chunks) for owner in range(num_ranks)]
-    starts: list[list[int]] = []
-    offset = 0
-    for j in range(num_chunks):
-        starts.append([])
-        for owner in range(num_ranks):
-            starts[-1].append(offset)
-            low, high = pieces[owner][j]
-            offset += (high - low) * width * (1 if batch == 1 else sizes[owner])
-
-    def part(tensor: Tensor, j: int, owner: int, first_row: int) -> Tensor:
-        low, high = pieces[owner][j]
-        if batch == 1:
-            return tensor[:, first_row + low : first_row + high]
-        return tensor[low:high, first_row : first_row + sizes[owner]]
+    x_3d = as_3d(x)
+    batch, rows, _ = x_3d.shape
+    shape = (batch, rows, weight_t.shape[1])
+    turn = workspace(comm).begin(comm, describe, _REDUCE_SCATTER, _dtype(x), *shape)
+    num_bytes = math.prod(shape) * x.element_size()
+    _reserve(turn, num_bytes)
+    sizes = shard_sizes(rows, comm.world_size)
+    num_chunks = num_chunks_of(num_bytes, max(sizes) if batch == 1 else batch)
+    out = x.new_empty(*x.shape[:-2], sizes[comm.rank], shape[2])
+    out_3d = as_3d(out)
+    chunks = turn.layout(
+        (_REDUCE_SCATTER, x.dtype, shape, num_chunks), lambda: scattered(turn, comm, shape, x.dtype, num_chunks)
+    )
+    own_bias = bias if comm.rank == 0 else None
 
     def compute(j: int) -> None:
-        for i in range(num_ranks):
-            owner = (rank + 1 + i) % num_ranks
-            rows_of_owner = part(x, j, owner, start_of(sizes, owner))
-            count = rows_of_owner.shape[0] * rows_of_owner.shape[1] * width
-            block = mine[starts[j][owner] :][:count].view(*rows_of_owner.shape[:2], width)
-            multiply(rows_of_owner, weight_t, block)
+        for place, block in chunks[j].products:
+            multiply(x_3d[place], weight_t, block, own_bias)
         turn.post()
 
     def reduce(j: int) -> None:
         if j == 0:
             turn.check_equal()
         turn.wait(2 + j)
-        target = part(out, j, rank, 0)
-        _add([peer[starts[j][rank] :][: target.numel()].view(target.shape) for peer in peers], target)
+        add(chunks[j].parts, out_3d[chunks[j].place])
 
     _pipeline(num_chunks, [compute, reduce], overlap, meanwhile)
     return out
 
 
 def all_reduce(
-    comm: Communicator, x: Tensor, weight_t: Tensor, overlap: bool, meanwhile: Callable[[], None] = nothing
+    comm: Communicator,
+    x: Tensor,
+    weight_t: Tensor,
+    overlap: bool,
+    meanwhile: Callable[[], None] = nothing,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """``x @ weight_t``, summed over ranks in rank order.
+    """``x @ weight_t + bias``, summed over ranks in rank order, the bias once.
 
-    Args and bits as :func:`reduce_scatter`. Returns [B, S, N].
+    Args:
+        x: […, K]; others as of :func:`reduce_scatter`, and the same bits.
+
+    Returns:
+        […, N].
     """
-    rank, num_ranks = comm.rank, comm.world_size
-    batch, rows, depth = x.shape
-    width = weight_t.shape[1]
-    turn = workspace(comm).begin(comm, describe, _ALL_REDUCE, _dtype(x), batch, rows, width)
-    _reserve(turn, batch * rows * width * x.element_size())
-    shape = (batch * rows, width)
-    flat = x.reshape(batch * rows, depth)
-    mine = turn.view(shape, x.dtype)
-    peers = [turn.peer_view(peer, shape, x.dtype) for peer in range(num_ranks)]
-    out = x.new_empty(shape)
-    pieces = _cut(batch * rows, _num_chunks(out.numel() * out.element_size(), batch * rows))
+    shape = (x.shape[:-1].numel(), weight_t.shape[1])
+    turn = workspace(comm).begin(comm, describe, _ALL_REDUCE, _dtype(x), 1, *shape)
+    num_bytes = math.prod(shape) * x.element_size()
+    _reserve(turn, num_bytes)
+    num_chunks = num_chunks_of(num_bytes, shape[0])
+    flat = x.reshape(shape[0], x.shape[-1])
+    out = x.new_empty(*x.shape[:-1], shape[1])
+    flat_out = out.view(shape)
+    chunks = turn.layout(
+        (_ALL_REDUCE, x.dtype, shape, num_chunks), lambda: whole(turn, comm, shape, x.dtype, num_chunks)
+    )
+    own_bias = bias if comm.rank == 0 else None
 
     def compute(j: int) -> None:
-        low, high = pieces[j]
-        torch.mm(flat[low:high], weight_t, out=mine[low:high])
+        chunk = chunks[j]
+        multiply(flat[chunk.rows].unsqueeze(0), weight_t, chunk.blocks[comm.rank].unsqueeze(0), own_bias)
         turn.post()
 
     def reduce(j: int) -> None:
         if j == 0:
             turn.check_equal()
         turn.wait(2 + j)
-        low, high = pieces[j]
-        _add([peer[low:high] for peer in peers], out[low:high])
+        add(chunks[j].blocks, flat_out[chunks[j].rows])
 
     def reduce_own_part(j: int) -> None:
         if j == 0:
             turn.check_equal()
         turn.wait(2 + j)
-        low, high = _flat_part(pieces[j], width, rank, num_ranks)
         # In place: only this rank reads this part, until the post below says that it is a sum.
-        _add([peer.view(-1)[low:high] for peer in peers], mine.view(-1)[low:high])
+        add(chunks[j].parts, chunks[j].parts[comm.rank])
         turn.post(flag=1)
 
     def collect(j: int) -> None:
         turn.wait(1 + j, flag=1)
-        for peer in range(num_ranks):
-            low, high = _flat_part(pieces[j], width, peer, num_ranks)
-            out.view(-1)[low:high].copy_(peers[peer].view(-1)[low:high])
+        for place, total in chunks[j].sums:
+            flat_out.view(-1)[place].copy_(total)
 
-    stages = [compute, reduce] if num_ranks <= _MAX_ONE_STEP else [compute, reduce_own_part, collect]
-    _pipeline(len(pieces), stages, overlap, meanwhile)
-    return out.view(batch, rows, width)
+    stages = [compute, reduce] if comm.world_size <= _MAX_ONE_STEP else [compute, reduce_own_part, collect]
+    _pipeline(num_chunks, stages, overlap, meanwhile)
+    return out
 
 
 def _pipeline(
@@ -237,34 +232,6 @@ def _reserve(turn: Turn, num_bytes: int) -> None:
     if not turn.fits(num_bytes):
         turn.check_equal()  # then it fits nowhere, and all grow
         turn.grow(num_bytes)
-
-
-def _add(parts: Sequence[Tensor], out: Tensor) -> None:
-    """Sum in rank order, 16-bit floats in fp32. ``out`` may be one of the parts."""
-    if len(parts) == 2 and out.dtype in (torch.float32, torch.float64):
-        torch.add(parts[0], parts[1], out=out)
-        return
-    total = parts[0].to(torch.promote_types(out.dtype, torch.float32), copy=True)
-    for part in parts[1:]:
-        total += part
-    out.copy_(total)
-
-
-def _num_chunks(num_bytes: int, num_units: int) -> int:
-    """A function of sizes that all ranks share, whether they overlap or not."""
-    return max(1, min(num_bytes // _CHUNK_BYTES, _MAX_CHUNKS, num_units))
-
-
-def _cut(total: int, num_pieces: int) -> list[tuple[int, int]]:
-    bounds = [total * i // num_pieces for i in range(num_pieces + 1)]
-    return list(pairwise(bounds))
-
-
-def _flat_part(piece: tuple[int, int], width: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    low, high = piece
-    sizes = shard_sizes((high - low) * width, num_ranks)
-    start = low * width + start_of(sizes, rank)
-    return start, start + sizes[rank]
 
 
 def _dtype(tensor: Tensor) -> int:

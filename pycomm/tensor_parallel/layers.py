@@ -168,9 +168,7 @@ class ColumnParallelLinear(ParallelLayer):
         """[…, in_features] (with sequence_parallel this rank's rows) -> […, this rank's outputs, or all of them]."""
         weight = self.matrix
         if self.sequence_parallel:
-            out = fused.all_gather_matmul(x, weight, self.comm, overlap=self.overlap)
-            if self.bias is not None:
-                out = out + self.bias
+            out = fused.all_gather_matmul(x, weight, self.comm, self.bias, overlap=self.overlap)
         elif self.reduce_input:
             out = fused.copy_matmul(x, weight, self.comm, self.bias, overlap=self.overlap)
         else:
@@ -250,12 +248,8 @@ class RowParallelLinear(ParallelLayer):
             x = _own_features(x, self)
         elif x.shape[-1] != self.matrix.shape[1]:
             x = self._without_padding(x)
-        if not self.sequence_parallel:
-            out = fused.matmul_all_reduce(x, self.matrix, self.comm, overlap=self.overlap)
-            return out if self.bias is None else out + self.bias
-        out = fused.matmul_reduce_scatter(x, self.matrix, self.comm, overlap=self.overlap)
-        # Every rank adds the bias to its own rows, so its gradient is a sum over ranks.
-        return out if self.bias is None else out + copy_to_ranks(self.bias, self.comm)
+        product = fused.matmul_reduce_scatter if self.sequence_parallel else fused.matmul_all_reduce
+        return product(x, self.matrix, self.comm, self.bias, overlap=self.overlap)
 
     def _without_padding(self, x: Tensor) -> Tensor:
         """A rank without heads computes with one of zeros (``parallelize``), which is cut off here."""

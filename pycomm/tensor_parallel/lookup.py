@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pycomm.tensor_parallel.operators import define
@@ -34,8 +35,11 @@ def _lookup_impl(ids: Tensor, weight: Tensor, start: int, total: int, padding_id
     others = (local < 0) | (local >= weight.shape[0])
     if weight.shape[0] == 0:
         return weight.new_zeros(*ids.shape, weight.shape[1])
-    out = weight.index_select(0, local.masked_fill_(others, 0))
-    return out.masked_fill_(others.unsqueeze(1), 0.0).view(*ids.shape, weight.shape[1])
+    out = weight.new_empty(*ids.shape, weight.shape[1])
+    rows = out.view(-1, weight.shape[1])
+    torch.index_select(weight, 0, local.masked_fill_(others, 0), out=rows)
+    rows.masked_fill_(others.unsqueeze(1), 0.0)
+    return out
 
 
 def _lookup_fake(ids: Tensor, weight: Tensor, start: int, total: int, padding_idx: int) -> Tensor:

@@ -15,14 +15,17 @@ last that used the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError
+from pycomm.tensor_parallel.products import shown
 
 __all__ = ["Turn", "Workspace"]
 
@@ -31,6 +34,9 @@ _LINE = 8  # int64 words of a cache line: flags of different turns' phases do no
 _DESCRIPTOR = 8  # words
 _PHASE_BITS = 20  # posts of one turn
 _PAGE = 4096
+_MAX_LAYOUTS = 256  # a buffer's; more shapes than that are rare, and then all are made again
+
+_Layout = TypeVar("_Layout")
 
 
 @dataclass
@@ -54,6 +60,7 @@ class Workspace:
             [peer[(2 + slot) * _LINE :][:_DESCRIPTOR].numpy() for peer in comm.peers(pad)] for slot in range(_NUM_SLOTS)
         ]
         self._buffers: list[_Buffer | None] = [None] * _NUM_SLOTS
+        self._layouts: list[dict[Hashable, object]] = [{} for _ in range(_NUM_SLOTS)]
         self._num_turns = 0
 
     def begin(self, comm: Communicator, describe: Callable[[Sequence[int]], str], *descriptor: int) -> Turn:
@@ -76,11 +83,15 @@ class Workspace:
 
     def capacity(self, turn: int) -> int:
         buffer = self._buffers[turn % _NUM_SLOTS]
-        return 0 if buffer is None else buffer.own.numel()
+        return -1 if buffer is None else buffer.own.numel()
 
     def grow(self, comm: Communicator, turn: int, num_bytes: int) -> None:
-        own = comm.empty(-(-num_bytes // _PAGE) * _PAGE, dtype=torch.uint8)
+        own = comm.empty((num_bytes // _PAGE + 1) * _PAGE, dtype=torch.uint8)
         self._buffers[turn % _NUM_SLOTS] = _Buffer(own, comm.peers(own))
+        self._layouts[turn % _NUM_SLOTS].clear()  # they are views of the old buffer
+
+    def layouts(self, turn: int) -> dict[Hashable, object]:
+        return self._layouts[turn % _NUM_SLOTS]
 
     def buffer(self, turn: int) -> _Buffer:
         buffer = self._buffers[turn % _NUM_SLOTS]
@@ -113,7 +124,8 @@ class Turn:
 
     def wait(self, count: int, flag: int = 0) -> None:
         """Wait until every rank has posted ``count`` times in this turn."""
-        self._comm.wait_posted(self._workspace.flags[flag], self._base + count)
+        with shown("pycomm::wait"):
+            self._comm.wait_posted(self._workspace.flags[flag], self._base + count)
 
     def descriptors(self) -> list[list[int]]:
         """What every rank has called, by rank. Waits for them to begin."""
@@ -141,17 +153,25 @@ class Turn:
         """Collective: every rank asks for the same size, having seen that it does not fit."""
         self._workspace.grow(self._comm, self._turn, num_bytes)
 
-    def view(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The start of this rank's buffer as a tensor."""
-        return _view(self._workspace.buffer(self._turn).own, shape, dtype)
+    def layout(self, key: Hashable, make: Callable[[], _Layout]) -> _Layout:
+        """``make()``, kept for later turns in the same buffer: views of it, which cost more than a small product.
 
-    def peer_view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        Args:
+            key: everything that the layout depends on besides the buffer.
+        """
+        kept = self._workspace.layouts(self._turn)
+        found = kept.get(key)
+        if found is None:
+            if len(kept) >= _MAX_LAYOUTS:
+                kept.clear()
+            found = kept[key] = make()
+        return found  # type: ignore[return-value]
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The start of ``rank``'s buffer as a tensor."""
-        return _view(self._workspace.buffer(self._turn).peers[rank], shape, dtype)
+        memory = self._workspace.buffer(self._turn).peers[rank]
+        return self.layout((rank, tuple(shape), dtype), lambda: _view(memory, shape, dtype))
 
 
 def _view(memory: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    count = 1
-    for size in shape:
-        count *= size
-    return memory[: count * dtype.itemsize].view(dtype).view(shape)
+    return memory[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))

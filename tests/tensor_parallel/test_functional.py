@@ -6,8 +6,11 @@ import torch
 from pycomm.tensor_parallel import (
     all_gather,
     copy_to_ranks,
+    cross_entropy,
     functional,
     gather_from_ranks,
+    lookup,
+    operators,
     overlap,
     reduce_from_ranks,
     reduce_scatter,
@@ -85,21 +88,40 @@ def check_operators(comm):
         (functional._scatter, (x(2, 4 * n), 1, group)),
         (functional._all_gather, (x(2, 4), 1, sizes, group)),
         (functional._reduce_scatter, (x(2, 4 * n), 1, sizes, group)),
-        (overlap._all_gather_matmul, (x(4, 3), x(5, 3), sizes, group, True)),
-        (overlap._matmul_reduce_scatter, (x(4 * n, 3), x(5, 3), group, True)),
-        (overlap._matmul_all_reduce, (x(4, 3), x(5, 3), group, True)),
+        (overlap._all_gather_matmul, (x(4, 3), x(5, 3), x(5), sizes, group, True)),
+        (overlap._matmul_reduce_scatter, (x(4 * n, 3), x(5, 3), x(5), group, True)),
+        (overlap._matmul_all_reduce, (x(4, 3), x(5, 3), x(5), group, True)),
         (overlap._copy_matmul, (x(4, 3), x(5, 3), x(5), group, True)),
     ]
-    from pycomm.tensor_parallel import cross_entropy, lookup
-
     ids = torch.tensor([0, 2, 5])
     calls += [
         (cross_entropy._token_losses, (x(3, 4), torch.tensor([0, 1, -100]), -100, 0.1, 0.1, group)),
         (lookup._lookup, (ids, x(4, 3), 0, 4 * n + 2, -1)),
     ]
+    grad = x(4, 5).detach()
+    alone = [
+        (overlap._all_gather_matmul_backward, (x(4 * n, 5), x(4, 3), x(5, 3), sizes, group, True, True, True)),
+        (overlap._matmul_reduce_scatter_backward, (grad, x(4 * n, 3), x(5, 3), group, True, True, False, True)),
+        (overlap._copy_matmul_backward, (grad, x(4, 3), x(5, 3), group, True, True, True)),
+        (cross_entropy._logits_gradient, (x(4), x(4, 3), x(4), torch.tensor([0, -1, 2, 1, 3 * n]), 0.1, 0.1)),
+        (lookup._lookup_gradient, (x(3, 5), ids, 0, 4, -1)),
+    ]
+    calls += [
+        (operator, tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in args)) for operator, args in alone
+    ]
+    assert {operator.operator.name() for operator, _ in calls} == operators._library._op_defs, (
+        "every operator is checked"
+    )
     outcomes = {}
     for operator, args in calls:
-        outcomes |= {f"{operator}.{test}": outcome for test, outcome in torch.library.opcheck(operator, args).items()}
+        name = operator.operator.name()
+        outcomes |= {
+            f"{name}.{test}": outcome for test, outcome in torch.library.opcheck(operator.operator, args).items()
+        }
+        found = operator(*args)
+        outcomes[f"{name} returns no view"] = (
+            "SUCCESS" if not torch.Tensor._is_view(found if isinstance(found, torch.Tensor) else found[0]) else "VIEW"
+        )
     return sorted(name for name, outcome in outcomes.items() if outcome != "SUCCESS")
 
 

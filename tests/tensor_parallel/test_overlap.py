@@ -1,5 +1,7 @@
 """Fused products against the same products of the whole, on one rank; overlapped and not, bit for bit."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -84,10 +86,10 @@ def every_case(comm, name):
 
 def bits_of(comm, overlap, chunks):
     """Everything the four operators compute from random numbers, where the order of a sum would show."""
-    from pycomm.tensor_parallel import fused_host
+    from pycomm.tensor_parallel import chunks as sizes
 
-    before = fused_host._CHUNK_BYTES
-    fused_host._CHUNK_BYTES = 1 << 9 if chunks else before
+    before = sizes._CHUNK_BYTES
+    sizes._CHUNK_BYTES = 1 << 9 if chunks else before
     generator = torch.Generator().manual_seed(comm.rank)
     try:
         results = []
@@ -100,7 +102,7 @@ def bits_of(comm, overlap, chunks):
                 results += with_gradients(out, grad, *inputs)
         return [t.numpy().tobytes() for t in results]
     finally:
-        fused_host._CHUNK_BYTES = before
+        sizes._CHUNK_BYTES = before
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -195,3 +197,114 @@ def misfit(comm):
     except ValueError as error:
         return str(error).partition(":")[0]
     return None
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the operators that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def watched_and_not(comm):
+    """A dispatch mode sees operators; without one calls take the short way. The results are the same."""
+    x, weight, bias = tensor(6, 4, seed=1), tensor(4, 4, seed=2), tensor(4, seed=3)
+    names = []
+    for operator in (all_gather_matmul, matmul_reduce_scatter, matmul_all_reduce, copy_matmul):
+        found = []
+        for mode in (contextlib.nullcontext(), Seen()):
+            inputs = [t.clone().requires_grad_() for t in (x, weight, bias)]
+            with mode:
+                out = operator(inputs[0], inputs[1], comm, inputs[2])
+                found.append(with_gradients(out, tensor(*out.shape, seed=4), *inputs))
+            out += 1  # a result is the caller's
+            with torch.no_grad():
+                assert torch.equal(operator(*inputs[:2], comm, inputs[2]), out - 1)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), operator
+        names += [name for name in mode.names if name.startswith("pycomm")]
+    return names
+
+
+def test_tracers_see_operators_and_others_get_the_same_results(pool):
+    names = [
+        "pycomm.all_gather_matmul.default", "pycomm.all_gather_matmul_backward.default",
+        "pycomm.matmul_reduce_scatter.default", "pycomm.matmul_reduce_scatter_backward.default",
+        "pycomm.matmul_all_reduce.default",
+        "pycomm.copy_matmul.default", "pycomm.copy_matmul_backward.default",
+    ]  # fmt: skip
+    assert pool.run(2, watched_and_not) == [names] * 2
+
+
+def bias_once(comm, lead):
+    """The bias of sums over ranks; its gradient has the same bits on every rank, though they visit rows differently."""
+    x, weight, bias = torch.zeros(*lead, 7, 4), torch.zeros(3, 4), torch.tensor([1.0, 2.0, 4.0]).requires_grad_()
+    for operator in (matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul, copy_matmul):
+        out = operator(x, weight, comm, bias)
+        assert torch.equal(out, bias.expand_as(out)), operator
+    scattered = matmul_reduce_scatter(x, weight, comm, bias)
+    generator = torch.Generator().manual_seed(1)
+    grad = part(torch.randn(*lead, 7, 3, generator=generator), comm, -2)
+    (found,) = torch.autograd.grad(scattered, bias, grad)
+    return found.tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_bias_is_added_once(pool, world_size, lead):
+    ranks = pool.run(world_size, bias_once, lead)
+    assert all(rank == ranks[0] for rank in ranks)
+    whole = torch.randn(*lead, 7, 3, generator=torch.Generator().manual_seed(1)).flatten(0, -2).double().sum(0)
+    # 14 terms at most, none above 4: 13 additions, each of a relative error of 2 ** -24 of a sum below 56.
+    assert (torch.tensor(ranks[0]).double() - whole).abs().max() <= 13 * 56 * 2.0**-24
+
+
+def autocast(comm):
+    """Products in bf16, gradients of fp32 parameters in fp32, as of nn.Linear."""
+    x, weight, bias = (t.requires_grad_() for t in (tensor(4, 6, seed=1), tensor(5, 6, seed=2), tensor(5, seed=3)))
+    found = []
+    for operator in (copy_matmul, matmul_all_reduce, matmul_reduce_scatter, all_gather_matmul):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = operator(x, weight, comm, bias)
+        found.append(out.dtype)
+        found += [g.dtype for g in torch.autograd.grad(out.sum(), (x, weight, bias))]
+    return found == [torch.bfloat16, *[torch.float32] * 3] * 4
+
+
+def test_autocast(pool):
+    assert pool.run(2, autocast) == [True] * 2
+
+
+def second_gradient(comm):
+    x, weight = torch.ones(4, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
+    raised = []
+    for operator in (all_gather_matmul, matmul_reduce_scatter, copy_matmul):
+        try:
+            (first,) = torch.autograd.grad(operator(x, weight, comm).square().sum(), x, create_graph=True)
+            torch.autograd.grad(first.sum(), weight)
+        except (RuntimeError, NotImplementedError):
+            raised.append(operator.__name__)
+        comm.barrier()
+    return raised
+
+
+def test_a_second_gradient_is_refused(pool):
+    assert pool.run(2, second_gradient) == [["all_gather_matmul", "matmul_reduce_scatter", "copy_matmul"]] * 2
+
+
+def shared_names(comm):
+    from torch.profiler import ProfilerActivity, profile
+
+    matmul_all_reduce(torch.ones(2, 2), torch.ones(2, 2), comm)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        matmul_all_reduce(torch.ones(2, 2, requires_grad=True), torch.ones(2, 2), comm)
+    names = {event.name for event in profiled.events()}
+    return {"pycomm::matmul_all_reduce", "pycomm::wait", "pycomm::sum"} <= names
+
+
+def test_profiles_name_what_happens(pool):
+    assert pool.run(2, shared_names) == [True] * 2
