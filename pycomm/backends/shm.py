@@ -79,6 +79,9 @@ class ShmBackend:
         core = self._core.split(color, key, timeout_s)
         return None if core is None else ShmBackend(core)
 
+    def synchronize(self, timeout_s: float) -> None:
+        """Nothing is under way that no Work stands for."""
+
     def abort(self, reason: str) -> None:
         self._core.abort(reason)
 
