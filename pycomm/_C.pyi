@@ -385,9 +385,9 @@ class NcclCommunicator:
     def take_messages(self, most: int, /) -> bytes:
         """Messages that have not been taken: number (uint64) and packed call each."""
 
-    def watch_kernels(self, abort_word: int, /) -> int:
-        """A group of pycomm's kernels, by the device address of its abort word, which is set when this communicator
-        fails. Returns the device address where they write their status."""
+    def watch_kernels(self, abort_word: int, status: int, /) -> None:
+        """A group of pycomm's kernels: the device address of its abort word, which is set when this communicator fails,
+        and the host address of its status, which is looked at until ``forget_kernels``."""
 
     def forget_kernels(self, abort_word: int, /) -> None: ...
     def kernel_failures(self) -> list[tuple[int, int, int, int, int]]:

@@ -220,7 +220,10 @@ void bind_watch(Class& communicator) {
              const std::vector<nccl::LoggedMessage> taken = self.log().take_messages(most);
              return py::bytes(reinterpret_cast<const char*>(taken.data()), taken.size() * sizeof(taken[0]));
            })
-      .def("watch_kernels", [](Communicator& self, Address abort_word) { return self.kernels().add(abort_word); })
+      .def("watch_kernels",
+           [](Communicator& self, Address abort_word, Address status) {
+             self.kernels().add(abort_word, static_cast<const nccl::KernelStatus*>(pointer(status)));
+           })
       .def("forget_kernels", [](Communicator& self, Address abort_word) { self.kernels().remove(abort_word); })
       .def("kernel_failures", [](Communicator& self) {
         std::vector<std::tuple<std::uint32_t, int, int, std::uint32_t, std::uint32_t>> rows;

@@ -1,7 +1,5 @@
 #include "nccl/driver.hpp"
 
-#include <cstring>
-
 #include "pycomm/error.hpp"
 
 namespace pycomm::nccl::driver {
@@ -29,9 +27,6 @@ Driver::Driver(const std::vector<std::string>& names) : library_("the CUDA drive
   library_.get(event_record, "cuEventRecord");
   library_.get(event_query, "cuEventQuery");
   library_.get(event_destroy, "cuEventDestroy_v2");
-  library_.get(mem_host_alloc, "cuMemHostAlloc");
-  library_.get(mem_host_get_device_pointer, "cuMemHostGetDevicePointer_v2");
-  library_.get(mem_free_host, "cuMemFreeHost");
   library_.get(memset_d32_async, "cuMemsetD32Async");
 
   int count = 0;
@@ -122,16 +117,5 @@ bool Event::passed() const {
   driver_.check(result, "cuEventQuery");
   return true;
 }
-
-MappedMemory::MappedMemory(const Context& context, std::size_t bytes) : context_(context) {
-  const Driver& driver = context.driver();
-  const Context::Current current(context);
-  driver.check(driver.mem_host_alloc(&host_, bytes, abi::kHostAllocPortable | abi::kHostAllocDeviceMap),
-               "cuMemHostAlloc");
-  std::memset(host_, 0, bytes);
-  driver.check(driver.mem_host_get_device_pointer(&device_, host_, 0), "cuMemHostGetDevicePointer");
-}
-
-MappedMemory::~MappedMemory() { context_.driver().mem_free_host(host_); }
 
 }  // namespace pycomm::nccl::driver

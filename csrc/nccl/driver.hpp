@@ -1,4 +1,4 @@
-// The CUDA driver, loaded at run time, and owners of its streams, events and host memory that the device maps.
+// The CUDA driver, loaded at run time, and owners of its streams and events.
 #pragma once
 
 #include <memory>
@@ -37,9 +37,6 @@ class Driver {
   abi::EventRecord event_record;
   abi::EventQuery event_query;
   abi::EventDestroy event_destroy;
-  abi::MemHostAlloc mem_host_alloc;
-  abi::MemHostGetDevicePointer mem_host_get_device_pointer;
-  abi::MemFreeHost mem_free_host;
   abi::MemsetD32Async memset_d32_async;
 
  private:
@@ -112,23 +109,6 @@ class Event {
  private:
   const Driver& driver_;
   abi::Event event_ = nullptr;
-};
-
-/// Zeroed host memory that the device reads and writes.
-class MappedMemory {
- public:
-  MappedMemory(const Context& context, std::size_t bytes);
-  MappedMemory(const MappedMemory&) = delete;  // freed once
-  MappedMemory& operator=(const MappedMemory&) = delete;
-  ~MappedMemory();
-
-  void* host() const { return host_; }
-  abi::DevicePointer device() const { return device_; }
-
- private:
-  const Context& context_;
-  void* host_ = nullptr;
-  abi::DevicePointer device_ = 0;
 };
 
 }  // namespace pycomm::nccl::driver

@@ -6,11 +6,16 @@
 #include <cstddef>
 #include <cstdint>
 
+// The driver's own names of what its handles point to.
+struct CUstream_st;
+struct CUevent_st;
+struct CUctx_st;
+
 namespace pycomm::nccl::driver::abi {
 
-using Stream = struct CUstream_st*;  // cudaStream_t
-using Event = struct CUevent_st*;
-using Context = struct CUctx_st*;
+using Stream = CUstream_st*;  // cudaStream_t
+using Event = CUevent_st*;
+using Context = CUctx_st*;
 using Device = int;
 using DevicePointer = unsigned long long;
 
@@ -22,8 +27,6 @@ enum Result : int {
 
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventDisableTiming = 2;
-inline constexpr unsigned kHostAllocPortable = 1;
-inline constexpr unsigned kHostAllocDeviceMap = 2;
 
 enum CaptureStatus : int { kNotCapturing = 0 };
 enum CaptureMode : int { kCaptureGlobal = 0, kCaptureThreadLocal = 1, kCaptureRelaxed = 2 };
@@ -48,9 +51,6 @@ using EventCreate = Result (*)(Event*, unsigned);
 using EventRecord = Result (*)(Event, Stream);
 using EventQuery = Result (*)(Event);
 using EventDestroy = Result (*)(Event);
-using MemHostAlloc = Result (*)(void**, std::size_t, unsigned);
-using MemHostGetDevicePointer = Result (*)(DevicePointer*, void*, unsigned);
-using MemFreeHost = Result (*)(void*);
 using MemsetD32Async = Result (*)(DevicePointer, unsigned, std::size_t, Stream);
 using GetErrorString = Result (*)(Result, const char**);
 }

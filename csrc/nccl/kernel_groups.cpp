@@ -5,13 +5,12 @@
 
 namespace pycomm::nccl {
 
-driver::abi::DevicePointer KernelGroups::add(driver::abi::DevicePointer abort_word) {
+void KernelGroups::add(driver::abi::DevicePointer abort_word, const KernelStatus* status) {
   const std::lock_guard lock(mutex_);
   const driver::Context::Current current(context_);
   if (!stream_) stream_ = std::make_unique<driver::Stream>(context_);
-  groups_.push_back({abort_word, std::make_unique<driver::MappedMemory>(context_, sizeof(KernelStatus))});
+  groups_.push_back({abort_word, status});
   if (stopped_) set(abort_word);
-  return groups_.back().status->device();
 }
 
 void KernelGroups::remove(driver::abi::DevicePointer abort_word) {
@@ -23,9 +22,9 @@ std::vector<KernelStatus> KernelGroups::failures() const {
   const std::lock_guard lock(mutex_);
   std::vector<KernelStatus> found;
   for (const Group& group : groups_) {
-    auto& status = *static_cast<KernelStatus*>(group.status->host());
     // The kernel has written the other fields before, with release at system scope.
-    if (std::atomic_ref(status.code).load(std::memory_order_acquire) != 0) found.push_back(status);
+    std::atomic_ref code(const_cast<std::uint32_t&>(group.status->code));
+    if (code.load(std::memory_order_acquire) != 0) found.push_back(*group.status);
   }
   return found;
 }

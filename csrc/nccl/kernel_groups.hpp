@@ -2,8 +2,8 @@
 // communicator fails, and sees when one of them has given up.
 //
 // A group of kernels has an abort word in device memory (SignalPad::abort of its own pad, which its kernels look at
-// before they write to a peer) and a status word in host memory that the device maps (Status, of which the kernels
-// write `code` last).
+// before they write to a peer) and a status in host memory that the device maps (Status, of which the kernels write
+// `code` last). Both belong to whoever made the group.
 #pragma once
 
 #include <cstdint>
@@ -28,9 +28,9 @@ class KernelGroups {
  public:
   explicit KernelGroups(const driver::Context& context) : context_(context) {}
 
-  /// Watch a group whose abort word lies at this address of the device. Returns where its kernels find the status word.
-  /// At once stopped, if the communicator has failed.
-  driver::abi::DevicePointer add(driver::abi::DevicePointer abort_word);
+  /// Watch a group by its abort word (an address of the device) and its status (an address of the host). It is stopped
+  /// at once if the communicator has failed.
+  void add(driver::abi::DevicePointer abort_word, const KernelStatus* status);
   /// Its kernels are over and its memory goes.
   void remove(driver::abi::DevicePointer abort_word);
   /// The statuses of groups whose kernels have given up.
@@ -41,7 +41,7 @@ class KernelGroups {
  private:
   struct Group {
     driver::abi::DevicePointer abort_word;
-    std::unique_ptr<driver::MappedMemory> status;
+    const KernelStatus* status;
   };
 
   void set(driver::abi::DevicePointer abort_word);

@@ -22,7 +22,7 @@ class Library {
   const std::string& file() const { return library_.file(); }
   int version() const { return version_; }
   /// Whether calls take a number of CTAs each (2.31).
-  bool has_call_config() const { return all_reduce_config != nullptr; }
+  bool has_call_config() const { return version_ >= abi::version_code(2, 31, 0) && all_reduce_config != nullptr; }
   /// "unhandled cuda error (ncclUnhandledCudaError): its last words", for messages.
   std::string describe(abi::Result result, abi::Comm* comm) const;
 

@@ -138,8 +138,6 @@ SAME_VALUE(driver::kNoDevice, CUDA_ERROR_NO_DEVICE);
 SAME_VALUE(driver::kNotReady, CUDA_ERROR_NOT_READY);
 SAME_VALUE(driver::kStreamNonBlocking, CU_STREAM_NON_BLOCKING);
 SAME_VALUE(driver::kEventDisableTiming, CU_EVENT_DISABLE_TIMING);
-SAME_VALUE(driver::kHostAllocPortable, CU_MEMHOSTALLOC_PORTABLE);
-SAME_VALUE(driver::kHostAllocDeviceMap, CU_MEMHOSTALLOC_DEVICEMAP);
 SAME_VALUE(driver::kNotCapturing, CU_STREAM_CAPTURE_STATUS_NONE);
 SAME_VALUE(driver::kCaptureRelaxed, CU_STREAM_CAPTURE_MODE_RELAXED);
 static_assert(sizeof(driver::DevicePointer) == sizeof(CUdeviceptr));

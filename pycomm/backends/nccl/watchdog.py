@@ -51,7 +51,7 @@ class Watchdog:
         self._known = threading.Event()
         self._comparison = Comparison(core, group)
         self._round: Round | None = None
-        self._exchange: tuple[_C.Work | None, torch.Tensor] | None = None
+        self._exchange: tuple[_C.Work | None, torch.Tensor, torch.Tensor] | None = None  # keeps its tensors
         self._gone: Cause | None = None  # a peer has left: nobody compares any more
         self._suspected = 0.0  # when NCCL's own error was seen first
         self._board = self._shared_board(timeout_s)
@@ -112,8 +112,8 @@ class Watchdog:
                     self._look()
                 if self.cause is None and self._gone is None and self._control is not None:
                     self._meet(self._control)
-            except PycommError as error:
-                self.settle(Cause("failed", (), str(error)))
+            except Exception as error:  # noqa: BLE001  (without this thread the group would hang: all must end)
+                self.settle(Cause("failed", (), f"its watchdog failed: {type(error).__name__}: {error}"))
 
     def _look(self) -> None:
         """At deadlines, at what NCCL and the device say, and at pycomm's own kernels."""
@@ -144,7 +144,7 @@ class Watchdog:
                 self._round = self._comparison.round()
                 self._send(control, next(self._round))
                 return
-            work, table = self._exchange
+            work, table, _ = self._exchange
             if work is not None and not work.done():
                 return
             if work is not None:
@@ -165,7 +165,7 @@ class Watchdog:
     def _send(self, control: Backend, row: bytes) -> None:
         mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
         table = torch.empty(len(row) * control.world_size, dtype=torch.uint8)
-        self._exchange = control.calls.all_gather(table, mine, None, True, _ROUND_S), table
+        self._exchange = control.calls.all_gather(table, mine, None, True, _ROUND_S), table, mine
 
     def _lost(self, error: PycommError) -> None:
         """The control group has failed."""
