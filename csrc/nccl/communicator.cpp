@@ -174,7 +174,10 @@ std::vector<OperationPtr> Communicator::unfinished() {
 
 void Communicator::abort() {
   if (ended_->exchange(true)) return;
-  kernels_.stop();
+  try {
+    kernels_.stop();
+  } catch (const Error&) {  // the device has failed, and its kernels with it
+  }
   std::unique_lock calling(calling_, std::defer_lock);
   // A non-blocking communicator keeps nobody long. If it does, only the abort can free that thread.
   static_cast<void>(calling.try_lock_for(std::chrono::duration<double>(kPatienceS)));

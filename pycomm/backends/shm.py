@@ -12,6 +12,8 @@ from pycomm.rendezvous import Rendezvous
 
 __all__ = ["ShmBackend", "tuning_here"]
 
+_OF_GPUS = "gpu_"  # thresholds that are not this back end's
+
 
 class ShmBackend:
     """One rank's end of the host transport; see :class:`pycomm.backends.Backend`."""
@@ -95,7 +97,7 @@ def tuning_here(world_size: int) -> dict[str, int]:
     Raises:
         ValueError: PYCOMM_TUNE names no threshold, or asks for a value that cannot be.
     """
-    thresholds = env.tune()
+    thresholds = {name: value for name, value in env.tune().items() if not name.startswith(_OF_GPUS)}
     try:
         return _C.tuning(world_size, thresholds)
     except ValueError as error:

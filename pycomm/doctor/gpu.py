@@ -1,17 +1,19 @@
 """CUDA and NCCL: what is installed, found the way a program would find it. Needs neither."""
 
 import shutil
+from collections.abc import Sequence
 
 import torch
 
 from pycomm import _C
 from pycomm.backends.nccl.library import load_driver, load_nccl
-from pycomm.doctor.checks import Check
+from pycomm.backends.nccl.thresholds import Thresholds
+from pycomm.doctor.checks import Check, format_bytes
 from pycomm.errors import BackendUnavailableError
 
 
 def gpu() -> list[Check]:
-    return [toolkit(), kernels(), driver(), torch_cuda(), nccl()]
+    return [toolkit(), kernels(), driver(), torch_cuda(), nccl(), own_kernels()]
 
 
 def toolkit() -> Check:
@@ -56,3 +58,17 @@ def nccl() -> Check:
         return Check("NCCL", "absent", str(error))
     budget = "" if library.has_call_config else "; no CTA budgets of single calls (2.31)"
     return Check("NCCL", "ok", f"{library.version} ({library.file}){budget}")
+
+
+def own_kernels(world_sizes: Sequence[int] = (2, 4, 8)) -> Check:
+    """Which all-reduces pycomm's kernels would do, and which NCCL, by the number of ranks."""
+    try:
+        tables = [(size, Thresholds.of_this_process(size)) for size in world_sizes]
+    except ValueError as error:
+        return Check("own kernels or NCCL", "failed", str(error), "correct PYCOMM_TUNE")
+    text = "; ".join(
+        f"{size} ranks: one step up to {format_bytes(table.one_shot_bytes)}, two up to "
+        f"{format_bytes(table.two_shot_bytes)}, then NCCL"
+        for size, table in tables
+    )
+    return Check("own kernels or NCCL", "absent", f"NCCL alone, since no memory of GPUs is mapped yet; then {text}")

@@ -20,6 +20,7 @@ import pycomm
 from pycomm import _C, Communicator
 from pycomm.arguments import Checked
 from pycomm.backends.nccl import NcclBackend, Offer
+from tests.hosts.helpers import connect_rank
 from tests.pool import TIMEOUT_S, Pool, file_store
 from tests.processes import Processes
 
@@ -120,9 +121,20 @@ def ranks(size: int, standin: Path, folder: Path, body: Callable[..., Any], *arg
     return Processes(connects, body, *args)
 
 
+def ranks_on_hosts(layout: str, port: int, standin: Path, folder: Path, body: Callable[..., Any]) -> Processes:
+    """A letter a rank: its host. ``port``: of a store."""
+    connects = [partial(_connect_on, layout, port, str(standin), str(folder), rank) for rank in range(len(layout))]
+    return Processes(connects, body)
+
+
 def _connect(path: str, folder: str, rank: int, size: int, timeout_s: float) -> Communicator:
     _process.enter_context(standing_in(path, folder))
     return _init(folder, rank, size, timeout_s)
+
+
+def _connect_on(layout: str, port: int, path: str, folder: str, rank: int) -> Communicator:
+    _process.enter_context(standing_in(path, folder))
+    return connect_rank(port, layout, rank, "nccl", TIMEOUT_S, False)
 
 
 def _init(folder: str, rank: int, size: int, timeout_s: float) -> Communicator:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pycomm import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
-from tests.nccl.helpers import SOON_S, gpu_of, ranks
+from tests.nccl.helpers import SOON_S, gpu_of, ranks, ranks_on_hosts
 from tests.pool import TIMEOUT_S
 
 
@@ -47,6 +48,17 @@ def test_a_killed_rank_is_named_on_all(standin: Path, tmp_path: Path) -> None:
             assert (kind, fields["lost_ranks"]) == ("PeerLostError", [2]), message
             assert "rank 2 died" in message
             assert time.monotonic() - killed_at < SOON_S
+
+
+def test_a_killed_rank_is_named_on_all_hosts(standin: Path, tmp_path: Path) -> None:
+    """Between hosts the watchdogs meet over gloo."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ranks_on_hosts("aab", store.port, standin, tmp_path, reduce_for_ever) as group:
+        group.expect("running")
+        os.kill(group.pids[1], signal.SIGKILL)
+        for rank in (0, 2):
+            (kind, message, fields), _ = group.result(rank)
+            assert (kind, fields["lost_ranks"]) == ("PeerLostError", [1]), message
 
 
 def stopped(comm: Communicator, connection: Any) -> None:

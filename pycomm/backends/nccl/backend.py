@@ -22,6 +22,7 @@ from pycomm.backends.causes import Cause
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.library import load_nccl
+from pycomm.backends.nccl.thresholds import Thresholds
 from pycomm.backends.nccl.watchdog import Watchdog
 from pycomm.backends.nccl.work import NcclWork
 from pycomm.backends.shm import ShmBackend
@@ -78,6 +79,8 @@ class NcclBackend:
         self._max_ctas = 0
         self._closed = False
         self._process = os.getpid()
+        # Rank 0's. Consulted where peers map each other's memory, which no provider offers to this back end yet.
+        self.thresholds = self._agreed_thresholds()
         self._byte = torch.zeros(1, dtype=torch.uint8, device=gpu.device)  # what barriers reduce
         self._watchdog = Watchdog(core, control, gpu.driver, group, timeout_s)
         self._watchdog.start()
@@ -269,6 +272,14 @@ class NcclBackend:
         for group in (self._desk, self._control):
             if group is not None:
                 group.close(0.0)
+
+    def _agreed_thresholds(self) -> Thresholds:
+        mine = Thresholds.of_this_process(self.world_size)
+        if self._desk is None:
+            return mine
+        row = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
+        self._desk.calls.broadcast(row, 0, False, self._timeout_s)
+        return Thresholds.unpack(row.numpy().tobytes())
 
     def _collective(self, call: Call, async_op: bool, timeout_s: float) -> _C.Work | None:
         operation = self._enqueue(call, async_op, timeout_s, True)
