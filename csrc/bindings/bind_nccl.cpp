@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <cstddef>
+#include <cstring>
 #include <tuple>
 
 #include "bindings/bindings.hpp"
+#include "bindings/names.hpp"
 #include "cuda/device/signal_pad.hpp"
 #include "host/parts.hpp"
 #include "nccl/communicator.hpp"
@@ -34,20 +36,8 @@ struct ReleaseGilOfNccl {
 };
 using Holder = std::unique_ptr<Communicator, ReleaseGilOfNccl>;
 
-DType dtype_of(std::string_view name) {
-  if (name == "bool") return DType::kUInt8;
-  for (int index = 0; index < kNumDTypes; ++index) {
-    if (name == name_of(static_cast<DType>(index))) return static_cast<DType>(index);
-  }
-  throw py::value_error("dtype " + std::string(name) + " is not supported");
-}
-
-ReduceOp op_of(std::string_view name) {
-  for (int index = 0; index < kNumReduceOps; ++index) {
-    if (name == name_of(static_cast<ReduceOp>(index))) return static_cast<ReduceOp>(index);
-  }
-  throw py::value_error("op " + std::string(name) + " is not supported");
-}
+DType dtype_of(std::string_view name) { return parse<DType>(name, kNumDTypes, "dtype"); }
+ReduceOp op_of(std::string_view name) { return parse<ReduceOp>(name, kNumReduceOps, "reduce op"); }
 
 nccl::driver::abi::Stream stream_of(Address stream) { return reinterpret_cast<nccl::driver::abi::Stream>(stream); }
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
@@ -61,7 +51,6 @@ nccl::Parts parts_of(std::vector<std::uint64_t> counts) {
   return {.counts = std::move(counts), .splits = splits};
 }
 
-/// How many of a kind and how it is used: what every call takes last.
 using Options = nccl::CallOptions;
 
 template <class Call>

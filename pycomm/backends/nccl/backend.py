@@ -36,8 +36,8 @@ _MOST_TAG = 2**63 - 1
 _NO_BOUND_S = 1e9  # an operation's own deadline ends it
 _NAMES = {
     getattr(torch, name): name
-    for name in ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64", "bool")
-}
+    for name in ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
+} | {torch.bool: "uint8"}  # of calls that only move elements
 
 Call = Callable[[_C.NcclOptions], _C.NcclOperation]
 
