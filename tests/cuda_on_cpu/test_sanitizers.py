@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cuda_on_cpu.build import HERE, build
+from tests.native import REPORT, build, drive
 
 NUM_ROUNDS = int(os.environ.get("PYCOMM_TEST_ROUNDS", "4"))
-# A CUDA thread is an OS thread: eight ranks, or four under ThreadSanitizer, are for long runs.
+# A CUDA thread is an OS thread: four and eight ranks are for long runs.
 WORLDS = [1, 2, 3, 4, 8] if NUM_ROUNDS > 4 else [1, 2, 3]
-REPORT = 66  # what a sanitizer exits with, below
+HERE = Path(__file__).resolve().parent
 SIGNAL = HERE.parent.parent / "csrc" / "cuda" / "device" / "signal.cuh"
 
 
@@ -26,19 +25,12 @@ def orderings() -> list[str]:
 
 @pytest.fixture(scope="module")
 def thread_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("thread"), "thread") / "cuda_on_cpu"
+    return build(HERE, tmp_path_factory.mktemp("thread"), PYCOMM_ON_CPU="thread") / "cuda_on_cpu"
 
 
 @pytest.fixture(scope="module")
 def address_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("address"), "address") / "cuda_on_cpu"
-
-
-def drive(program: Path, *args: object) -> subprocess.CompletedProcess[str]:
-    options = f"halt_on_error=1:exitcode={REPORT}"
-    environment = {**os.environ, "TSAN_OPTIONS": options, "ASAN_OPTIONS": options}
-    command = [str(program), *(str(arg) for arg in args)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    return build(HERE, tmp_path_factory.mktemp("address"), PYCOMM_ON_CPU="address") / "cuda_on_cpu"
 
 
 @pytest.mark.parametrize("num_ranks", WORLDS)
