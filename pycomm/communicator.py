@@ -50,6 +50,10 @@ class Communicator(FusedCalls, Messages):
         self._rendezvous = rendezvous  # rank 0's store serves as long as somebody may come for it
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
+        """Itself: copies of a module that has a communicator communicate with it."""
+        return self
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Allocate symmetric memory: collective, the same bytes on every rank, contents undefined.
 
