@@ -9,6 +9,7 @@ import torch
 
 from pycomm.communicator import Communicator
 from pycomm.pipeline.actions import KINDS, Action
+from pycomm.pipeline.agree import numbers_of_all
 from pycomm.pipeline.simulate import Costs, Span, Timeline
 
 __all__ = ["gather_spans", "measured_costs"]
@@ -16,15 +17,14 @@ __all__ = ["gather_spans", "measured_costs"]
 
 def gather_spans(comm: Communicator, spans: Sequence[Span]) -> list[list[Span]]:
     """Every rank's spans, by rank. Collective; only times of one host are on one clock."""
-    counts = torch.empty(comm.world_size, dtype=torch.int64, device=comm.device)
-    comm.all_gather(counts, torch.tensor([len(spans)], device=comm.device))
+    counts = numbers_of_all(comm, len(spans))
     rows = [[KINDS.index(s.action.kind), s.action.stage, s.action.microbatch, s.start, s.end] for s in spans]
     mine = torch.tensor(rows, dtype=torch.float64, device=comm.device).view(-1, 5)
-    table = torch.empty(int(counts.sum()), 5, dtype=torch.float64, device=comm.device)
-    comm.all_gather(table, mine, output_splits=counts.tolist())
+    table = torch.empty(sum(counts), 5, dtype=torch.float64, device=comm.device)
+    comm.all_gather(table, mine, output_splits=counts)
     return [
         [Span(Action(KINDS[int(kind)], int(stage), int(i)), start, end) for kind, stage, i, start, end in part.tolist()]
-        for part in table.split(counts.tolist())
+        for part in table.split(counts)
     ]
 
 

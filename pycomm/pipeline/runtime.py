@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
 from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, mate, steps
+from pycomm.pipeline.agree import number_of, numbers_of_all
 from pycomm.pipeline.links import Arrived, Links
 from pycomm.pipeline.measure import gather_spans
 from pycomm.pipeline.shared import SharedParameters
@@ -309,9 +309,7 @@ def _checked_comm(stages: Sequence[PipelineStage], schedule: Schedule) -> Commun
 
 def _check_same(comm: Communicator, schedule: Schedule) -> None:
     text = repr((schedule.ranks, schedule.rank_of, schedule.num_microbatches))
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-    digests = torch.empty(comm.world_size, dtype=torch.int64, device=comm.device)
-    comm.all_gather(digests, torch.tensor([digest], device=comm.device))
-    if len(set(digests.tolist())) > 1:
-        odd = [rank for rank, other in enumerate(digests.tolist()) if other != digests[0]]
+    numbers = numbers_of_all(comm, number_of(text))
+    odd = [rank for rank, other in enumerate(numbers) if other != numbers[0]]
+    if odd:
         raise MismatchError(f"the ranks have different schedules: rank(s) {odd} another than rank 0")
