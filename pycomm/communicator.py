@@ -94,15 +94,17 @@ class Communicator(FusedCalls, Messages):
         """
         self._shared_memory().post(self._flag(flag), value)
 
-    def wait_posted(self, flag: torch.Tensor, value: int, *, timeout_s: float | None = None) -> None:
-        """Return once every rank has posted ``value``, or more, to its part of ``flag``.
+    def wait_posted(
+        self, flag: torch.Tensor, value: int, *, rank: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Return once every rank, or ``rank`` alone, has posted ``value``, or more, to its part of ``flag``.
 
         Raises:
             PeerTimeoutError, PeerLostError: as a collective's.
             ValueError: ``flag`` is not one int64 of symmetric memory.
         """
         wait_s = self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
-        self._shared_memory().wait_posted(self._flag(flag), value, wait_s)
+        self._shared_memory().wait_posted(self._flag(flag), value, rank, wait_s)
 
     def _flag(self, flag: torch.Tensor) -> torch.Tensor:
         tensor = tensor_on(self.device, flag, "flag")
