@@ -49,7 +49,9 @@ class SplitBackward:
         branches = list(_branches(get_gradient_edge(output), leaves))
         uses = Counter(id(param) for joint, param in branches if joint is not None)
         unsplit = {id(p) for joint, p in branches if joint is None or uses[id(p)] > 1}
-        vectors = {joint for joint, _ in branches} - {joint for joint, param in branches if param.ndim > 1}
+        # Joints of which nothing but vectors would be left for W.
+        matrices = {joint for joint, param in branches if param.ndim > 1 and id(param) not in unsplit}
+        vectors = {joint for joint, _ in branches} - matrices
         unsplit |= {id(param) for joint, param in branches if joint in vectors}
         self._at_once = list({id(param): param for _, param in branches if id(param) in unsplit}.values())
         at_once = {joint for joint, param in branches if id(param) in unsplit}
