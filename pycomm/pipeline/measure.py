@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean
 
 import torch
 
@@ -29,7 +29,10 @@ def gather_spans(comm: Communicator, spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def measured_costs(timelines: Sequence[Timeline], num_stages: int, comm: float | Sequence[float] = 0.0) -> Costs:
-    """The median seconds of each stage's F, B and W over micro-batches and timelines.
+    """The mean seconds of each stage's F, B and W over micro-batches, in the timelines of middling length.
+
+    The mean, since what follows one after the other takes the sum; of the middle half of the timelines, as sorted by
+    makespan, since a pause of the whole machine is no cost of a stage.
 
     Where backward is in one piece (BW), half of it counts as B and half as W; their sum is what matters there.
 
@@ -39,11 +42,13 @@ def measured_costs(timelines: Sequence[Timeline], num_stages: int, comm: float |
         comm: of a transfer, as :class:`Costs` takes it; spans do not show it.
     """
     seconds: dict[tuple[str, int], list[float]] = {}
-    for timeline in timelines:
+    by_length = sorted(timelines, key=lambda timeline: timeline.makespan)
+    aside = len(by_length) // 4
+    for timeline in by_length[aside : len(by_length) - aside]:
         for spans in timeline.ranks:
             for span in spans:
                 seconds.setdefault((span.action.kind, span.action.stage), []).append(span.end - span.start)
-    typical = {place: median(values) for place, values in seconds.items()}
+    typical = {place: fmean(values) for place, values in seconds.items()}
     stages = range(num_stages)
     whole = [typical.get(("BW", stage), 0.0) / 2 for stage in stages]
     return Costs(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.pipeline.backward import Leaves, SplitBackward, leaves_of
-from pycomm.pipeline.links import check_sendable
+from pycomm.pipeline.tokens import check_sendable
 
 __all__ = ["PipelineStage"]
 
@@ -21,9 +21,8 @@ class _Held:
     """A micro-batch between its F and its last B or W."""
 
     stage_input: Tensor
-    output: (
-        Tensor | None
-    )  # of the last stage: the weighted loss; None where nothing needs a gradient, or B has split it
+    # Of the last stage: the weighted loss. None where nothing needs a gradient, or B needs it no more.
+    output: Tensor | None
     output_grad: Tensor | None = None
     split: SplitBackward | None = None
 
