@@ -84,8 +84,10 @@ def against_one_process(
         )
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
-@pytest.mark.parametrize(("name", "world_size", "pp"), [*((name, 4, 2) for name in NAMES), ("zb_h1", 3, 1)])
+@pytest.mark.parametrize(
+    ("name", "world_size", "pp", "sequence_parallel"),
+    [*((name, 4, 2, True) for name in NAMES), ("1f1b", 4, 2, False), ("zb_v", 4, 2, False), ("zb_h1", 3, 1, False)],
+)
 def test_losses_gradients_and_norm_are_those_of_one_process(
     pool: Pool, name: str, world_size: int, pp: int, sequence_parallel: bool
 ) -> None:
