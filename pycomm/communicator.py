@@ -53,6 +53,10 @@ class Communicator(FusedCalls, Messages):
         self._rendezvous = rendezvous  # rank 0's store serves as long as somebody may come for it
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
+        """Itself: copies of a module that has a communicator communicate with it."""
+        return self
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Allocate symmetric memory: collective, the same bytes on every rank, contents undefined.
 
@@ -93,15 +97,17 @@ class Communicator(FusedCalls, Messages):
         """
         self._shared_memory().post(self._flag(flag), value)
 
-    def wait_posted(self, flag: torch.Tensor, value: int, *, timeout_s: float | None = None) -> None:
-        """Return once every rank has posted ``value``, or more, to its part of ``flag``.
+    def wait_posted(
+        self, flag: torch.Tensor, value: int, *, rank: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Return once every rank, or ``rank`` alone, has posted ``value``, or more, to its part of ``flag``.
 
         Raises:
             PeerTimeoutError, PeerLostError: as a collective's.
             ValueError: ``flag`` is not one int64 of symmetric memory.
         """
         wait_s = self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
-        self._shared_memory().wait_posted(self._flag(flag), value, wait_s)
+        self._shared_memory().wait_posted(self._flag(flag), value, rank, wait_s)
 
     def _flag(self, flag: torch.Tensor) -> torch.Tensor:
         tensor = tensor_on(self.device, flag, "flag")

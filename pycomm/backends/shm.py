@@ -74,8 +74,8 @@ class ShmBackend:
     def post(self, flag: torch.Tensor, value: int) -> None:
         self._core.post(flag.data_ptr(), value)
 
-    def wait_posted(self, flag: torch.Tensor, value: int, timeout_s: float) -> None:
-        self._core.wait_posted(flag.data_ptr(), value, timeout_s)
+    def wait_posted(self, flag: torch.Tensor, value: int, rank: int | None, timeout_s: float) -> None:
+        self._core.wait_posted(flag.data_ptr(), value, rank, timeout_s)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> ShmBackend | None:
         core = self._core.split(color, key, timeout_s)

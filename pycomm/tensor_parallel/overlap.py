@@ -222,11 +222,12 @@ def _all_gather_matmul_backward_impl(
 def _all_gather_matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, ctx.sizes, ctx.group, ctx.overlap = inputs
     ctx.save_for_backward(x, weight)
+    ctx.half = None
 
 
 def _all_gather_matmul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    need = _Wanted(*ctx.needs_input_grad[:3])
+    need = _needed(ctx)
     grads: tuple[Tensor | None, ...] = (None, None)
     if need.x or need.weight:
         grads = _all_gather_matmul_backward(
@@ -282,11 +283,12 @@ def _matmul_reduce_scatter_backward_impl(
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, ctx.group, ctx.overlap = inputs
     ctx.save_for_backward(x, weight)
+    ctx.half = None
 
 
 def _matmul_reduce_scatter_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    need = _Wanted(*ctx.needs_input_grad[:3])
+    need = _needed(ctx)
     grads = _matmul_reduce_scatter_backward(grad.contiguous(), x, weight, ctx.group, ctx.overlap, *need)
     return *need.only(*grads), None, None
 
@@ -306,7 +308,7 @@ def _matmul_fake(x: Tensor, weight: Tensor, bias: Tensor | None, group: str, ove
 
 def _matmul_all_reduce_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    need = _Wanted(*ctx.needs_input_grad[:3])
+    need = _needed(ctx)
     grad_x = grad @ weight if need.x else None
     grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if need.weight else None
     return grad_x, grad_weight, _sum_of_rows(grad, need.bias), None, None
@@ -339,12 +341,22 @@ def _copy_matmul_backward_impl(
 
 def _copy_matmul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    need = _Wanted(*ctx.needs_input_grad[:3])
+    need = _needed(ctx)
     grads = _copy_matmul_backward(grad.contiguous(), x, weight, ctx.group, ctx.overlap, need.x, need.weight)
     return *need.only(*grads, _sum_of_rows(grad, need.bias)), None, None
 
 
 # All of them
+
+
+def _needed(ctx: Any) -> _Wanted:
+    """What this backward shall compute.
+
+    A pipeline that computes gradients of weights later than those of inputs visits a node twice, and says each time
+    which half it wants: ``ctx.half`` is "inputs", "weights" or, for both at once, None.
+    """
+    x, *weights = ctx.needs_input_grad[:3]
+    return _Wanted(x and ctx.half != "weights", *(needed and ctx.half != "inputs" for needed in weights))
 
 
 def _sum_of_rows(grad: Tensor, wanted: bool) -> Tensor | None:
