@@ -8,7 +8,9 @@ README.md says what is measured and how.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,12 +21,16 @@ from pathlib import Path
 from host import describe_host, load_warning
 from launch import free_port
 
-NAMES = ("none", "none-fused", "ddp", "fsdp2", "pycomm", "pycomm/after", "zero0", "zero1", "zero1/after", "zero2")
 LABELS = {
+    "compute": "forward and backward alone",
     "none": "no communication, torch's AdamW",
-    "none-fused": "no communication, torch's fused AdamW",
-    "ddp": "torch DDP on gloo",
-    "fsdp2": "torch FSDP2 on gloo",
+    "none/fused": "no communication, torch's fused AdamW",
+    "ddp/gloo": "torch DDP on gloo",
+    "ddp/gloo-view": "the same, gradients as views",
+    "ddp/pycomm": "torch DDP on pycomm",
+    "fsdp2/gloo": "torch FSDP2 on gloo",
+    "fsdp2/pycomm": "torch FSDP2 on pycomm",
+    "deepspeed": "DeepSpeed ZeRO-1, torch's AdamW",
     "pycomm": "pycomm.DataParallel, torch's AdamW",
     "pycomm/after": "the same, overlap=False",
     "zero0": "ShardedAdamW, stage 0",
@@ -42,14 +48,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn")
     parser.add_argument("--bucket-mb", type=float, default=25.0)
-    parser.add_argument("--contenders", default=",".join(NAMES))
+    parser.add_argument("--contenders", default=",".join(installed()))
     parser.add_argument("--memory", action="store_true", help="memory of model states instead of time")
     parser.add_argument("--sweep", type=Path, help="draw step time against bucket size into this file instead")
     parser.add_argument("--json", type=Path, help="write one JSON object a line here")
     options = parser.parse_args()
     names = options.contenders.split(",")
-    if unknown := set(names) - set(NAMES):
-        parser.error(f"unknown contenders {sorted(unknown)}: they are {', '.join(NAMES)}")
+    if unknown := set(names) - set(LABELS):
+        parser.error(f"unknown contenders {sorted(unknown)}: they are {', '.join(LABELS)}")
     host = describe_host()
     print(f"# {host['cpu']}, {host['cores']} cores, torch {host['torch']}, {options.ranks} ranks of one thread")
     if warning := load_warning():
@@ -67,6 +73,11 @@ def main() -> None:
         )
 
 
+def installed() -> list[str]:
+    """Every contender whose library is here."""
+    return [name for name in LABELS if name != "deepspeed" or importlib.util.find_spec(name) is not None]
+
+
 def run(task: str, names: list[str], bucket_mb: float, options: argparse.Namespace) -> list[dict[str, object]]:
     """What each rank of a fresh group found."""
     with tempfile.TemporaryDirectory(prefix="pycomm-bench-") as folder:
@@ -77,7 +88,7 @@ def run(task: str, names: list[str], bucket_mb: float, options: argparse.Namespa
         for rank in range(options.ranks):
             env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(options.ranks))
             env.update(LOCAL_WORLD_SIZE=str(options.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            env.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+            env.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
             ranks.append(subprocess.Popen(command, env=env))
         codes = [process.wait() for process in ranks]
         if any(codes):
@@ -104,53 +115,70 @@ def time_rows(names: list[str], bucket_mb: float, options: argparse.Namespace) -
                 "tokens_per_s": options.ranks * TOKENS / statistics.median(turns) * 1e3,
             }
         )
-    alone = next((row["step_ms_p50"] for row in rows if row["contender"] == "none"), None)
+    median = {row["contender"]: row["step_ms_p50"] for row in rows}
     for row in rows:
-        row["exposed_ms"] = None if alone is None else row["step_ms_p50"] - alone
+        row["exposed_ms"] = row["step_ms_p50"] - median["none"] if "none" in median else None
     return rows
+
+
+PEERS = {"% none": "none", "x DDP": "ddp/gloo", "x FSDP2": "fsdp2/gloo"}
 
 
 def print_times(rows: list[dict[str, object]]) -> None:
     median = {row["contender"]: row["step_ms_p50"] for row in rows}
-    print(f"{'':40} {'ms/step':>8} {'min':>7} {'max':>7} {'tokens/s':>9} {'- none':>7} {'x DDP':>6} {'x FSDP2':>8}")
+    print(f"{'':40} {'ms/step':>8} {'min':>7} {'max':>7} {'tokens/s':>9} {'- none':>7}", *(f"{p:>8}" for p in PEERS))
     for row in rows:
-        ratios = [median[peer] / row["step_ms_p50"] if peer in median else float("nan") for peer in ("ddp", "fsdp2")]
-        exposed = float("nan") if row["exposed_ms"] is None else row["exposed_ms"]
+        ratios = [median.get(peer, math.nan) / row["step_ms_p50"] for peer in PEERS.values()]
+        exposed = math.nan if row["exposed_ms"] is None else row["exposed_ms"]
         print(
             f"{LABELS[row['contender']]:40} {row['step_ms_p50']:8.1f} {row['step_ms_min']:7.1f} "
-            f"{row['step_ms_max']:7.1f} {row['tokens_per_s']:9,.0f} {exposed:7.1f} {ratios[0]:6.2f} {ratios[1]:8.2f}"
+            f"{row['step_ms_max']:7.1f} {row['tokens_per_s']:9,.0f} {exposed:7.1f} {100 * ratios[0]:8.1f} "
+            f"{ratios[1]:8.2f} {ratios[2]:8.2f}"
         )
 
 
 def memory_rows(names: list[str], options: argparse.Namespace) -> list[dict[str, object]]:
     """One row a contender: bytes a parameter of model states on a rank, measured, and by arithmetic."""
     rows = []
-    print(f"{'':40} {'MB a rank':>10} {'bytes a parameter':>18} {'arithmetic':>11}")
+    print(f"{'':40} {'states MB':>10} {'bytes/param':>12} {'arithmetic':>11} {'off':>6} {'peak MB':>8}")
     for name in names:
         found = run("memory", [name], options.bucket_mb, options)
-        bytes_a_rank = statistics.mean(rank["bytes"] for rank in found)
         params = found[0]["params"]
+        states = statistics.mean(rank["states"] for rank in found)
+        peak = max(rank["peak"] for rank in found)
         expected = arithmetic(name, options.ranks)
         rows.append(
-            {"contender": name, "ranks": options.ranks, "bytes": bytes_a_rank, "params": params, "expected": expected}
+            {
+                "contender": name,
+                "ranks": options.ranks,
+                "params": params,
+                "states_bytes": states,
+                "arithmetic_bytes": expected * params,
+                "peak_bytes": peak,
+            }
         )
+        off = 100 * (states / params / expected - 1)
         print(
-            f"{LABELS[name]:40} {bytes_a_rank / 1e6:10.1f} {bytes_a_rank / params:18.2f} {expected:11.2f}", flush=True
+            f"{LABELS[name]:40} {states / 1e6:10.1f} {states / params:12.2f} {expected:11.2f} {off:+5.1f}% "
+            f"{peak / 1e6:8.1f}",
+            flush=True,
         )
     return rows
 
 
 def arithmetic(name: str, ranks: int) -> float:
     """Bytes a parameter of fp32 parameters, gradients and AdamW's two averages on a rank."""
-    if name.startswith("zero1"):
+    if name == "compute":
+        return 8
+    if name.startswith("zero1") or name == "deepspeed":
         return 8 + 8 / ranks
     if name == "zero2":
         return 4 + 12 / ranks
-    return 16 / ranks if name == "fsdp2" else 16
+    return 16 / ranks if name.startswith("fsdp2") else 16
 
 
 def sweep_rows(options: argparse.Namespace) -> list[dict[str, object]]:
-    names = ["none", "ddp", "pycomm", "zero1"]
+    names = ["none", "ddp/gloo", "pycomm", "zero1"]
     rows = []
     for bucket_mb in SWEEP_MB:
         rows += time_rows(names, bucket_mb, options)
@@ -189,9 +217,9 @@ def worker(task: str, names: list[str], bucket_mb: float, turns: int, steps: int
     comm = pycomm.init()
     if task == "time":
         contenders = {name: training.build(name, comm, training.CONFIG, bucket_mb) for name in names}
-        found = training.time_turns(contenders, comm.rank, turns, steps)
+        found = training.time_turns(contenders, comm, turns, steps)
     else:
-        found = training.model_state_bytes(names[0], comm, bucket_mb)
+        found = training.memory_of(names[0], comm, bucket_mb)
     (Path(folder) / f"rank{comm.rank}").write_text(json.dumps(found))
     comm.close()
     dist.destroy_process_group()

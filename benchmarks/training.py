@@ -1,18 +1,19 @@
 """What benchmarks/data_parallel.py runs on every rank: one model, trained in turn by every way of data parallelism.
 
-All contenders live in the same processes and take turns, so that a slow minute of the machine hits all of them. For
-memory a process has one contender only.
+For time, all contenders live in the same processes and take turns, so that a slow minute of the machine hits all of
+them. For memory, a process has one contender only.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,17 @@ from pycomm.models.gpt import GPT, GPTConfig
 CONFIG = GPTConfig(
     vocab_size=4096, max_seq=128, num_layers=6, num_heads=8, hidden=256, positions="learned", tie_embeddings=False
 )
+# For memory: large enough for fixed costs, such as the transport's staging, not to count.
+LARGE = GPTConfig(
+    vocab_size=4096, max_seq=128, num_layers=8, num_heads=8, hidden=512, positions="learned", tie_embeddings=False
+)
 SMALL = GPTConfig(vocab_size=256, max_seq=128, num_layers=1, num_heads=2, hidden=32, tie_embeddings=False)
 BATCH = 4  # sequences a rank
-LR = 3e-4
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+WARM_UP = 3  # steps
+# Losses after WARM_UP steps, between contenders that add gradients in another order. AdamW moves a weight by at most
+# about lr a step, whatever the rounding of its gradient; 4 steps of 1e-4 move the loss by less than this.
+LOSS_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -35,60 +44,109 @@ class Contender:
     """A model with its way of making a step."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
-    exposed_s: Callable[[], float | None] = lambda: None  # as the library counts it itself
+    optimizer: torch.optim.Optimizer | None
+    exposed_s: Callable[[], float] = lambda: 0.0  # as the library counts it itself
+    backward: Callable[[Tensor], object] = torch.Tensor.backward
 
-    def step(self, tokens: Tensor, targets: Tensor) -> None:
-        self.optimizer.zero_grad()
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """One training step; the loss on this rank."""
+        if self.optimizer is None:
+            self.model.zero_grad()
+        else:
+            self.optimizer.zero_grad()
         logits = self.model(tokens)
-        nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        self.optimizer.step()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        self.backward(loss)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss.detach()
 
 
 def torch_adamw(model: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=LR, fused=fused)
+    return torch.optim.AdamW(model.parameters(), **ADAMW, fused=fused)
 
 
 def build(name: str, comm: pycomm.Communicator, config: GPTConfig, bucket_mb: float) -> Contender:
     """The contender ``name`` with a fresh model. Collective."""
     model = GPT(config, seed=0)
-    if name.startswith("none"):
-        return Contender(model, torch_adamw(model, fused=name == "none-fused"))
-    if name == "ddp":
-        wrapped = DistributedDataParallel(model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
-        return Contender(wrapped, torch_adamw(wrapped))
-    if name == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.blocks:
-            fully_shard(block)
-        sharded = fully_shard(model)
-        return Contender(sharded, torch_adamw(sharded))
     kind, _, option = name.partition("/")
+    if kind == "compute":
+        return Contender(model, None)
+    if kind == "none":
+        return Contender(model, torch_adamw(model, fused=option == "fused"))
+    if kind == "ddp":
+        backend, _, view = option.partition("-")
+        wrapped = DistributedDataParallel(
+            model, process_group=_group(backend), bucket_cap_mb=bucket_mb, gradient_as_bucket_view=bool(view)
+        )
+        return Contender(wrapped, torch_adamw(wrapped))
+    if kind == "fsdp2":
+        sharded = _fsdp2(model, option)
+        return Contender(sharded, torch_adamw(sharded))
+    if kind == "deepspeed":
+        return _deepspeed(model)
     ddp = pycomm.DataParallel(model, comm, bucket_mb=bucket_mb, overlap=option != "after")
-    optimizer: torch.optim.Optimizer
-    if kind == "pycomm":
-        optimizer = torch_adamw(ddp)
-    else:
-        optimizer = pycomm.ShardedAdamW(ddp, lr=LR, stage=int(kind.removeprefix("zero")))
+    stage = kind.removeprefix("zero")
+    optimizer = torch_adamw(ddp) if kind == "pycomm" else pycomm.ShardedAdamW(ddp, **ADAMW, stage=int(stage))
     return Contender(ddp, optimizer, lambda: ddp.exposed_comm_s)
 
 
-def batch(config: GPTConfig, rank: int) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _group(backend: str) -> dist.ProcessGroup:
+    return dist.new_group(backend=backend)
+
+
+def _fsdp2(model: GPT, backend: str) -> nn.Module:
+    """torch's fully_shard, one unit a block."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = DeviceMesh.from_group(_group(backend), "cpu")
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _deepspeed(model: GPT) -> Contender:
+    """ZeRO-1 with torch's AdamW, over DeepSpeed's own choice of transport."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch_adamw(model), config=settings)
+    return Contender(engine, engine, backward=engine.backward)
+
+
+def batch(config: GPTConfig, rank: int, sequences: int = BATCH) -> tuple[Tensor, Tensor]:
+    """Tokens and targets of one rank, [sequences, config.max_seq] each."""
     generator = torch.Generator().manual_seed(rank)
-    shape = (2, BATCH, config.max_seq)
+    shape = (2, sequences, config.max_seq)
     tokens, targets = torch.randint(config.vocab_size, shape, generator=generator)
     return tokens, targets
 
 
 def time_turns(
-    contenders: dict[str, Contender], rank: int, turns: int, steps: int
+    contenders: dict[str, Contender], comm: pycomm.Communicator, turns: int, steps: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds a step, by contender and turn; a turn is ``steps`` steps after a barrier."""
-    tokens, targets = batch(CONFIG, rank)
-    for contender in contenders.values():  # buckets are rebuilt, states allocated
-        for _ in range(3):
+    """Seconds a step, by contender and turn; a turn is ``steps`` steps after a barrier.
+
+    Raises:
+        RuntimeError: contenders that communicate came to different losses.
+    """
+    tokens, targets = batch(CONFIG, comm.rank)
+    losses = {}
+    for name, contender in contenders.items():  # buckets are rebuilt, states allocated
+        for _ in range(WARM_UP):
             contender.step(tokens, targets)
+        loss = contender.step(tokens, targets)
+        comm.all_reduce(loss, op="avg")
+        losses[name] = float(loss)
+    together = {name: loss for name, loss in losses.items() if name.partition("/")[0] not in ("compute", "none")}
+    if together and max(together.values()) - min(together.values()) > LOSS_TOLERANCE:
+        raise RuntimeError(f"the contenders do not train alike; losses after {WARM_UP} steps: {together}")
     result: dict[str, dict[str, list[float]]] = {name: {"step_s": [], "waited_s": []} for name in contenders}
     for turn in range(turns):
         order = list(contenders.items())
@@ -100,36 +158,42 @@ def time_turns(
             start = time.perf_counter()
             for _ in range(steps):
                 contender.step(tokens, targets)
-                waited += contender.exposed_s() or 0.0
+                waited += contender.exposed_s()
             result[name]["step_s"].append((time.perf_counter() - start) / steps)
             result[name]["waited_s"].append(waited / steps)
     return result
 
 
-def model_state_bytes(name: str, comm: pycomm.Communicator, bucket_mb: float) -> dict[str, int]:
-    """Proportional set size that this rank's parameters, gradients and optimizer states take, between two steps."""
-    with _alone(lambda: build(name, comm, SMALL, bucket_mb), SMALL, comm.rank):
-        pass  # loads what the contender loads
+def memory_of(name: str, comm: pycomm.Communicator, bucket_mb: float) -> dict[str, float]:
+    """Bytes that a contender takes on this rank, shared pages divided by the ranks that map them (PSS).
+
+    ``states``: parameters, gradients and optimizer states, between two steps. ``peak``: the most during a step,
+    activations included. Both beyond what a plain model has left behind after forward and backward: libraries, and the
+    matrix library's workspace.
+    """
+    _steps(build(name, comm, SMALL, bucket_mb), SMALL, comm.rank)  # loads what the contender loads
+    _steps(Contender(GPT(LARGE, seed=0), None), LARGE, comm.rank)
     before = _pss_bytes()
-    with _alone(lambda: build(name, comm, CONFIG, bucket_mb), CONFIG, comm.rank) as contender:
-        after = _pss_bytes()
-        pool = 0
-        if isinstance(contender.model, pycomm.DataParallel):
-            pool = contender.model.gradient_bytes
-        return {
-            "bytes": after - before,
-            "gradient_bytes": pool,
-            "params": sum(p.numel() for p in GPT(CONFIG).parameters()),
-        }
-
-
-@contextmanager
-def _alone(make: Callable[[], Contender], config: GPTConfig, rank: int) -> Iterator[Contender]:
-    contender = make()
-    for _ in range(3):
-        contender.step(*batch(config, rank))
-    yield contender
+    contender = build(name, comm, LARGE, bucket_mb)
+    _steps(contender, LARGE, comm.rank)
+    after = _pss_bytes()
+    shared_by_others = _smaps("Rss") - _smaps("Pss")
     dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    contender.step(*batch(LARGE, comm.rank, sequences=1))
+    status = Path("/proc/self/status").read_text()
+    peak_rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) * 1024
+    dist.barrier()
+    return {
+        "states": after - before,
+        "peak": peak_rss - shared_by_others - before,
+        "params": sum(p.numel() for p in GPT(LARGE).parameters()),
+    }
+
+
+def _steps(contender: Contender, config: GPTConfig, rank: int) -> None:
+    for _ in range(WARM_UP):
+        contender.step(*batch(config, rank, sequences=1))
 
 
 def _pss_bytes() -> int:
@@ -137,6 +201,11 @@ def _pss_bytes() -> int:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     dist.barrier()
-    rollup = Path("/proc/self/smaps_rollup").read_text()
+    bytes_now = _smaps("Pss")
     dist.barrier()
-    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) * 1024
+    return bytes_now
+
+
+def _smaps(field: str) -> int:
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(f"{field}:")) * 1024

@@ -84,17 +84,27 @@ class Communicator(FusedCalls, Messages):
         Args:
             flag: one int64 of symmetric memory, zero on all ranks before the first post; nothing else writes it.
             value: not below the last one. What this rank wrote before is seen by whoever has waited for it.
+
+        Raises:
+            ValueError: ``flag`` is not one int64 of symmetric memory.
         """
-        self._shared_memory().post(tensor_on(self.device, flag, "flag"), value)
+        self._shared_memory().post(self._flag(flag), value)
 
     def wait_posted(self, flag: torch.Tensor, value: int, *, timeout_s: float | None = None) -> None:
         """Return once every rank has posted ``value``, or more, to its part of ``flag``.
 
         Raises:
             PeerTimeoutError, PeerLostError: as a collective's.
+            ValueError: ``flag`` is not one int64 of symmetric memory.
         """
         wait_s = self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
-        self._shared_memory().wait_posted(tensor_on(self.device, flag, "flag"), value, wait_s)
+        self._shared_memory().wait_posted(self._flag(flag), value, wait_s)
+
+    def _flag(self, flag: torch.Tensor) -> torch.Tensor:
+        tensor = tensor_on(self.device, flag, "flag")
+        if tensor.dtype != torch.int64 or tensor.numel() != 1:
+            raise ValueError(f"flag is {tensor.dtype} {list(tensor.shape)}: it must be one torch.int64")
+        return tensor
 
     def _shared_memory(self) -> ShmBackend:
         if not isinstance(self._backend, ShmBackend):

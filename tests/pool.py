@@ -22,7 +22,7 @@ import pycomm
 
 TIMEOUT_S = 60.0  # of any wait inside a test; generous, since the machine may be busy
 # Messages of several slices, and of more than the caches are said to hold, shall be quick to test.
-TUNE = "slice_bytes=64K,cached_bytes=100K"
+TUNE = "slice_bytes=64K,cached_bytes=200K"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "pycomm", "tests.pool"])

@@ -36,11 +36,13 @@ void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, cons
   const std::size_t element_bytes = size_of(tensors.dtype);
   const std::size_t output_bytes = parts.total() * element_bytes;
   const std::size_t own_bytes = parts.count(rank) * element_bytes;
+  const std::size_t num_readers = reader == Group::kEveryRank ? static_cast<std::size_t>(group.world_size()) : 1;
+  const bool around_caches = group.around_caches((num_readers + 1) * output_bytes);
   auto* const output = static_cast<std::byte*>(tensors.output);
   const auto part_of = [&](std::byte* whole, int r) { return whole + parts.start(r) * element_bytes; };
   const auto copy_own_to = [&](std::byte* whole) {
     std::byte* const part = part_of(whole, rank);
-    if (part != tensors.input) copy(part, tensors.input, own_bytes, group.around_caches(output_bytes));
+    if (part != tensors.input) copy(part, tensors.input, own_bytes, around_caches);
   };
 
   const bool is_small = output_bytes <= group.tuning().one_shot_bytes;
@@ -63,7 +65,7 @@ void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, cons
     if (k == 0 && reader == rank) copy_own_to(output);  // it shows nothing, so its rounds have nothing of its own
     for (int i = 0; i < group.world_size(); ++i) {
       const int r = (rank + i) % group.world_size();
-      rounds.copy(r, k, part_of(output, r));
+      rounds.copy(r, k, part_of(output, r), around_caches);
     }
   });
 }

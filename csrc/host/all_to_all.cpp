@@ -50,16 +50,22 @@ void check_pairs(const std::vector<Parts>& inputs, const std::vector<Parts>& out
 void copy_parts(Group& group, const Tensors& tensors, const Parts& output, std::vector<Parts> inputs,
                 const Call& call) {
   const std::size_t element_bytes = size_of(tensors.dtype);
+  Shown shown{std::move(inputs), Readers::kOneAPart};
   std::uint64_t most = 0;
-  for (const Parts& parts : inputs) most = std::max(most, parts.total());
+  std::uint64_t all = 0;
+  for (int r = 0; r < group.world_size(); ++r) {
+    most = std::max(most, shown.of(r).total());
+    all += shown.of(r).total();
+  }
   const std::size_t n = static_cast<std::size_t>(group.world_size());
   const bool is_small = most * element_bytes * n <= group.tuning().one_shot_bytes;
-  Rounds rounds(group, tensors.input, tensors.dtype, {std::move(inputs), Readers::kOneAPart}, is_small);
+  Rounds rounds(group, tensors.input, tensors.dtype, std::move(shown), is_small);
   const Entry entry(group, call, {rounds.location(), {}}, [&] { rounds.show(0); });
+  const bool around_caches = group.around_caches(2 * all * element_bytes);
   rounds.run([&](std::uint64_t k) {
     for (int i = 0; i < group.world_size(); ++i) {
       const int r = (group.rank() + i) % group.world_size();
-      rounds.copy(r, k, static_cast<std::byte*>(tensors.output) + output.start(r) * element_bytes);
+      rounds.copy(r, k, static_cast<std::byte*>(tensors.output) + output.start(r) * element_bytes, around_caches);
     }
   });
 }

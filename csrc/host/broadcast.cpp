@@ -42,7 +42,7 @@ void root_in_place(Group& group, const std::byte* data, const Call& call) {
   const std::size_t start = call.bytes() - share;
   for (int i = 1; share != 0 && i < group.world_size(); ++i) {
     std::byte* const tensor = group.symmetric_output((group.rank() + i) % group.world_size());
-    if (tensor != nullptr) copy(tensor + start, data + start, share, group.around_caches(call.bytes()));
+    if (tensor != nullptr) copy(tensor + start, data + start, share, group.message_around_caches(call.bytes()));
   }
   group.signal(1);
   group.wait(1);
@@ -51,7 +51,7 @@ void root_in_place(Group& group, const std::byte* data, const Call& call) {
 void others_in_place(Group& group, std::byte* data, const std::byte* source, const Call& call) {
   const bool is_symmetric = group.symmetric_output(group.rank()) != nullptr;
   const std::size_t share = is_symmetric ? share_of_root(group, call.bytes()) : 0;
-  copy(data, source, call.bytes() - share, group.around_caches(call.bytes()));
+  copy(data, source, call.bytes() - share, group.message_around_caches(call.bytes()));
   group.signal(1);
   if (share != 0) group.wait(1, call.root);
 }
@@ -77,7 +77,8 @@ void others_in_slices(Group& group, std::byte* data, const Call& call) {
   const std::uint64_t num_slices = (bytes + slice - 1) / slice;
   for (std::uint64_t k = 0; k < num_slices; ++k) {
     if (k > 0) group.wait(2 * k, call.root);
-    copy(data + k * slice, group.staging(call.root, k), std::min(slice, bytes - k * slice), group.around_caches(bytes));
+    copy(data + k * slice, group.staging(call.root, k), std::min(slice, bytes - k * slice),
+         group.message_around_caches(bytes));
     group.signal(2 * k + 1);
   }
 }

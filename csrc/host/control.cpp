@@ -92,8 +92,8 @@ Tuning default_tuning(int world_size) {
   const std::uint64_t slice = std::clamp<std::uint64_t>(std::min(own_cache, shared), 64 * kKiB, 2048 * kKiB);
   return Tuning{.slice_bytes = slice / kCacheLine * kCacheLine,
                 .one_shot_bytes = 4 * 1024,
-                // Every rank's output together.
-                .cached_bytes = last_cache_bytes() / static_cast<std::uint64_t>(world_size),
+                // Other things live in the last cache, too.
+                .cached_bytes = last_cache_bytes() / 4 * 3,
                 .strict = 0,
                 .channel = ChannelSizes::for_ranks(world_size)};
 }

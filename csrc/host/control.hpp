@@ -81,8 +81,8 @@ static_assert(sizeof(CallSlot) == kCacheLine);
 struct Tuning {
   std::uint64_t slice_bytes = 0;     // staging buffer
   std::uint64_t one_shot_bytes = 0;  // up to this total (bytes * ranks) a message goes through the slots in one step
-  std::uint64_t cached_bytes = 0;  // messages up to this size stay in the last cache; larger ones are copied around it
-  std::uint64_t strict = 0;        // 1: calls carry their issue order (issue_order.hpp)
+  std::uint64_t cached_bytes = 0;    // calls whose tensors, of all ranks together, take more are copied past the caches
+  std::uint64_t strict = 0;          // 1: calls carry their issue order (issue_order.hpp)
   ChannelSizes channel;
 };
 /// From the sizes of this machine's caches and the number of ranks.

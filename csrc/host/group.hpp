@@ -41,8 +41,13 @@ class Group {
   const std::shared_ptr<WaitGraph>& graph() const { return graph_; }
   /// Of a synchronous call.
   Watch watch() const { return {.graph = graph_.get(), .ranks = &world_ranks_}; }
-  /// Whether a message is so large that its copies should pass by the caches (copy.hpp).
-  bool around_caches(std::uint64_t message_bytes) const { return message_bytes > tuning().cached_bytes; }
+  /// Whether a call whose tensors take `bytes` bytes, those of all ranks together, should copy past the caches
+  /// (copy.hpp).
+  bool around_caches(std::uint64_t bytes) const { return bytes > tuning().cached_bytes; }
+  /// The same, of a message of `bytes` bytes, one at each rank.
+  bool message_around_caches(std::uint64_t bytes) const {
+    return around_caches(bytes * static_cast<std::uint64_t>(world_size()));
+  }
 
   /// This rank's staging buffer for slice `k` of the running call; `rank`'s likewise.
   std::byte* staging(int rank, std::uint64_t k) const { return members_.control.staging(rank, seq_ + k); }

@@ -244,7 +244,7 @@ void Messenger::copy_in_place(Incoming& incoming) {
   Message& receive = *incoming.copying.front();
   const std::size_t chunk = std::min(kInPlaceChunk, receive.bytes() - receive.moved);
   copy(static_cast<std::byte*>(receive.spec.data) + receive.moved, receive.in_place + receive.moved, chunk,
-       group_.around_caches(receive.bytes()));
+       group_.message_around_caches(receive.bytes()));
   receive.moved += chunk;
   if (receive.moved < receive.bytes()) return ring(members_.rank);  // go on at once instead of sleeping now
   incoming.copying.pop_front();
@@ -275,7 +275,7 @@ void Messenger::stream_in(int peer, Incoming& incoming, const Channel& channel) 
         {load_flag(header.streamed) - position, capacity - position % capacity, receive.bytes() - receive.moved});
     if (chunk == 0) return;
     copy(static_cast<std::byte*>(receive.spec.data) + receive.moved, channel.stream(position), chunk,
-         group_.around_caches(receive.bytes()));
+         group_.message_around_caches(receive.bytes()));
     receive.moved += chunk;
     store_flag(header.stream_read, position + chunk);
     ring(peer);

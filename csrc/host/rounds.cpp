@@ -18,7 +18,6 @@ Rounds::Rounds(Group& group, const void* input, DType dtype, Shown shown, bool i
   if (!is_small && num_shown(group.rank()) != 0) {
     location_ = group.segments().locate(input_, shown_.of(group.rank()).total() * element_bytes_);
   }
-  around_caches_ = group.around_caches(most * element_bytes_);
   // Each part may be rounded up by a cache line in each round.
   const std::size_t room = group.tuning().slice_bytes - static_cast<std::size_t>(group.world_size()) * kCacheLine;
   num_rounds_ = (most * element_bytes_ + room - 1) / room | 1;
@@ -84,12 +83,12 @@ const std::byte* Rounds::data(int source, std::uint64_t k) const {
   return input + (shown_.of(source).start(part_read_) + begin(source, k)) * element_bytes_;
 }
 
-void Rounds::copy(int source, std::uint64_t k, std::byte* part) const {
+void Rounds::copy(int source, std::uint64_t k, std::byte* part, bool around_caches) const {
   const Slice slice = this->slice(source, part_read_, k);
   std::byte* const to = part + slice.begin * element_bytes_;
   if (slice.length == 0) return;
   const std::byte* const from = data(source, k);
-  if (from != to) host::copy(to, from, slice.length * element_bytes_, around_caches_);
+  if (from != to) host::copy(to, from, slice.length * element_bytes_, around_caches);
 }
 
 }  // namespace pycomm::host

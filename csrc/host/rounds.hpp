@@ -67,7 +67,7 @@ class Rounds {
   std::size_t begin(int source, std::uint64_t k) const { return slice(source, part_read_, k).begin; }
   std::size_t length(int source, std::uint64_t k) const { return slice(source, part_read_, k).length; }
   /// Copy it into `part`, where the whole part shall lie; does nothing where it lies there already.
-  void copy(int source, std::uint64_t k, std::byte* part) const;
+  void copy(int source, std::uint64_t k, std::byte* part, bool around_caches) const;
 
  private:
   struct Slice {
@@ -90,7 +90,6 @@ class Rounds {
   Location location_;
   std::uint64_t num_rounds_ = 1;
   bool any_symmetric_ = false;
-  bool around_caches_ = false;
   std::vector<const std::byte*> inputs_;      // by rank; nullptr: ordinary, seen through staging
   std::vector<std::size_t> staging_offsets_;  // by rank: bytes, of what this rank reads in its staging buffer
 };

@@ -19,7 +19,8 @@ void scatter(Group& group, const Tensors& tensors, const Parts& parts, int root)
   shown.layouts[static_cast<std::size_t>(root)] = parts;
   Rounds rounds(group, tensors.input, tensors.dtype, std::move(shown), is_small);
   const Entry entry(group, call, {rounds.location(), {}}, [&] { rounds.show(0); });
-  rounds.run([&](std::uint64_t k) { rounds.copy(root, k, static_cast<std::byte*>(tensors.output)); });
+  const bool around_caches = group.around_caches(2 * call.bytes());
+  rounds.run([&](std::uint64_t k) { rounds.copy(root, k, static_cast<std::byte*>(tensors.output), around_caches); });
 }
 
 }  // namespace pycomm::host

@@ -46,6 +46,7 @@ class Slot:
     start: int  # elements, in buffers of its family that keep the model's order
     first_block: int  # in the table of norms
     shard: Shard  # this rank's
+    turn: int  # which rank has the first chunk: see owned()
     bucket_index: int = 0
     view: Tensor | None = None  # its gradient's memory in a bucket, with shape and strides of the parameter
     ready: bool = False  # the gradient of the running backward has arrived
@@ -120,9 +121,10 @@ def make_slots(
     first_block = 0
     for index, (name, param, grad_dtype) in enumerate(named):
         family = families.setdefault((param.dtype, grad_dtype), Family(param.dtype, grad_dtype))
-        begin, end = owned(param.numel(), index, rank, world_size)
+        turn = getattr(param, "shard_turn", index)
+        begin, end = owned(param.numel(), turn, rank, world_size)
         shard = Shard(begin, end, family.num_owned)
-        slot = Slot(index, name, param, family, family.numel, first_block, shard)
+        slot = Slot(index, name, param, family, family.numel, first_block, shard, turn)
         family.slots.append(slot)
         family.numel += slot.padded_numel
         family.num_owned += len(shard)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -34,7 +34,7 @@ class ModelAxes(Protocol):
 
 
 def clip_grad_norm_(
-    parameters: DataParallel | Iterable[Tensor],
+    parameters: DataParallel | Iterable[DataParallel] | Iterable[Tensor],
     max_norm: float,
     mesh: ModelAxes | None = None,
     *,
@@ -51,11 +51,13 @@ def clip_grad_norm_(
     next step.
 
     Args:
-        parameters: a DataParallel; or parameters whose ``.grad`` is complete on this rank.
+        parameters: a DataParallel, or those of all stages that this rank has of a pipeline; or parameters whose
+            ``.grad`` is complete on this rank.
         max_norm: positive.
         mesh: of a model that is divided over ranks: the norm is that of all its parts, on ``mesh.tp`` and ``mesh.pp``.
-            A parameter that several ranks have counts once if its attribute ``replicated_on`` is the communicator of
-            those ranks.
+            A parameter is taken to be the same on all ranks of ``mesh.tp``, and counts once, unless it has the
+            attribute ``is_part``, as what parallel layers cut has. One that is a copy, as pipeline stages have of tied
+            weights, does not count if it has the attribute ``is_counted_elsewhere``.
         error_if_nonfinite: raise instead of the warning.
 
     Returns:
@@ -66,17 +68,20 @@ def clip_grad_norm_(
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}: it must be positive")
-    if isinstance(parameters, DataParallel):
-        return _clip_averages(parameters, max_norm, mesh, error_if_nonfinite)
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    params = [param for param in params if param.grad is not None]
+    given = [parameters] if isinstance(parameters, (DataParallel, Tensor)) else list(parameters)
+    wrapped = [item for item in given if isinstance(item, DataParallel)]
+    if wrapped:
+        if len(wrapped) != len(given):
+            raise TypeError("clip_grad_norm_ takes wrapped modules or parameters, not both at once")
+        return _clip_averages(wrapped, max_norm, mesh, error_if_nonfinite)
+    params = [param for param in given if isinstance(param, Tensor) and param.grad is not None]
     grads = [param.grad for param in params if param.grad is not None]
     first_blocks = [0]
     for param in params:
         first_blocks.append(first_blocks[-1] + num_blocks(param.numel()))
     table = torch.zeros(first_blocks[-1], dtype=torch.float64)
     for param, grad, first_block in zip(params, grads, first_blocks, strict=False):
-        if _counts(param) or mesh is None:
+        if _counts(param, mesh):
             norms_of_tensor(grad, first_block, table)
     norm = _over_model(total_norm(table), mesh)
     if math.isfinite(norm):
@@ -93,31 +98,40 @@ def clip_grad_norm_(
     return _as_tensor(norm, [grad.dtype for grad in grads])
 
 
-def _clip_averages(ddp: DataParallel, max_norm: float, mesh: ModelAxes | None, error_if_nonfinite: bool) -> Tensor:
-    engine = ddp._engine
-    gradients = engine.gradients
-    table = gradients.norm_table()
-    if mesh is not None:
-        for slot in gradients.slots:
-            if not _counts(slot.param):
+def _clip_averages(
+    wrapped: Sequence[DataParallel], max_norm: float, mesh: ModelAxes | None, error_if_nonfinite: bool
+) -> Tensor:
+    engines = [ddp._engine for ddp in wrapped]
+    tables = []
+    for engine in engines:
+        table = engine.gradients.norm_table()
+        for slot in engine.gradients.slots:
+            if not _counts(slot.param, mesh):
                 table[slot.first_block : slot.first_block + num_blocks(slot.param.numel())] = 0
-    norm = _over_model(total_norm(table), mesh) * engine.grad_scale
-    engine.norm_is_finite = math.isfinite(norm)
-    if engine.norm_is_finite:
-        factor = _factor(norm, max_norm)
-        if engine.scales_in_step:
-            engine.grad_scale *= factor
-        elif factor < 1:
-            gradients.scale(factor)
-    else:
-        _say_non_finite(norm, [repr(name) for name in non_finite_names(gradients.slots, table)], error_if_nonfinite)
-    return _as_tensor(norm, [family.grad_dtype for family in gradients.families])
+        tables.append(table)
+    norms = [total_norm(table) * engine.grad_scale for table, engine in zip(tables, engines, strict=True)]
+    norm = _over_model(norms[0] if len(norms) == 1 else math.hypot(*norms), mesh)
+    for engine in engines:
+        engine.norm_is_finite = math.isfinite(norm)
+        if engine.norm_is_finite:
+            factor = _factor(norm, max_norm)
+            if engine.scales_in_step:
+                engine.grad_scale *= factor
+            elif factor < 1:
+                engine.gradients.scale(factor)
+    if not math.isfinite(norm):
+        slots_and_tables = zip((engine.gradients.slots for engine in engines), tables, strict=True)
+        named = [repr(name) for slots, table in slots_and_tables for name in non_finite_names(slots, table)]
+        _say_non_finite(norm, named, error_if_nonfinite)
+    return _as_tensor(norm, [family.grad_dtype for engine in engines for family in engine.gradients.families])
 
 
-def _counts(param: Tensor) -> bool:
-    """Whether this rank counts the parameter: the first of those that have it."""
-    group = getattr(param, "replicated_on", None)
-    return group is None or group.rank == 0
+def _counts(param: Tensor, mesh: ModelAxes | None) -> bool:
+    """Whether this rank counts the parameter for the model: its owner alone does."""
+    if mesh is None:
+        return True
+    is_owner = mesh.tp.rank == 0 or getattr(param, "is_part", False)
+    return is_owner and not getattr(param, "is_counted_elsewhere", False)
 
 
 def _over_model(norm: float, mesh: ModelAxes | None) -> float:

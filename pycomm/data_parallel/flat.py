@@ -187,6 +187,17 @@ class FlatGradients(Gradients):
         self.flats.clear()
         self.messages.clear()
 
+    def parts(self, slot: Slot) -> list[tuple[int, Tensor]]:
+        if self.unreduced:
+            self._reduce_now()
+        self._versions = None
+        carried = [(slot.shard.begin, self._carried[slot])] if slot in self._carried else []
+        if slot.param.grad is None:
+            return carried
+        if slot in self._scattered:
+            return [*carried, (slot.shard.begin, self._own(slot))]
+        return [*carried, (0, slot.param.grad)]
+
     def scale(self, factor: float) -> None:
         for flat in self.flats.values():
             flat.mul_(factor)

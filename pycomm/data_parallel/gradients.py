@@ -100,6 +100,13 @@ class Gradients(ABC):
         """[num_blocks]: squared norms of all blocks of the averages. Collective; the same bits on every rank."""
 
     @abstractmethod
+    def parts(self, slot: Slot) -> list[tuple[int, Tensor]]:
+        """All that counts of a parameter's gradient on this rank, to be changed in place. Collective.
+
+        Each with the place in the parameter where it starts: this rank's shard, or all of it.
+        """
+
+    @abstractmethod
     def scale(self, factor: float) -> None:
         """Multiply the averages."""
 

@@ -1,5 +1,6 @@
 """DataParallel: the wrapper that users see."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pycomm.data_parallel.join import Joining
 from pycomm.data_parallel.replicas import broadcast_state, check_same, model_entries
 from pycomm.errors import PycommError
 
+_log = logging.getLogger("pycomm")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MIB = 2**20
 
@@ -90,6 +92,7 @@ class DataParallel(nn.Module):
         self.module = module
         self.comm = comm
         self._broadcast_buffers = broadcast_buffers
+        self._has_warned = False
         slots, families = make_slots(named, comm.rank, comm.world_size)
         how = Options(int(bucket_mb * _MIB), overlap, symmetric, wire_dtype)
         self._engine = GradientEngine(FlatGradients(slots, families, comm, how), comm, find_unused=find_unused)
@@ -115,8 +118,16 @@ class DataParallel(nn.Module):
     def no_sync(self) -> Iterator[None]:
         """``backward()`` inside accumulates into this rank's ``.grad`` and communicates nothing.
 
-        The next ``backward()`` outside averages everything accumulated. May be nested.
+        The next ``backward()`` outside averages everything accumulated. May be nested. Under stage 2 of
+        :class:`pycomm.ShardedAdamW` gradients are whole from here to that backward, which a warning says once.
         """
+        if self.averages_every_backward and not self._has_warned:
+            self._has_warned = True
+            if self.comm.rank == 0:
+                _log.warning(
+                    "no_sync() under ShardedAdamW(stage=2): gradients accumulate whole on every rank, and their memory "
+                    "is not divided; let every micro-batch's backward run outside of it, and each is averaged"
+                )
         with self._engine.no_sync():
             yield
 
@@ -153,6 +164,21 @@ class DataParallel(nn.Module):
             self._engine.joining = None
         if after_backward is None and joining.last_active:
             broadcast_state(self.module, self.comm, root=joining.last_active[0])
+
+    @property
+    def averages_every_backward(self) -> bool:
+        """Whether gradients shall not pile up under :meth:`no_sync`: in stage 2 of :class:`pycomm.ShardedAdamW`."""
+        return not self._engine.gradients.stay
+
+    def gradient_parts(self, param: nn.Parameter) -> list[tuple[int, Tensor]]:
+        """All that counts of the gradient of ``param`` on this rank, to be changed in place before the step.
+
+        Collective. Without averages of earlier backwards it is one tensor, from element 0 on: the whole ``.grad``.
+        Under stages 1 and 2 of :class:`pycomm.ShardedAdamW`, averages count on this rank's shard alone: [numel], with
+        the element of the parameter where it starts. A parameter that is a copy of one in another DataParallel gets
+        equal shards there if both have one number as their attribute ``shard_turn`` when they are wrapped.
+        """
+        return self._engine.gradients.parts(next(slot for slot in self._engine.gradients.slots if slot.param is param))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the plain module's; under stage 2 of :class:`pycomm.ShardedAdamW`, what was averaged so far, too."""

@@ -24,7 +24,7 @@ from pycomm.data_parallel.shards import NORM_BLOCK, Row
 from pycomm.fused import dtype_name
 
 _NUM_BUFFERS = 2  # one is filled while the other travels
-_PART_OF_GRADIENTS = 32  # a buffer has at most this part of all gradients, so that the pool is small beside them
+_PART_OF_GRADIENTS = 64  # a buffer has at most this part of all gradients, so that the pool is small beside them
 _MIN_BYTES = 64 * 1024
 
 
@@ -56,6 +56,7 @@ class PooledGradients(Gradients):
         super().__init__(slots, families, comm, options)
         self.shards = {family: torch.zeros(max(1, family.num_owned), dtype=family.grad_dtype) for family in families}
         self._is_zero = True  # what the shards have does not count: the next average overwrites it
+        self._norms_hold = True  # those that the reductions took are still the shards'
         all_bytes = sum(slot.grad_bytes for slot in slots)
         num_bytes = min(options.cap_bytes, max(_MIN_BYTES, all_bytes // _PART_OF_GRADIENTS))
         # A piece of every dtype fits: at least one norm block of the widest.
@@ -91,6 +92,7 @@ class PooledGradients(Gradients):
         super().wait()
         self._travelling = [None] * _NUM_BUFFERS
         self._is_zero = False
+        self._norms_hold = True
 
     def drop(self) -> None:
         self._is_zero = True
@@ -110,13 +112,19 @@ class PooledGradients(Gradients):
         self._pool.clear()
         self.shards.clear()
 
+    def parts(self, slot: Slot) -> list[tuple[int, Tensor]]:
+        self._norms_hold = False
+        shard = self.shards[slot.family][slot.shard.packed : slot.shard.packed + len(slot.shard)]
+        averaged = [] if self._is_zero else [(slot.shard.begin, shard)]
+        return averaged if slot.param.grad is None else [*averaged, (0, slot.param.grad)]
+
     def scale(self, factor: float) -> None:
         for shard in self.shards.values():
             shard.mul_(factor)
 
     def norm_table(self) -> Tensor:
         table = self._norms.clone()
-        if not self.fused:
+        if not (self.fused and self._norms_hold):
             for family in self.families:
                 rows = [row for bucket in self.buckets if bucket.family is family for row in self._rows(bucket)]
                 norms_of_runs(self.shards[family], rows, table, packed=True)

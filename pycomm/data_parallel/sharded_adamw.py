@@ -10,19 +10,24 @@ Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pycomm.data_parallel.bucket import Slot
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.module import DataParallel
 from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.replicas import check_same
+from pycomm.data_parallel.shards import Shard
 from pycomm.data_parallel.states import FamilyState
 from pycomm.errors import PycommError
 from pycomm.fused import AdamWScalars
+
+if TYPE_CHECKING:
+    from pycomm.data_parallel.sharded_states import ShardedStates
 
 _log = logging.getLogger("pycomm")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,6 +99,11 @@ class ShardedAdamW(torch.optim.Optimizer):
     @property
     def stage(self) -> int:
         return self._stage
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made, those before a checkpoint included."""
+        return self._num_steps
 
     @property
     def state_bytes(self) -> int:
@@ -175,9 +185,31 @@ class ShardedAdamW(torch.optim.Optimizer):
             raise ValueError(f"parameters made different numbers of steps, {sorted(steps)}; here they go together")
         for state in self._states:
             state.load({slot: state_dict["state"].get(keys[numbers[id(slot.param)]]) for slot in state.family.slots})
-        self._num_steps = int(steps.pop()) if steps else 0
-        for group, other in zip(self.param_groups, saved, strict=True):
-            group.update({key: value for key, value in other.items() if key != "params"})
+        others = [{key: value for key, value in group.items() if key != "params"} for group in saved]
+        self.states_were_read(int(steps.pop()) if steps else 0, others)
+
+    def sharded_states(self) -> ShardedStates:
+        """For torch.distributed.checkpoint: every rank writes and reads its own states, nothing is gathered."""
+        # Here, since importing torch.distributed.checkpoint takes most of a second.
+        from pycomm.data_parallel.sharded_states import ShardedStates
+
+        return ShardedStates(self)
+
+    def shards(self) -> Iterator[tuple[Slot, Shard, Mapping[str, Tensor]]]:
+        """Every parameter, this rank's part of it, and the packed states in which that part lies."""
+        for state in self._states:
+            for slot, shard in state.shards():
+                yield slot, shard, state.tensors
+
+    def states_were_read(self, num_steps: int, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Somebody has put other states into the memory of :meth:`shards`, which belong to these steps and groups."""
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"there are {len(self.param_groups)} parameter groups, those saved are {len(groups)}")
+        self._num_steps = num_steps
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update(saved)
+        for state in self._states:
+            state.were_read()
 
     def _numbers(self) -> dict[int, int]:
         """id of each parameter -> its number in state dicts: in the order of the groups."""

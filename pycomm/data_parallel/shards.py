@@ -34,12 +34,13 @@ def num_blocks(numel: int) -> int:
     return -(-numel // NORM_BLOCK)
 
 
-def owned(numel: int, index: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The elements [begin, end) of parameter number ``index`` that ``rank`` owns.
+def owned(numel: int, turn: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The elements [begin, end) of a parameter that ``rank`` owns.
 
-    Chunks go round by ``index``: the many parameters of a single block fall on different ranks.
+    Chunks go round by ``turn``, usually the parameter's number in the model: the many parameters of a single block fall
+    on different ranks.
     """
-    chunk = (rank + index) % world_size
+    chunk = (rank + turn) % world_size
     blocks = num_blocks(numel)
     begin, end = blocks * chunk // world_size, blocks * (chunk + 1) // world_size
     return min(numel, begin * NORM_BLOCK), min(numel, end * NORM_BLOCK)

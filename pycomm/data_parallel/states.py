@@ -101,6 +101,9 @@ class FamilyState:
                     mine.copy_(slot.in_memory_order(value)[shard.begin : shard.end])
                 elif name != "master":
                     mine.zero_()
+
+    def were_read(self) -> None:
+        """``tensors`` have other values, which belong to the parameters as they are now."""
         self._versions = self._current_versions()
 
     def shards(self) -> Iterator[tuple[Slot, Shard]]:
@@ -112,7 +115,7 @@ class FamilyState:
         for slot in self.family.slots:
             begin, end = 0, slot.param.numel()
             if self._is_divided:
-                begin, end = owned(end, slot.index, rank, self._comm.world_size)
+                begin, end = owned(end, slot.turn, rank, self._comm.world_size)
             shards.append(Shard(begin, end, packed))
             packed += end - begin
         return shards

@@ -94,7 +94,7 @@ def workloads(name: str, in_use: dict[str, int], num_ranks: int) -> list[Workloa
         sizes = [max(16, int(in_use[name] * factor) // num_ranks // 16 * 16) for factor in (0.5, 1, 2, 4)]
         return [Workload("all_reduce", memory, size) for memory in ("symmetric", "ordinary") for size in sizes]
     if name == "cached_bytes":
-        sizes = [int(in_use[name] * factor) // 64 * 64 for factor in (0.5, 1.5, 3)]
+        sizes = [int(in_use[name] * factor) // num_ranks // 64 * 64 for factor in (0.5, 1.5, 3)]  # of all ranks
         return [Workload("send", "ordinary", max(64, min(size, MOST_BYTES))) for size in sizes]
     if name == "eager_bytes":
         return [

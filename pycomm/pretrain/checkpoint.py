@@ -16,10 +16,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,7 +32,6 @@ from pycomm.pretrain.loop import TrainState
 
 FORMAT = 1
 _STEP_DIR = re.compile(r"step_(\d+)")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class CheckpointInfo:
 
 
 def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: str) -> Path:
-    """Write a checkpoint into ``folder`` and keep the newest ``config.run.keep``. One rank calls this.
+    """Write a checkpoint into ``folder`` and keep the newest ``config.run.keep``.
+
+    Collective: one rank calls this, while all others call :func:`contribute`.
 
     Returns:
         The checkpoint's folder. One of the same step is replaced.
@@ -57,7 +59,7 @@ def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: st
     work = final.with_suffix(".tmp")
     work.mkdir()
     with _quiet():
-        dcp.save(_tensors(state), checkpoint_id=work, no_dist=True)
+        dcp.save(_tensors(state, state.optimizer.state_dict()), checkpoint_id=work, no_dist=True)
     info = {
         "format": FORMAT,
         "step": state.step,
@@ -78,6 +80,11 @@ def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: st
     return final
 
 
+def contribute(state: TrainState) -> None:
+    """A rank's part in a checkpoint that another one writes: its optimizer states. Collective."""
+    state.optimizer.state_dict()
+
+
 def load(path: Path, comm: Communicator, state: TrainState) -> None:
     """Set ``state`` to the checkpoint's. Collective: rank 0 reads the files, the others get the values from it.
 
@@ -86,13 +93,14 @@ def load(path: Path, comm: Communicator, state: TrainState) -> None:
         comm: all ranks of the run.
         state: an untrained one of the same model; changed in place.
     """
-    _create_moments(state.optimizer)
-    tensors = _tensors(state)
+    optimizer = state.optimizer.state_dict()
+    tensors = _tensors(state, optimizer)  # the optimizer's are those of the dictionary, so reading fills it
     if comm.rank == 0:
         with _quiet():
             dcp.load(tensors, checkpoint_id=path, no_dist=True)
     for name in sorted(tensors):
         comm.broadcast(tensors[name])
+    state.optimizer.load_state_dict(optimizer)
     state.step = int(tensors["progress.step"])
     torch.set_rng_state(tensors["progress.rng"])
 
@@ -166,30 +174,25 @@ def _differences(before: dict[str, object], now: dict[str, object]) -> list[str]
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
 
 
-def _tensors(state: TrainState) -> dict[str, Tensor]:
-    """All that is saved, by name, as tensors that share the state's memory (``progress.*`` are copies)."""
+def _tensors(state: TrainState, optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All that is saved, by name, as tensors that share memory with what they come from (``progress.*`` are copies).
+
+    Args:
+        optimizer: whole states, as ``state.optimizer.state_dict()`` gives them.
+    """
     tensors = {
         "progress.step": torch.tensor([state.step], dtype=torch.int64),
         "progress.rng": torch.get_rng_state(),
     }
     # A tied weight has two names in the state dict; its parameter has one.
+    names = {id(parameter): name for name, parameter in state.model.named_parameters()}
     for name, parameter in state.model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        moments = state.optimizer.state[parameter]
-        for key in _MOMENTS:
-            tensors[f"optim.{name}.{key}"] = moments[key]
+    in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(in_order):
+        moments = optimizer["state"][number]
+        tensors.update({f"optim.{names[id(parameter)]}.{key}": value for key, value in moments.items()})
     return tensors
-
-
-def _create_moments(optimizer: torch.optim.Optimizer) -> None:
-    # What AdamW does in its first step. Doing it by a step with zero gradients would detach .grad from the buckets.
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
 
 
 @contextmanager

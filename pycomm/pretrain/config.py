@@ -101,6 +101,8 @@ class PretrainConfig:
     """Pipeline stages; this version has 1."""
     tp: int = 1
     """Tensor-parallel ranks; this version has 1."""
+    zero: Literal[0, 1, 2] = 1
+    """What the data-parallel ranks divide: 0 nothing, 1 the optimizer's states, 2 the gradients too (ZeRO)."""
     steps: int = 600
     """Optimizer steps of the whole run, those before a resume included."""
     out: Path | None = None

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 
 import torch
-from torch import nn
 
 from pycomm.communicator import Communicator
-from pycomm.data_parallel import DataParallel
+from pycomm.data_parallel import DataParallel, ShardedAdamW, clip_grad_norm_
 from pycomm.errors import PycommError
 from pycomm.models.gpt import GPT, next_token_loss
 from pycomm.pretrain.config import NonFiniteError, OptimConfig, PretrainConfig
@@ -64,7 +63,7 @@ class TrainState:
 
     model: GPT
     ddp: DataParallel
-    optimizer: torch.optim.Optimizer
+    optimizer: ShardedAdamW
     step: int = 0
 
 
@@ -91,20 +90,22 @@ def build_state(comm: Communicator, config: PretrainConfig) -> TrainState:
     """The untrained model with its wrapper and optimizer; the same on every rank. Collective."""
     model = GPT(config.model, seed=config.seed)
     ddp = DataParallel(model, comm, bucket_mb=config.run.bucket_mb)
-    return TrainState(model, ddp, build_optimizer(model, config.optim))
+    return TrainState(model, ddp, build_optimizer(ddp, config.optim, config.zero))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors (norms, biases) do not.
+def build_optimizer(ddp: DataParallel, config: OptimConfig, stage: int) -> ShardedAdamW:
+    """AdamW; matrices decay, vectors (norms, biases) do not. Collective.
 
     Ref: "Decoupled Weight Decay Regularization" (2019).
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in ddp.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return ShardedAdamW(
+        ddp, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, stage=stage, param_groups=groups
+    )
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -171,7 +172,7 @@ def train_step(
     comm.all_reduce(shared)
     loss, exposed_s, stopping = (shared / comm.world_size).tolist()
     clip = config.optim.clip if config.optim.clip > 0 else math.inf
-    grad_norm = float(nn.utils.clip_grad_norm_(state.model.parameters(), clip))
+    grad_norm = float(clip_grad_norm_(state.ddp, clip))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NonFiniteError(
             f"step {step}: the loss is {loss} and the gradient's norm {grad_norm}; training stopped before the update, "
@@ -194,7 +195,7 @@ def train_step(
 def forward_backward(
     comm: Communicator, config: PretrainConfig, ddp: DataParallel, sampler: Sampler, step: int
 ) -> float:
-    """Leave the gradient of the global batch's mean loss in ``.grad``; returns the mean loss of this rank's share."""
+    """Compute the gradient of the global batch's mean loss; returns the mean loss of this rank's share."""
     accumulation = config.accumulation(comm.world_size)
     first = comm.rank * accumulation * config.micro_batch
     ddp.zero_grad()  # to None: moving a fresh gradient into its bucket is cheaper than zeroing and adding to it
@@ -202,8 +203,9 @@ def forward_backward(
     for index in range(accumulation):
         begin = first + index * config.micro_batch
         tokens, targets = sampler.batch(step, range(begin, begin + config.micro_batch))
-        # Gradients accumulate locally; only the last micro-batch's backward sends them.
-        with nullcontext() if index == accumulation - 1 else ddp.no_sync():
+        # Gradients accumulate locally and the last micro-batch's backward sends them, unless their memory is divided.
+        sends = index == accumulation - 1 or ddp.averages_every_backward
+        with nullcontext() if sends else ddp.no_sync():
             loss = next_token_loss(ddp(tokens), targets)
             (loss / accumulation).backward()
         loss_sum += loss.detach()

@@ -127,7 +127,7 @@ def pretrain(comm: Communicator, config: PretrainConfig, command: str, signals: 
     resumed = restore(comm, config, corpus, state, say)
     signals.become_orderly()
     if console is None:
-        finished = train(comm, config, corpus, state, stop=signals.requested)
+        finished = train(comm, config, corpus, state, save=checkpoint.contribute, stop=signals.requested)
     else:
         with Run(config, corpus, resumed, state, console) as run:
             finished = train(comm, config, corpus, state, on_step=run.step, save=run.save, stop=signals.requested)
@@ -193,6 +193,6 @@ def describe(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: 
         f"text: {corpus.text}; {len(corpus.train):,} tokens to learn from, {len(corpus.held_out):,} held out\n"
         f"model: GPT, {state.model.num_parameters():,} parameters ({shape.num_layers} layers of {shape.hidden}, "
         f"vocabulary {shape.vocab_size})\n"
-        f"ranks: {comm.world_size} ({comm.backend}), {torch.get_num_threads()} threads each; a step is "
-        f"{config.global_batch} sequences of {shape.max_seq} tokens, {accumulated} micro-batches a rank"
+        f"ranks: {comm.world_size} ({comm.backend}), {torch.get_num_threads()} threads each, ZeRO stage {config.zero}; "
+        f"a step is {config.global_batch} sequences of {shape.max_seq} tokens, {accumulated} micro-batches a rank"
     )

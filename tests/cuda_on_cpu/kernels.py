@@ -159,6 +159,6 @@ def load(folder: Path) -> ctypes.CDLL:
     library.staging_bytes.restype = ctypes.c_size_t
     for name in ("all_reduce_one_shot", "all_reduce_two_shot", "reduce_scatter", "all_gather", "put", "get", "bucket"):
         getattr(library, name).restype = ctypes.c_char_p
-    for name in ("norm", "sharded_adamw"):
+    for name in ("norm", "sharded_adamw", "broken_group"):
         getattr(library, name).restype = ctypes.c_char_p
     return library

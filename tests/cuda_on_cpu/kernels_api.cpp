@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda/device/convert.cuh"
+#include "cuda/device/vec.cuh"
 #include "cuda/kernels/all_gather.hpp"
 #include "cuda/kernels/all_reduce.hpp"
 #include "cuda/kernels/bucket.hpp"
@@ -61,6 +62,25 @@ void world_start_at(World* world, std::uint32_t epoch) {
     std::fill_n(&pad.num_put[0][0], sizeof pad.num_put / sizeof epoch, epoch);
     std::fill_n(&pad.num_taken[0][0], sizeof pad.num_taken / sizeof epoch, epoch);
   }
+}
+
+void bounds_of_part(std::int64_t count, std::int64_t unit, int index, int num, std::int64_t* bounds) {
+  const Part part = part_of(count, unit, index, num);
+  bounds[0] = part.begin;
+  bounds[1] = part.end;
+}
+
+/// A group that has lost something: its last rank's pad, or the status word.
+const char* broken_group(const Where* where, int without_status) {
+  return guarded([&] {
+    AllGatherParams params{where->world->group(where->rank), nullptr, 0, {}};
+    if (without_status != 0) {
+      params.group.status = nullptr;
+    } else {
+      params.group.pads[params.group.world_size - 1] = nullptr;
+    }
+    launch_all_gather(params, where->shape());
+  });
 }
 
 std::size_t staging_bytes(const Where* where, const Layout* layout, int wire) {

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pycomm import _C
-from tests.cuda_on_cpu.kernels import CHUNK, DTYPES, OPS, Memory, Ranks, Segments, flat_layout, pointers
+from tests.cuda_on_cpu.kernels import CHUNK, DTYPES, OPS, Layout, Memory, Ranks, Segments, flat_layout, pointers
 from tests.host.reduce_reference import CASES, STORAGE, Raw, bits_of, narrow, some_sources, widen
 
 MakeRanks = Callable[..., Ranks]
 NUM_SEEDS = int(os.environ.get("PYCOMM_TEST_SEEDS", "4"))  # schedules of each case
 WORLDS = [1, 2, 3, 4, 8]
+MAP_NORESERVE = 0x4000  # Linux's; the module has it from Python 3.13 on
 # Nothing, tails of a group of eight, of a warp's 256 and of a chunk, and more chunks than warps.
 COUNTS = [0, 1, 13, 1027, 5 * CHUNK + 9]
 
@@ -87,6 +91,12 @@ def test_one_shot_all_reduce(make_ranks: MakeRanks, world: int, dtype: str, op: 
             memory.assert_guards_intact()
 
 
+def queue_two_shot(ranks: Ranks, layout: Layout, dtype: str, op: str, addresses: list[int]) -> None:
+    data = pointers(addresses)
+    for rank in range(ranks.num_ranks):
+        ranks.launch("all_reduce_two_shot", rank, ctypes.byref(layout), DTYPES[dtype], OPS[op], data, None)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("dtype", "op"), CASES)
 def test_two_shot_all_reduce(make_ranks: MakeRanks, world: int, dtype: str, op: str) -> None:
@@ -95,10 +105,7 @@ def test_two_shot_all_reduce(make_ranks: MakeRanks, world: int, dtype: str, op: 
         count = COUNTS[(seed + world + OPS[op]) % len(COUNTS)]
         sources = some_sources(dtype, world, count, seed)
         memories = [Memory(raw, shift) for raw, shift in zip(sources, shifts_of(seed, world), strict=True)]
-        layout = flat_layout(count)
-        for rank in range(world):
-            data = pointers([memory.address for memory in memories])
-            ranks.launch("all_reduce_two_shot", rank, ctypes.byref(layout), DTYPES[dtype], OPS[op], data, None)
+        queue_two_shot(ranks, flat_layout(count), dtype, op, [memory.address for memory in memories])
         ranks.run(seed)
         wanted = host_reduced(dtype, op, sources)
         for memory in memories:
@@ -131,7 +138,7 @@ def test_reduce_scatter_of_uneven_parts(make_ranks: MakeRanks, world: int, dtype
             assert_same_bits(memory.elements, raw)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 def test_sixteen_bits_on_the_wire_and_float32_sums(make_ranks: MakeRanks, world: int, wire: str) -> None:
     count = 2 * CHUNK + 5
@@ -159,7 +166,7 @@ def test_sixteen_bits_on_the_wire_and_float32_sums(make_ranks: MakeRanks, world:
         assert_same_bits(memory.elements, canonical)
 
 
-@pytest.mark.parametrize("world", [1, 3, 8])
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_squares_are_the_same_on_every_rank_and_in_every_kernel(make_ranks: MakeRanks, world: int, dtype: str) -> None:
     parameters = Segments([700, 0, CHUNK, 3 * CHUNK + 77, 5], gap=3)
@@ -209,19 +216,65 @@ def test_one_shot_calls_follow_each_other_in_place(make_ranks: MakeRanks) -> Non
         sources = [np.arange(count, dtype=np.int32) % 17 + rank for rank in range(world)]
         memories = [Memory(raw) for raw in sources]
         one_shot = OneShot(ranks, count, "int32")
-        layout = flat_layout(count)
         one_shot.bytes *= 4  # enough for the smaller grid
         one_shot.staging = [Memory(np.zeros(one_shot.bytes, np.uint8)) for _ in range(world)]
         for ranks.blocks in (2, 1, 2, 2, 1):
             one_shot.queue("int32", "sum", memories, memories)
-        for rank in range(world):
-            data = pointers([memory.address for memory in memories])
-            ranks.launch("all_reduce_two_shot", rank, ctypes.byref(layout), DTYPES["int32"], OPS["sum"], data, None)
+        queue_two_shot(ranks, flat_layout(count), "int32", "sum", [memory.address for memory in memories])
         one_shot.queue("int32", "sum", memories, memories)
         ranks.run(seed)
         total = sum(sources) * world**6
         for memory in memories:
             np.testing.assert_array_equal(memory.elements, total)
+
+
+@pytest.mark.parametrize("world", [5, 16])
+@pytest.mark.parametrize(("dtype", "op"), [("bfloat16", "avg"), ("int32", "sum")])
+def test_any_number_of_ranks_up_to_the_limit(make_ranks: MakeRanks, world: int, dtype: str, op: str) -> None:
+    count = 17 * CHUNK + 3
+    sources = some_sources(dtype, world, count, world)
+    first, second = (
+        [Memory(raw, shift) for raw, shift in zip(sources, shifts_of(1, world), strict=True)] for _ in "12"
+    )
+    ranks = make_ranks(world)
+    OneShot(ranks, count, dtype).queue(dtype, op, first, first)
+    queue_two_shot(ranks, flat_layout(count), dtype, op, [memory.address for memory in second])
+    ranks.run(world)
+    wanted = host_reduced(dtype, op, sources)
+    for memory in first + second:
+        assert_same_bits(memory.elements, wanted)
+
+
+def test_parameters_beyond_four_gigabytes(make_ranks: MakeRanks) -> None:
+    """Only the pages that are touched are there."""
+    ranks, counts, gap = make_ranks(2), [CHUNK + 1, 7], 2**32 + 5
+    parameters = Segments(counts, gap)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    tensors = [np.frombuffer(mmap.mmap(-1, parameters.num_elements, flags=flags), np.uint8) for _ in range(2)]
+    places = [slice(first, first + count) for first, count, _, _ in parameters.table]
+    for seed, place in enumerate(places):
+        for rank, tensor in enumerate(tensors):
+            tensor[place] = some_sources("uint8", 2, counts[seed], seed)[rank]
+    wanted = [tensors[0][place] + tensors[1][place] for place in places]
+    queue_two_shot(ranks, parameters.layout(), "uint8", "sum", [tensor.ctypes.data for tensor in tensors])
+    ranks.run(0)
+    for place, sums in zip(places, wanted, strict=True):
+        for tensor in tensors:
+            np.testing.assert_array_equal(tensor[place], sums)
+
+
+@given(st.integers(0, 2**41), st.sampled_from([1, 16]), st.integers(1, 128))
+def test_parts_are_even_and_leave_nothing_out(library: ctypes.CDLL, count: int, unit: int, num: int) -> None:
+    bounds = np.zeros((num, 2), np.int64)
+    for index in range(num):
+        address = ctypes.c_void_p(bounds[index].ctypes.data)
+        library.bounds_of_part(ctypes.c_int64(count), ctypes.c_int64(unit), index, num, address)
+    assert bounds[0, 0] == 0
+    assert bounds[-1, 1] == count
+    np.testing.assert_array_equal(bounds[1:, 0], bounds[:-1, 1])
+    assert np.all((bounds[:, 0] % unit == 0) | (bounds[:, 0] == count))
+    sizes = bounds[:, 1] - bounds[:, 0]
+    assert sizes.max() - sizes.min() <= 2 * unit - 1
 
 
 @pytest.mark.parametrize("world", WORLDS)

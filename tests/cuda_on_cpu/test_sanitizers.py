@@ -62,5 +62,5 @@ def test_a_weakened_ordering_is_reported(thread_build: Path, ordering: str) -> N
 
 def test_every_ordering_is_used() -> None:
     text = SIGNAL.read_text()
-    assert len(orderings()) == 5
+    assert len(orderings()) == 9
     assert [name for name in orderings() if f"Ordering::{name}>" not in text] == []

@@ -13,7 +13,6 @@ from tests.data_parallel.helpers import (
     ROWS,
     Recorder,
     batch,
-    bits,
     differing,
     expected,
     gradients,
@@ -82,51 +81,6 @@ def mlp_bounds(model, x, target):
     majorants = [d1.T @ x, d1.sum(0), d2.T @ h1, d2.sum(0), d3.T @ h2, d3.sum(0)]
     roundings = 3 * (IN + 2 * HIDDEN + 3 + 12) + OUT + HIDDEN + 2 + len(x) + 6
     return [2 * 2 * roundings * 2**-24 * majorant for majorant in majorants]
-
-
-def test_ten_sgd_steps_give_the_weights_of_one_process(pool, world_size):
-    (weights, *others) = pool.run(world_size, linear_after_ten_steps)
-    assert all(bits(other) == bits(weights) for other in others)
-    model = linear_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    u = 2**-24
-    bound = 0.0
-    for step in range(10):
-        x, target = (torch.cat(parts) for parts in zip(*(batch(r, step) for r in range(world_size)), strict=True))
-        optimizer.zero_grad()
-        (((model(x) - target) ** 2).sum() / (2 * len(x))).backward()
-        optimizer.step()
-        with torch.no_grad():
-            wide, weight = x.double(), model.weight.double()
-            # The loss is quadratic with Hessian x.T x / rows, so a step of SGD multiplies an earlier difference of
-            # weights by I - LR * Hessian, whose norm is at most 1 if LR times the largest eigenvalue is at most 2.
-            assert LR * torch.linalg.matrix_norm(wide.T @ wide / len(x), 2) <= 2
-            # New in this step, in each of the two evaluations: an element of the gradient is a sum over the rows of
-            # products of an input and a dot product of IN terms, so IN + len(x) + 6 roundings of the majorant (the
-            # same sums of absolute values); and two roundings of the weight (product with LR, difference).
-            residual = wide.abs() @ weight.abs().T + target.double().abs()
-            majorant = residual.T @ wide.abs() / len(x)
-            bound += 2 * (LR * (IN + len(x) + 6) * u * float(majorant.norm()) + 2 * u * float(weight.norm()))
-    with torch.no_grad():
-        assert float((weights.double() - model.weight.double()).norm()) <= bound
-        assert bound < 1e-3 * float((model.weight - linear_model().weight).norm())
-
-
-LR = 0.1
-
-
-def linear_model():
-    return seeded(nn.Linear(IN, OUT, bias=False))
-
-
-def linear_after_ten_steps(comm):
-    ddp = DataParallel(linear_model(), comm)
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=LR)
-    for step in range(10):
-        optimizer.zero_grad()
-        loss_of(ddp, comm.rank, step).backward()
-        optimizer.step()
-    return ddp.module.weight.detach().clone()
 
 
 class TwoDtypes(nn.Module):

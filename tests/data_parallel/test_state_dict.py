@@ -1,11 +1,16 @@
 """Optimizer states: saved at one world size and stage, loaded at another, and in torch's own AdamW."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pycomm.data_parallel import DataParallel, ShardedAdamW
-from tests.data_parallel.helpers import bits
+from tests.data_parallel.helpers import bits, message_of
 from tests.data_parallel.training import loss_on, network, train, weight_bits
+from tests.torch_backend.helpers import torch_distributed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -43,6 +48,56 @@ def go_on(comm, stage, dtype, path):
         loss_on(ddp, 0, step).backward()
         optimizer.step()
     return loaded, weight_bits(ddp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("saved", "loaded"), [((2, 1), (3, 2)), ((4, 2), (1, 0)), ((1, 0), (2, 1)), ((3, 2), (2, 1))])
+def test_each_rank_writes_and_reads_its_own_states(pool, tmp_path, saved, loaded, dtype):
+    folder, stores = str(tmp_path / "checkpoint"), [str(tmp_path / name) for name in ("store", "other_store")]
+    (want, *others) = pool.run(saved[0], save_sharded, saved[1], dtype, folder, stores[0])
+    assert all(other == want for other in others)
+    assert pool.run(loaded[0], load_sharded, loaded[1], dtype, folder, stores[1]) == [want] * loaded[0]
+
+
+def save_sharded(comm, stage, dtype, folder, store):
+    ddp, optimizer, _ = train(comm, stage, num_steps=3, dtype=dtype)
+    with torch_distributed(comm, "pycomm", store):
+        dcp.save({"model": ddp.state_dict(), "optimizer": optimizer.sharded_states()}, checkpoint_id=folder)
+    return everything(ddp, optimizer)
+
+
+def load_sharded(comm, stage, dtype, folder, store):
+    ddp = DataParallel(network(dtype), comm)
+    optimizer = ShardedAdamW(ddp, lr=7.0, stage=stage)  # the checkpoint has another rate
+    with torch.no_grad():
+        for param in ddp.parameters():
+            param.zero_()
+    with torch_distributed(comm, "pycomm", store):
+        model = ddp.state_dict()
+        dcp.load({"model": model, "optimizer": optimizer.sharded_states()}, checkpoint_id=folder)
+    ddp.load_state_dict(model)
+    return everything(ddp, optimizer)
+
+
+def everything(ddp, optimizer):
+    """Weights, states and settings. Collective."""
+    whole = optimizer.state_dict()
+    states = {(key, name): bits(value) for key, entry in whole["state"].items() for name, value in entry.items()}
+    return weight_bits(ddp), states, whole["param_groups"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(pool, tmp_path):
+    arguments = [str(tmp_path / name) for name in ("checkpoint", "store")]
+    assert pool.run(2, refusal_of_another_model, *arguments) == [True] * 2
+
+
+def refusal_of_another_model(comm, folder, store):
+    optimizer = ShardedAdamW(DataParallel(torch.nn.Linear(30, 30), comm))
+    other = ShardedAdamW(DataParallel(torch.nn.Linear(30, 60), comm))
+    with torch_distributed(comm, "pycomm", store):
+        dcp.save({"optimizer": optimizer.sharded_states()}, checkpoint_id=folder)
+        load = partial(dcp.load, {"optimizer": other.sharded_states()}, checkpoint_id=folder)
+        return "Size mismatch" in message_of(CheckpointException, load)
 
 
 def test_torch_loads_it(pool):

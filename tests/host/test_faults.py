@@ -18,66 +18,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import pycomm
 from pycomm import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
-from tests.pool import Pool, file_store, start_worker
+from tests.pool import Pool
+from tests.processes import Ranks
 
 SOON_S = 2.0  # a dead peer is seen within this time (docs/errors.md)
-
-
-def _run_rank(
-    body: Callable[..., Any], connection: Connection, store: str, rank: int, world_size: int, timeout_s: float
-) -> None:
-    torch.set_num_threads(1)
-    comm = pycomm.init(store=file_store(store, world_size), rank=rank, world_size=world_size, timeout_s=timeout_s)
-    connection.send(("ready", os.getpid()))
-    connection.recv()
-    start = time.monotonic()
-    try:
-        result: Any = body(comm, connection)
-    except PycommError as error:
-        fields = {key: value for key, value in vars(error).items() if not key.startswith("_")}
-        result = (type(error).__name__, str(error), fields)
-    connection.send((result, time.monotonic() - start))
-    with contextlib.suppress(EOFError, ConnectionError):
-        connection.recv()  # stay until the test is over
-
-
-class Ranks:
-    """Processes of one test; ``body(comm, connection)`` runs on each after ``go``."""
-
-    def __init__(self, folder: Path, world_size: int, body: Callable[..., Any], timeout_s: float = 30.0) -> None:
-        context = multiprocessing.get_context("forkserver")
-        pairs = [context.Pipe() for _ in range(world_size)]
-        self.connections = [ours for ours, _ in pairs]
-        self.processes = [
-            start_worker(_run_rank, body, theirs, str(folder / "store"), rank, world_size, timeout_s)
-            for rank, (_, theirs) in enumerate(pairs)
-        ]
-        for _, theirs in pairs:
-            theirs.close()
-        self.pids = [connection.recv()[1] for connection in self.connections]
-        for connection in self.connections:
-            connection.send("go")
-
-    def result(self, rank: int) -> tuple[Any, float]:
-        """What the rank's body returned or raised, and after how many seconds."""
-        outcome: tuple[Any, float] = self.connections[rank].recv()
-        return outcome
-
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for connection in self.connections:
-            connection.close()
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid or 0, signal.SIGCONT)
-            process.join(20)
-            process.kill()
-            process.join()
 
 
 def reduce_until_lost(comm: Communicator, connection: Connection) -> float:
@@ -104,10 +50,20 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def left_behind() -> set[str]:
-    """Names that would outlive a killed rank: files in /dev/shm and our sockets."""
-    sockets = Path("/proc/net/unix").read_text(encoding="ascii", errors="replace").split()
-    return {*os.listdir("/dev/shm"), *(name for name in sockets if name.startswith("@pycomm-"))}
+def names_held_by(pid: int) -> set[str]:
+    """What this process has open that has a name: files in /dev/shm and sockets."""
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(fd))
+    lines = [line.split() for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]]
+    sockets = {line[7] for line in lines if len(line) > 7 and f"socket:[{line[6]}]" in found}
+    mapped = {line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if " /dev/shm/" in line}
+    return sockets | mapped | {name for name in found if name.startswith("/dev/shm/")}
+
+
+def is_left_behind(name: str) -> bool:
+    return Path(name).exists() or name in Path("/proc/net/unix").read_text(errors="replace").split()
 
 
 @pytest.mark.parametrize("body", [reduce_until_lost, reduce_with_a_data_loader])
@@ -118,7 +74,7 @@ def test_a_killed_rank_is_named_on_every_survivor(tmp_path: Path, body: Callable
             assert connection.recv() == "running"
         workers = [os.pidfd_open(pid) for pid in children(ranks.pids[victim])]
         assert len(workers) == (1 if body is reduce_with_a_data_loader else 0)
-        names = left_behind()
+        names = set().union(*(names_held_by(pid) for rank in ranks.pids for pid in (rank, *children(rank))))
         killed_at = time.monotonic()
         os.kill(ranks.pids[victim], signal.SIGKILL)
         for rank in {0, 1, 2} - {victim}:
@@ -130,7 +86,7 @@ def test_a_killed_rank_is_named_on_every_survivor(tmp_path: Path, body: Callable
         for worker in workers:  # its own watchdog looks for its parent every five seconds
             assert select.select([worker], [], [], 30)[0]
             os.close(worker)
-    assert left_behind() <= names
+    assert not [name for name in names if is_left_behind(name)]
 
 
 def abort_on_one(comm: Communicator, connection: Connection) -> None:

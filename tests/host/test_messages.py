@@ -11,8 +11,8 @@ import torch
 import pycomm
 from pycomm import Communicator
 from pycomm.errors import MismatchError
-from tests.host.test_faults import Ranks
 from tests.pool import Pool, file_store
+from tests.processes import Ranks
 
 # Eager, just above it, larger than the ring that streams, and no multiple of anything.
 COUNTS = [0, 1, 7, 1000, 4097, 8193, 70_001, 700_003]

@@ -64,8 +64,8 @@ def test_a_rank_that_does_not_post_is_named(pool):
     assert first[0] == "wait_posted(2)"
 
 
-def ordinary_flag(comm):
-    flag = torch.zeros(1, dtype=torch.int64)
+def refusals(comm, make_flag):
+    flag = make_flag(comm)
     messages = []
     for call in (lambda: comm.post(flag, 1), lambda: comm.wait_posted(flag, 1)):
         try:
@@ -75,5 +75,25 @@ def ordinary_flag(comm):
     return messages
 
 
-def test_ordinary_memory_is_told(pool):
-    assert pool.run(1, ordinary_flag) == [["the flag is not symmetric memory"] * 2]
+def ordinary_flag(comm):
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def narrow_flag(comm):
+    return comm.empty(2, dtype=torch.int32)[:1]
+
+
+def two_flags(comm):
+    return comm.empty(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("make_flag", "message"),
+    [
+        (ordinary_flag, "the flag is not symmetric memory"),
+        (narrow_flag, "flag is torch.int32 [1]: it must be one torch.int64"),
+        (two_flags, "flag is torch.int64 [2]: it must be one torch.int64"),
+    ],
+)
+def test_what_is_no_flag_is_refused(pool, make_flag, message):
+    assert pool.run(1, refusals, make_flag) == [[message] * 2]

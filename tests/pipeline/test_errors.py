@@ -18,9 +18,10 @@ import pycomm
 from pycomm import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PycommError, ScheduleError
 from pycomm.pipeline import Action, Pipeline, PipelineStage, Schedule, build
-from tests.host.test_faults import SOON_S, Ranks
+from tests.host.test_faults import SOON_S
 from tests.pipeline.helpers import own_communicator
 from tests.pool import Pool
+from tests.processes import Ranks
 
 X = torch.arange(12.0).view(6, 2)
 

@@ -29,8 +29,9 @@ def weights_and_moments(state: TrainState) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in state.model.named_parameters():
         found[name] = parameter.detach().clone()
-        for key, value in state.optimizer.state[parameter].items():
-            found[f"{name}.{key}"] = value.clone()
+    for number, moments in state.optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            found[f"{number}.{key}"] = value.clone()
     return found
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,15 +34,21 @@ def run_in_pool(comm: pycomm.Communicator, config: PretrainConfig, cache: str) -
 
 
 def interrupted_in_pool(
-    comm: pycomm.Communicator, config: PretrainConfig, cache: str, folder: str, stop_at: int
+    comm: pycomm.Communicator, config: PretrainConfig, cache: str, folder: str, stop_at: int, zero_afterwards: int
 ) -> list[StepRecord]:
-    """The same run, but rank 1 (or the only one) asks to stop, and another state goes on from the checkpoint."""
+    """The same run, but rank 1 (or the only one) asks to stop, and another state goes on from the checkpoint.
+
+    Args:
+        zero_afterwards: the stage of ZeRO of that other state.
+    """
     records: list[StepRecord] = []
     corpus = prepare(config, Path(cache))
 
     def save(state: TrainState) -> None:
         if comm.rank == 0:
             checkpoint.save(Path(folder), state, config, corpus.key)
+        else:
+            checkpoint.contribute(state)
 
     def stop() -> bool:
         # Asked before the step is computed: after stop_at - 1 records, step stop_at is the last.
@@ -52,7 +58,7 @@ def interrupted_in_pool(
     assert len(records) == stop_at
     comm.barrier()
     # Another seed, so that nothing but the checkpoint can bring the weights.
-    state = build_state(comm, dataclasses.replace(config, seed=config.seed + 1))
+    state = build_state(comm, dataclasses.replace(config, seed=config.seed + 1, zero=zero_afterwards))
     checkpoint.load(Path(folder) / "latest", comm, state)
     assert train(comm, config, corpus, state, on_step=records.append)
     return records
@@ -62,7 +68,8 @@ def losses(records: list[StepRecord]) -> torch.Tensor:
     return torch.tensor([record.loss for record in records], dtype=torch.float64)
 
 
-def test_two_processes_and_one_see_the_same_losses(pool: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero", [1, 2])
+def test_two_processes_and_one_see_the_same_losses(pool: Any, tmp_path: Path, zero: Literal[1, 2]) -> None:
     """Law 7. One process sums a step's gradient over four micro-batches, two over two each and then over the ranks.
 
     Both compute the same real numbers; fp32 rounds them differently. The bound on the losses' difference:
@@ -79,7 +86,7 @@ def test_two_processes_and_one_see_the_same_losses(pool: Any, tmp_path: Path) ->
     Seen: 4e-7. Losses of neighbouring steps differ by 0.05, so a rank with a wrong batch, a sum instead of a mean or a
     lost micro-batch is far outside of the bound; the last assertion sees to that.
     """
-    config = small_config(steps=50)
+    config = small_config(steps=50, zero=zero)
     one = pool.run(1, run_in_pool, config, str(tmp_path))[0]
     two = pool.run(2, run_in_pool, config, str(tmp_path))
     assert losses(two[0]).equal(losses(two[1])), "both ranks report the global loss"
@@ -94,12 +101,16 @@ def test_two_processes_and_one_see_the_same_losses(pool: Any, tmp_path: Path) ->
     assert losses(one).diff().abs().median() > 20 * bound, "the bound is too wide to tell one batch from another"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_resumed_run_goes_on_to_the_bit(pool: Any, tmp_path: Path, world_size: int) -> None:
+# Stages 0 and 1 have the same bits; with two micro-batches a rank, stage 2 has its own.
+@pytest.mark.parametrize(("world_size", "zero", "zero_afterwards"), [(1, 1, 1), (2, 1, 0), (2, 0, 1), (2, 2, 2)])
+def test_a_resumed_run_goes_on_to_the_bit(
+    pool: Any, tmp_path: Path, world_size: int, zero: Literal[0, 1, 2], zero_afterwards: int
+) -> None:
     # The usual AdamW: resuming must be exact, so it needs no smooth optimizer.
-    config = small_config(steps=14, optim=OptimConfig(warmup_steps=3))
+    config = small_config(steps=14, optim=OptimConfig(warmup_steps=3), zero=zero)
     straight = pool.run(world_size, run_in_pool, config, str(tmp_path / "cache"))[0]
-    parts = pool.run(world_size, interrupted_in_pool, config, str(tmp_path / "cache"), str(tmp_path / "save"), 6)
+    folders = str(tmp_path / "cache"), str(tmp_path / "save")
+    parts = pool.run(world_size, interrupted_in_pool, config, *folders, 6, zero_afterwards)
     for records in parts:
         assert losses(records).equal(losses(straight))
         assert [record.grad_norm for record in records] == [record.grad_norm for record in straight]

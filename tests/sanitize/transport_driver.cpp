@@ -225,7 +225,7 @@ int main(int argc, char** argv) {
   const int num_calls = std::atoi(argv[3]);
   const Listener listener;
   // Messages of several slices, and of more than the caches are said to hold, shall be quick to try.
-  const Tuning tuning = tuning_with(num_ranks, {{"slice_bytes", 64 * 1024}, {"cached_bytes", 100 * 1024}});
+  const Tuning tuning = tuning_with(num_ranks, {{"slice_bytes", 64 * 1024}, {"cached_bytes", 200 * 1024}});
   std::vector<std::thread> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) {
     ranks.emplace_back([&, rank] {

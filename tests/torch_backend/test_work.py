@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pycomm
 from pycomm import _C
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
-from tests.host.test_faults import Ranks
+from tests.processes import Ranks
 from tests.torch_backend.helpers import run
 
 NEVER_S = 60.0  # a wait that ends only because it should

@@ -6,6 +6,8 @@
 //
 // A rank loads S/n bytes and stores S, (n-1)/n of them to peers. Only rank r writes part r of any output, so the input
 // may be its own part. The two barriers are those of two-shot all-reduce (all_reduce.cu), with the same argument.
+#include <algorithm>
+
 #include "cuda/device/signal.cuh"
 #include "cuda/device/vec.cuh"
 #include "cuda/kernels/all_gather.hpp"
@@ -28,7 +30,11 @@ __global__ void __launch_bounds__(kMaxThreads) all_gather_kernel(const __grid_co
 void launch_all_gather(const AllGatherParams& params, const LaunchShape& shape) {
   check_group("all_gather", params.group);
   check_shape("all_gather", shape, max_blocks_of(params.group));
-  launch("all_gather", all_gather_kernel, shape, params);
+  // Each rank starts with itself, so that not all write to one peer at a time.
+  AllGatherParams rotated = params;
+  std::rotate_copy(params.output, params.output + params.group.rank, params.output + params.group.world_size,
+                   rotated.output);
+  launch("all_gather", all_gather_kernel, shape, rotated);
 }
 
 }  // namespace pycomm::cuda

@@ -24,8 +24,7 @@
 // Parts are cut between chunks; the sums of squares of part r are written to every rank beside the part.
 //
 // Source: Rabenseifner's reduce-scatter + all-gather decomposition; vLLM's custom_all_reduce.cuh for the two stages.
-#include "cuda/device/arithmetic.cuh"
-#include "cuda/device/chunks.cuh"
+#include "cuda/device/reduce_chunks.cuh"
 #include "cuda/device/signal.cuh"
 #include "cuda/kernels/all_reduce.hpp"
 #include "cuda/kernels/launch.cuh"
@@ -49,8 +48,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
   const std::size_t set = (barrier.epoch() % 2 * kOneShotBlocks + blockIdx.x) * set_bytes;
   const auto staged = [&](int rank) { return reinterpret_cast<Wire*>(params.staging[rank] + set); };
 
+  // A rank that gave up in an earlier call must not change what others may still be reading.
   const auto* input = static_cast<const T*>(params.input);
-  for_each_chunk(0, params.layout.num_chunks, [&](std::int64_t index, std::int64_t place) {
+  for_each_chunk(0, barrier.was_aborted() ? 0 : params.layout.num_chunks, [&](std::int64_t index, std::int64_t place) {
     const Chunk chunk = chunk_at(params.layout, index);
     Wire* const to = staged(params.group.rank) + place * params.layout.chunk_elements;
     for_each_group(chunk, [&](int at, int num) {
@@ -59,47 +59,36 @@ __global__ void __launch_bounds__(kMaxThreads, 1) one_shot_kernel(const __grid_c
     });
   });
   if (!barrier.wait()) return;
-  for_each_chunk(0, params.layout.num_chunks, [&](std::int64_t index, std::int64_t place) {
-    const Chunk chunk = chunk_at(params.layout, index);
-    const auto source = [&](int rank) { return staged(rank) + place * params.layout.chunk_elements; };
-    T* const output = static_cast<T*>(params.output) + chunk.first;
-    double squares = 0;
-    for_each_group(chunk, [&](int at, int num) {
-      const auto values = reduced<Wire, T>(source, params.group.world_size, at, num, params.op);
-      store(output + at, values, num);
-      if (params.squares != nullptr) add_squares(squares, values, num);
-    });
-    if (params.squares != nullptr) {
-      squares = sum_over_warp(squares);
-      if (threadIdx.x % kWarp == 0) params.squares[index] = squares;
-    }
-  });
+  const auto source = [&](int rank, const Chunk&, std::int64_t place) {
+    return staged(rank) + place * params.layout.chunk_elements;
+  };
+  const auto to_output = [&](const Chunk& chunk, int at, const Elements<T>& values, int num) {
+    store(static_cast<T*>(params.output) + chunk.first + at, values, num);
+  };
+  const auto to_own = [&](int lane, std::int64_t index, double squares) {
+    if (lane == 0) params.squares[index] = squares;
+  };
+  reduce_chunks<Wire, T>(params.layout, {0, params.layout.num_chunks}, params.group.world_size, params.op,
+                         params.squares != nullptr, source, to_output, to_own);
   barrier.finish();
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads, 1) two_shot_kernel(const __grid_constant__ TwoShotParams params) {
-  const int rank = params.group.rank;
   const int n = params.group.world_size;
   RankBarrier barrier(params.group);
   if (!barrier.wait()) return;
-  const Part part = part_of(params.layout.num_chunks, 1, rank, n);
-  for_each_chunk(part.begin, part.end, [&](std::int64_t index, std::int64_t) {
-    const Chunk chunk = chunk_at(params.layout, index);
-    const auto data = [&](int peer) { return static_cast<T*>(params.data[peer]) + chunk.first; };
-    double squares = 0;
-    for_each_group(chunk, [&](int at, int num) {
-      const auto values = reduced<T, T>(data, n, at, num, params.op);
-      // Each rank starts with itself, so that not all write to one peer at a time.
-      for (int k = 0; k < n; ++k) store(data(rank + k < n ? rank + k : rank + k - n) + at, values, num);
-      if (params.squares[0] != nullptr) add_squares(squares, values, num);
-    });
-    if (params.squares[0] != nullptr) {
-      squares = sum_over_warp(squares);
-      const int peer = static_cast<int>(threadIdx.x) % kWarp;
-      if (peer < n) params.squares[peer][index] = squares;
-    }
-  });
+  const auto data = [&](int rank, const Chunk& chunk, std::int64_t) {
+    return static_cast<T*>(params.data[rank]) + chunk.first;
+  };
+  const auto to_all = [&](const Chunk& chunk, int at, const Elements<T>& values, int num) {
+    store_to_all(params.group, [&](int rank) { return data(rank, chunk, 0); }, at, values, num);
+  };
+  const auto squares_to_all = [&](int lane, std::int64_t index, double squares) {
+    if (lane < n) params.squares[lane][index] = squares;
+  };
+  reduce_chunks<T, T>(params.layout, part_of(params.layout.num_chunks, 1, params.group.rank, n), n, params.op,
+                      params.squares[0] != nullptr, data, to_all, squares_to_all);
   if (!barrier.wait()) return;
   barrier.finish();
 }

@@ -21,7 +21,7 @@ struct OneShotParams {
   const void* input;
   void* output;                   // may be input
   std::byte* staging[kMaxRanks];  // by rank, symmetric, 16-byte aligned, for calls of this kind alone
-  std::size_t staging_bytes;      // of one rank
+  std::size_t staging_bytes;      // of one rank; the same in all calls of a group, since it says where sets lie
   double* squares;                // [layout.num_chunks] sums of squares of the output; null: not wanted
 };
 

@@ -96,6 +96,10 @@ using BucketKernel = void (*)(BucketParams);
 template <class Choose>
 void launch_bucket(const char* name, const BucketParams& params, const LaunchShape& shape, Choose choose) {
   check_shape(name, shape, 1 << 16);
+  if (params.non_finite != nullptr && params.squares == nullptr) {
+    throw std::invalid_argument(std::string(name) +
+                                ": the non-finite flag is found through the sums of squares; ask for both");
+  }
   if (params.layout.num_chunks == 0) return;
   if (params.layout.segments == nullptr) throw std::invalid_argument(std::string(name) + ": no table of segments");
   dispatch_float(name, params.tensor_dtype, [&](auto tensor) {

@@ -41,6 +41,13 @@ inline void check_group(const char* kernel, const Group& group) {
                                 std::to_string(group.world_size) + "; it serves 1 to " + std::to_string(kMaxRanks) +
                                 " ranks");
   }
+  if (group.world_size == 1) return;  // waits for nobody
+  for (int rank = 0; rank < group.world_size; ++rank) {
+    if (group.pads[rank] == nullptr) {
+      throw std::invalid_argument(std::string(kernel) + ": no signal pad of rank " + std::to_string(rank));
+    }
+  }
+  if (group.status == nullptr) throw std::invalid_argument(std::string(kernel) + ": no status word");
 }
 
 }  // namespace pycomm::cuda

@@ -21,7 +21,9 @@ struct Channel {
 
 struct PutParams {
   Channel channel;
-  const std::byte* input;       // null: nothing is copied, the peer reads where it lies (get with its `slots`)
+  // Null: nothing is copied, the peer reads where it lies (get with its `slots`). It may be written again when the
+  // message is taken, which the next put of a channel with one slot waits for.
+  const std::byte* input;
   std::byte* slots[kMaxSlots];  // in the peer's memory
 };
 

@@ -10,8 +10,7 @@
 //
 // 16-bit inputs may be left in fp32, unrounded: that is bfloat16 on the wire with fp32 sums. The sums of squares of
 // the output are written to every rank, so that all add up the same numbers in the same order.
-#include "cuda/device/arithmetic.cuh"
-#include "cuda/device/chunks.cuh"
+#include "cuda/device/reduce_chunks.cuh"
 #include "cuda/device/signal.cuh"
 #include "cuda/kernels/launch.cuh"
 #include "cuda/kernels/reduce_scatter.hpp"
@@ -25,22 +24,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int n = params.group.world_size;
   RankBarrier barrier(params.group);
   if (!barrier.wait()) return;
-  for_each_chunk(0, params.layout.num_chunks, [&](std::int64_t index, std::int64_t) {
-    const Chunk chunk = chunk_at(params.layout, index);
-    const auto source = [&](int rank) { return static_cast<const In*>(params.input[rank]) + chunk.first; };
-    Out* const output = static_cast<Out*>(params.output) + chunk.first;
-    double squares = 0;
-    for_each_group(chunk, [&](int at, int num) {
-      const auto values = reduced<In, Out>(source, n, at, num, params.op);
-      store(output + at, values, num);
-      if (params.squares[0] != nullptr) add_squares(squares, values, num);
-    });
-    if (params.squares[0] != nullptr) {
-      squares = sum_over_warp(squares);
-      const int peer = static_cast<int>(threadIdx.x) % kWarp;
-      if (peer < n) params.squares[peer][index] = squares;
-    }
-  });
+  const auto input = [&](int rank, const Chunk& chunk, std::int64_t) {
+    return static_cast<const In*>(params.input[rank]) + chunk.first;
+  };
+  const auto to_output = [&](const Chunk& chunk, int at, const Elements<Out>& values, int num) {
+    store(static_cast<Out*>(params.output) + chunk.first + at, values, num);
+  };
+  const auto squares_to_all = [&](int lane, std::int64_t index, double squares) {
+    if (lane < n) params.squares[lane][index] = squares;
+  };
+  reduce_chunks<In, Out>(params.layout, {0, params.layout.num_chunks}, n, params.op, params.squares[0] != nullptr,
+                         input, to_output, squares_to_all);
   if (!barrier.wait()) return;
   barrier.finish();
 }

@@ -23,8 +23,7 @@
 // Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); Rajbhandari et al., "ZeRO" (2020).
 #include <cmath>
 
-#include "cuda/device/arithmetic.cuh"
-#include "cuda/device/chunks.cuh"
+#include "cuda/device/reduce_chunks.cuh"
 #include "cuda/device/signal.cuh"
 #include "cuda/kernels/launch.cuh"
 #include "cuda/kernels/sharded_adamw.hpp"
@@ -52,8 +51,6 @@ __device__ inline void step(const AdamWFactors& f, const float (&grad)[kGroup], 
 template <class Grad, class Param>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     sharded_adamw_kernel(const __grid_constant__ ShardedAdamWParams params) {
-  const int rank = params.group.rank;
-  const int n = params.group.world_size;
   const ReduceOp op = params.average ? ReduceOp::kAvg : ReduceOp::kSum;
   RankBarrier barrier(params.group);
   if (!barrier.wait()) return;
@@ -74,7 +71,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (params.master != nullptr) {
         state.master = load(params.master + place, num);
       } else if constexpr (std::is_same_v<Param, float>) {
-        state.master = load(target(rank) + at, num);
+        state.master = load(target(params.group.rank) + at, num);
       }
       step(params.factors, grad, state);
       store(params.exp_avg + place, state.exp_avg, num);
@@ -83,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       Elements<Param> result;
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) result.at[i] = from_float<Param>(state.master.at[i]);
-      for (int k = 0; k < n; ++k) store(target(rank + k < n ? rank + k : rank + k - n) + at, result, num);
+      store_to_all(params.group, target, at, result, num);
     });
   });
   if (!barrier.wait()) return;
