@@ -2,8 +2,8 @@
 
 ``python benchmarks/tensor_parallel.py [--ranks 2] [--block mlp] [--shapes 256x1024x128,…] [--json FILE] [--svg FILE]``
 
-Contenders take turns in one run (A B C, B C A, …), on ranks of one thread each. Shapes are hidden x ffn x tokens. A
-contender's time in a round is that of its slowest rank. benchmarks/README.md derives the columns.
+Contenders take turns in one run, each round in another order, on ranks of one thread each. Shapes are hidden x ffn x
+tokens. A contender's time in a round is that of its slowest rank. benchmarks/README.md derives the columns.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def measure(
     names = list(contenders)
     go_on = torch.ones(1, dtype=torch.int64)
     for done in range(MAX_ROUNDS):
-        for name in names[done % len(names) :] + names[: done % len(names)]:
+        for name in random.Random(done).sample(names, len(names)):  # whoever comes second finds the other's code cached
             comm.barrier()
             start = time.perf_counter()
             contenders[name]()

@@ -35,7 +35,11 @@ def record(run: Callable[[], object]) -> list[Span]:
     assert profiled.profiler is not None
     events = profiled.profiler.kineto_results.events()
     spans = [Span(_KINDS[event.name()], event.start_ns(), event.end_ns()) for event in events if event.name() in _KINDS]
-    return sorted(spans, key=lambda span: span.start)
+    outer: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        if not outer or span.start >= outer[-1].end:  # else a part of what is there: a product copies its bias first
+            outer.append(span)
+    return outer
 
 
 def draw(steps: dict[str, Sequence[Sequence[Span]]], path: Path) -> None:

@@ -4,7 +4,7 @@ Layers to write models with, :func:`parallelize` for models that are there, and 
 docs/tensor_parallel.md explains them.
 """
 
-from pycomm.tensor_parallel.checkpoint import full_state_dict, load_safetensors, sharded_state_dict
+from pycomm.tensor_parallel.checkpoint import full_state_dict, load_safetensors, meta_parameters, sharded_state_dict
 from pycomm.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from pycomm.tensor_parallel.dropout import ParallelDropout, counter_dropout
 from pycomm.tensor_parallel.functional import (
@@ -45,6 +45,7 @@ __all__ = [
     "load_safetensors",
     "matmul_all_reduce",
     "matmul_reduce_scatter",
+    "meta_parameters",
     "parallelize",
     "reduce_from_ranks",
     "reduce_scatter",

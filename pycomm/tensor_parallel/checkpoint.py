@@ -7,7 +7,8 @@ torch.distributed.checkpoint's: parameters become DTensors, and it puts together
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,22 +22,43 @@ from pycomm.tensor_parallel.shards import Shard
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["full_state_dict", "load_safetensors", "sharded_state_dict"]
+__all__ = ["full_state_dict", "load_safetensors", "meta_parameters", "sharded_state_dict"]
+
+
+@contextmanager
+def meta_parameters() -> Iterator[None]:
+    """Parameters of modules made inside are on the meta device, for :func:`load_safetensors`; buffers are real.
+
+    ``torch.device("meta")`` would leave buffers that checkpoints do not have, such as rotary frequencies, without
+    values. Each parameter exists for a moment. Replaces ``nn.Module.register_parameter`` meanwhile, for all threads.
+    """
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        original(module, name, param)
+        if param is not None and not param.is_meta:
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 @torch.no_grad()
 def load_safetensors(model: nn.Module, directory: str | Path) -> None:
     """Fill a cut model from a local checkpoint directory of safetensors files; no communication.
 
-    Parameters may be on the meta device: they are made. Names may lack or have the model's ``base_model_prefix`` in
-    front, and one of several tied names is enough.
+    Parameters may be on the meta device (:func:`meta_parameters`): they are made. Names may lack or have the model's
+    ``base_model_prefix`` in front, and one of several tied names is enough.
 
     Args:
         directory: has ``model.safetensors`` or ``model.safetensors.index.json`` and the files that it names.
 
     Raises:
         FileNotFoundError: it has neither.
-        ValueError: a parameter is missing, or has another shape.
+        ValueError: a parameter is missing, or has another shape; a buffer has no values here and is not in the files.
         ImportError: safetensors is not installed.
     """
     from safetensors import safe_open
@@ -54,8 +76,13 @@ def load_safetensors(model: nn.Module, directory: str | Path) -> None:
         spellings = [s for name in same for s in (name, name.removeprefix(prefix), prefix + name)]
         key = next((spelling for spelling in spellings if spelling in files), None)
         if key is None:
-            if same[0] in optional:
+            if same[0] in optional and not tensors[same[0]].is_meta:
                 continue  # buffers are often not saved
+            if same[0] in optional:
+                raise ValueError(
+                    f"buffer {same[0]} is on the meta device and {folder} has no tensor for it: make the model under "
+                    f"pycomm.tensor_parallel.meta_parameters(), which leaves buffers their values"
+                )
             raise ValueError(f"{folder} has no tensor for {' or '.join(same)}")
         with safe_open(folder / files[key], framework="pt") as file:
             part = _read(file.get_slice(key), shards.get(same[0]))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pycomm.communicator import Communicator, Work
-from pycomm.tensor_parallel.products import Visit, as_3d, multiply, nothing
+from pycomm.tensor_parallel.products import Product, Visit, as_3d, multiply, nothing
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
 
 __all__ = ["all_reduce", "gather", "reduce_scatter", "row_counts"]
@@ -58,14 +58,10 @@ def gather(
 
 
 def reduce_scatter(
-    comm: Communicator,
-    x: Tensor,
-    weight_t: Tensor,
-    overlap: bool,
-    meanwhile: Callable[[], None] = nothing,
-    bias: Tensor | None = None,
+    comm: Communicator, product: Product, overlap: bool, meanwhile: Callable[[], None] = nothing
 ) -> Tensor:
     """As ``fused_host.reduce_scatter``."""
+    x, weight_t, bias = product.of_rank(comm.rank)
     x_3d = as_3d(x)
     batch, rows, _ = x_3d.shape
     width = weight_t.shape[1]
@@ -75,23 +71,17 @@ def reduce_scatter(
     for owner, size in enumerate(sizes):
         row = start_of(sizes, owner)
         block = partial[start_of(parts, owner) :][: parts[owner]].view(batch, size, width)
-        multiply(x_3d[:, row : row + size], weight_t, block, bias if comm.rank == 0 else None)
+        multiply(x_3d[:, row : row + size], weight_t, block, bias)
     out = x.new_empty(*x.shape[:-2], sizes[comm.rank], width)
     _finish(comm.reduce_scatter(out, partial, input_splits=parts, async_op=_hides(comm, overlap)), meanwhile)
     return out
 
 
-def all_reduce(
-    comm: Communicator,
-    x: Tensor,
-    weight_t: Tensor,
-    overlap: bool,
-    meanwhile: Callable[[], None] = nothing,
-    bias: Tensor | None = None,
-) -> Tensor:
+def all_reduce(comm: Communicator, product: Product, overlap: bool, meanwhile: Callable[[], None] = nothing) -> Tensor:
     """As ``fused_host.all_reduce``."""
+    x, weight_t, bias = product.of_rank(comm.rank)
     out = x.new_empty(*x.shape[:-1], weight_t.shape[1])
-    multiply(as_3d(x), weight_t, as_3d(out), bias if comm.rank == 0 else None)
+    multiply(as_3d(x), weight_t, as_3d(out), bias)
     _finish(comm.all_reduce(out, async_op=_hides(comm, overlap)), meanwhile)
     return out
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel.chunks import num_chunks_of, scattered, whole
 from pycomm.tensor_parallel.groups import workspace
-from pycomm.tensor_parallel.products import Visit, add, as_3d, multiply, nothing
+from pycomm.tensor_parallel.products import Product, Visit, add, as_3d, multiply, nothing
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
 from pycomm.tensor_parallel.workspace import Turn
 
@@ -104,24 +104,18 @@ def gather(
 
 
 def reduce_scatter(
-    comm: Communicator,
-    x: Tensor,
-    weight_t: Tensor,
-    overlap: bool,
-    meanwhile: Callable[[], None] = nothing,
-    bias: Tensor | None = None,
+    comm: Communicator, product: Product, overlap: bool, meanwhile: Callable[[], None] = nothing
 ) -> Tensor:
-    """``x @ weight_t``, summed over ranks in rank order: this rank's rows.
+    """The product summed over ranks in rank order: this rank's rows.
 
     Args:
-        x: […, S, K], where K may differ between ranks.
-        weight_t: [K, N], any strides.
+        product: of […, S, K] and [K, N].
         meanwhile: called once, while peers compute if ``overlap``, else at the end.
-        bias: [N], added once: rank 0's partial product starts from it.
 
     Returns:
         […, s, N] with s this rank's part of S, by the rule of ``torch.chunk``.
     """
+    x, weight_t, bias = product.of_rank(comm.rank)
     x_3d = as_3d(x)
     batch, rows, _ = x_3d.shape
     shape = (batch, rows, weight_t.shape[1])
@@ -135,11 +129,10 @@ def reduce_scatter(
     chunks = turn.layout(
         (_REDUCE_SCATTER, x.dtype, shape, num_chunks), lambda: scattered(turn, comm, shape, x.dtype, num_chunks)
     )
-    own_bias = bias if comm.rank == 0 else None
 
     def compute(j: int) -> None:
         for place, block in chunks[j].products:
-            multiply(x_3d[place], weight_t, block, own_bias)
+            multiply(x_3d[place], weight_t, block, bias)
         turn.post()
 
     def reduce(j: int) -> None:
@@ -152,22 +145,17 @@ def reduce_scatter(
     return out
 
 
-def all_reduce(
-    comm: Communicator,
-    x: Tensor,
-    weight_t: Tensor,
-    overlap: bool,
-    meanwhile: Callable[[], None] = nothing,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """``x @ weight_t + bias``, summed over ranks in rank order, the bias once.
+def all_reduce(comm: Communicator, product: Product, overlap: bool, meanwhile: Callable[[], None] = nothing) -> Tensor:
+    """The product summed over ranks in rank order, with the bits of :func:`reduce_scatter`.
 
     Args:
-        x: […, K]; others as of :func:`reduce_scatter`, and the same bits.
+        product: of […, K] and [K, N].
+        meanwhile: as of :func:`reduce_scatter`.
 
     Returns:
         […, N].
     """
+    x, weight_t, bias = product.of_rank(comm.rank)
     shape = (x.shape[:-1].numel(), weight_t.shape[1])
     turn = workspace(comm).begin(comm, describe, _ALL_REDUCE, _dtype(x), 1, *shape)
     num_bytes = math.prod(shape) * x.element_size()
@@ -179,11 +167,10 @@ def all_reduce(
     chunks = turn.layout(
         (_ALL_REDUCE, x.dtype, shape, num_chunks), lambda: whole(turn, comm, shape, x.dtype, num_chunks)
     )
-    own_bias = bias if comm.rank == 0 else None
 
     def compute(j: int) -> None:
         chunk = chunks[j]
-        multiply(flat[chunk.rows].unsqueeze(0), weight_t, chunk.blocks[comm.rank].unsqueeze(0), own_bias)
+        multiply(flat[chunk.rows].unsqueeze(0), weight_t, chunk.blocks[comm.rank].unsqueeze(0), bias)
         turn.post()
 
     def reduce(j: int) -> None:

@@ -63,15 +63,17 @@ class RepeatedHeadsLinear(ParallelLayer):
 
     def __init__(self, module: nn.Module, comm: Communicator, num_heads: int, width: int, overlap: bool = True) -> None:
         super().__init__()
-        total = out_features_of(module)
-        shard = Shard(0, total, width)
-        self._adopt(module, comm, weight=shard, bias=shard)
         self.width, self.overlap, self.reduce_input = width, overlap, True
-        group = num_heads // (total // width)
+        self._adopt(module, comm)
+        group = num_heads // (self.out_features // width)
         first, last = shard_bounds(num_heads, comm.world_size, comm.rank)
         needed = [head // group for head in range(first, last)]
         self._low, self._high = (needed[0], needed[-1] + 1) if needed else (0, 0)
         self._repeat = [head - self._low for head in needed]
+
+    def _cuts(self, in_features: int, out_features: int) -> dict[str, Shard]:
+        shard = Shard(0, out_features, self.width)
+        return {"weight": shard, "bias": shard}
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in] -> […, one head of this rank's each query head]; a head of zeros where it has none."""

@@ -80,10 +80,15 @@ class ParallelLayer(nn.Module):
         part = self.shards[name].take(full.detach(), self.comm.world_size, self.comm.rank)
         return nn.Parameter(part, requires_grad=full.requires_grad)
 
-    def _adopt(self, module: nn.Module, comm: Communicator, **shards: Shard) -> None:
-        """Take this rank's part of a linear module's parameters; ``shards`` are in terms of [out, in]."""
+    def _cuts(self, in_features: int, out_features: int) -> dict[str, Shard]:
+        """Of a linear layer: how weight, [out, in], and bias are cut."""
+        raise NotImplementedError
+
+    def _adopt(self, module: nn.Module, comm: Communicator) -> None:
+        """Take this rank's part of a linear module's parameters."""
+        self.in_features, self.out_features = _shape_of(module)
+        shards = self._cuts(self.in_features, self.out_features)
         self.comm, self.shards = comm, shards
-        self.out_features, self.in_features = out_features_of(module), in_features_of(module)
         self.transposed = not isinstance(module, nn.Linear)
         weight: Any = module.weight
         bias: Any = module.bias
@@ -107,16 +112,15 @@ def is_linear(module: nn.Module) -> bool:
 
 def out_features_of(module: nn.Module) -> int:
     """Of a linear module."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0 if isinstance(module, nn.Linear) else 1]
+    return _shape_of(module)[1]
 
 
-def in_features_of(module: nn.Module) -> int:
-    """Of a linear module."""
+def _shape_of(module: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a linear module."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[1 if isinstance(module, nn.Linear) else 0]
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
 
 
 class ColumnParallelLinear(ParallelLayer):
@@ -148,8 +152,13 @@ class ColumnParallelLinear(ParallelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        full = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._setup(full, comm, gather_output, sequence_parallel, overlap, Shard(0, out_features, unit, segments))
+        if gather_output and segments > 1:
+            raise ValueError("gather_output does not go with segments: their parts would be in the wrong order")
+        self.gather_output, self.sequence_parallel, self.overlap = gather_output, sequence_parallel, overlap
+        self.unit, self.segments = unit, segments
+        self.reduce_input = True  # False: the input's gradient is summed by who made it (``parallelize``)
+        self.pad_empty = False  # True: a rank without units computes with one of zeros (``parallelize``)
+        self._adopt(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype), comm)
 
     @classmethod
     def from_linear(
@@ -164,27 +173,16 @@ class ColumnParallelLinear(ParallelLayer):
         segments: int = 1,
     ) -> ColumnParallelLinear:
         """This rank's part of an unsharded linear module (or transformers' Conv1D), which is left as it is."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        shard = Shard(0, out_features_of(module), unit, segments)
-        layer._setup(module, comm, gather_output, sequence_parallel, overlap, shard)
+        layer = cls(
+            *_shape_of(module), comm, module.bias is not None, gather_output, sequence_parallel, overlap,
+            unit=unit, segments=segments, device="meta",
+        )  # fmt: skip
+        layer._adopt(module, comm)
         return layer
 
-    def _setup(
-        self,
-        module: nn.Module,
-        comm: Communicator,
-        gather_output: bool,
-        sequence_parallel: bool,
-        overlap: bool,
-        shard: Shard,
-    ) -> None:
-        if gather_output and shard.segments > 1:
-            raise ValueError("gather_output does not go with segments: their parts would be in the wrong order")
-        self.gather_output, self.sequence_parallel, self.overlap = gather_output, sequence_parallel, overlap
-        self.reduce_input = True  # False: the input's gradient is summed by who made it (``parallelize``)
-        self.pad_empty = False  # True: a rank without units computes with one of zeros (``parallelize``)
-        self._adopt(module, comm, weight=shard, bias=shard)
+    def _cuts(self, in_features: int, out_features: int) -> dict[str, Shard]:
+        shard = Shard(0, out_features, self.unit, self.segments)
+        return {"weight": shard, "bias": shard}
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, in_features] (with sequence_parallel this rank's rows) -> […, this rank's outputs, or all of them]."""
@@ -232,8 +230,9 @@ class RowParallelLinear(ParallelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        full = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._setup(full, comm, input_is_parallel, sequence_parallel, overlap, unit)
+        self.input_is_parallel, self.sequence_parallel, self.overlap = input_is_parallel, sequence_parallel, overlap
+        self.unit = unit
+        self._adopt(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype), comm)
 
     @classmethod
     def from_linear(
@@ -247,22 +246,15 @@ class RowParallelLinear(ParallelLayer):
         unit: int = 1,
     ) -> RowParallelLinear:
         """This rank's part of an unsharded linear module (or transformers' Conv1D), which is left as it is."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._setup(module, comm, input_is_parallel, sequence_parallel, overlap, unit)
+        layer = cls(
+            *_shape_of(module), comm, module.bias is not None, input_is_parallel, sequence_parallel, overlap,
+            unit=unit, device="meta",
+        )  # fmt: skip
+        layer._adopt(module, comm)
         return layer
 
-    def _setup(
-        self,
-        module: nn.Module,
-        comm: Communicator,
-        input_is_parallel: bool,
-        sequence_parallel: bool,
-        overlap: bool,
-        unit: int,
-    ) -> None:
-        self.input_is_parallel, self.sequence_parallel, self.overlap = input_is_parallel, sequence_parallel, overlap
-        self._adopt(module, comm, weight=Shard(1, in_features_of(module), unit), bias=Shard(None))
+    def _cuts(self, in_features: int, out_features: int) -> dict[str, Shard]:
+        return {"weight": Shard(1, in_features, self.unit), "bias": Shard(None)}
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, this rank's inputs, or all of them] -> […, out_features] (with sequence_parallel this rank's rows)."""
@@ -310,8 +302,12 @@ class VocabParallelEmbedding(ParallelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.comm, self.sequence_parallel = comm, sequence_parallel
+        self.shards = {"weight": Shard(0, num_embeddings)}
+        self.start, _ = shard_bounds(num_embeddings, comm.world_size, comm.rank)
         full = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self._setup(full, comm, sequence_parallel)
+        self.weight = self._take("weight", full.weight)
 
     @classmethod
     def from_embedding(
@@ -322,19 +318,14 @@ class VocabParallelEmbedding(ParallelLayer):
         Raises:
             ValueError: it renormalises, scales gradients by frequency or makes sparse ones.
         """
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._setup(module, comm, sequence_parallel)
-        return layer
-
-    def _setup(self, module: nn.Embedding, comm: Communicator, sequence_parallel: bool) -> None:
         if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
             raise ValueError("max_norm, scale_grad_by_freq and sparse are not there for a vocabulary cut over ranks")
-        self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
-        self.padding_idx, self.comm, self.sequence_parallel = module.padding_idx, comm, sequence_parallel
-        self.shards = {"weight": Shard(0, self.num_embeddings)}
-        self.start, _ = shard_bounds(self.num_embeddings, comm.world_size, comm.rank)
-        self.weight = self._take("weight", module.weight)
+        layer = cls(
+            module.num_embeddings, module.embedding_dim, comm, padding_idx=module.padding_idx,
+            sequence_parallel=sequence_parallel, device="meta",
+        )  # fmt: skip
+        layer.weight = layer._take("weight", module.weight)
+        return layer
 
     def forward(self, ids: Tensor) -> Tensor:
         """[…] int64 -> […, embedding_dim].

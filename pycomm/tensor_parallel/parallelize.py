@@ -10,14 +10,14 @@ Models" (2022) for sequence parallel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel.dropout import ParallelDropout
-from pycomm.tensor_parallel.functional import all_gather, gather_from_ranks, scatter_to_ranks
+from pycomm.tensor_parallel.functional import all_gather, copy_to_ranks, gather_from_ranks, scatter_to_ranks
 from pycomm.tensor_parallel.heads import FUSED, KEY_VALUE, QUERY, RepeatedHeadsLinear, fits_queries, head_width
 from pycomm.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -47,11 +47,11 @@ def parallelize(
 ) -> nn.Module:
     """Cut ``model`` over the ranks of ``comm``, in place. Every rank calls it with the same model and plan.
 
-    Ranks need the same weights beforehand (the same seed), or a model on the meta device that is loaded afterwards
-    (:func:`pycomm.tensor_parallel.load_safetensors`). Attention is cut by whole heads; a rank without any computes
-    with one of zeros. Tied weights stay tied: where a plan names one of them, the others follow. ``nn.Dropout`` becomes
-    :class:`ParallelDropout`, so masks do not depend on the number of ranks, but dropout of attention weights must be 0
-    in training.
+    Ranks need the same weights beforehand (the same seed), or a model without any that is loaded afterwards
+    (:func:`pycomm.tensor_parallel.meta_parameters`, :func:`pycomm.tensor_parallel.load_safetensors`). Attention is cut
+    by whole heads; a rank without any computes with one of zeros. Tied weights stay tied: where a plan names one of
+    them, the others follow. ``nn.Dropout`` becomes :class:`ParallelDropout`, so masks do not depend on the number of
+    ranks, but dropout of attention weights must be 0 in training.
 
     Args:
         plan: pattern -> style, see ``plans.py``; "auto": the Hugging Face tp plan, else pycomm's own for the
@@ -87,8 +87,8 @@ def parallelize(
     _retie(model, ties, layers)
     for name, module in attentions.items():
         _adapt_attention(module, comm, widths[name] or 1)
-    if sequence_parallel and known is not None and comm.world_size > 1:
-        _cut_sequence(model, comm, known)
+    if known is not None and comm.world_size > 1:
+        (_cut_sequence if sequence_parallel else _share_copies)(model, comm, known)
     _replace_dropout(model, comm, attentions, known if sequence_parallel else None)
     return model
 
@@ -252,34 +252,50 @@ def _cut_sequence(model: nn.Module, comm: Communicator, known: Architecture) -> 
     if not blocks:
         raise ValueError(f"sequence_parallel: {type(model).__name__} has no blocks named {known.blocks!r}")
 
-    def first_argument(change: Any) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-        return hook
-
     def whole(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return gather_from_ranks(output, comm, _SEQUENCE)
         return (gather_from_ranks(output[0], comm, _SEQUENCE), *output[1:])
 
-    blocks[0][1].register_forward_pre_hook(
-        first_argument(lambda x: scatter_to_ranks(x, comm, _SEQUENCE)), with_kwargs=True
-    )
+    _change_input(blocks[0][1], lambda x: scatter_to_ranks(x, comm, _SEQUENCE))
     blocks[-1][1].register_forward_hook(whole)
     for _, block in blocks:
         for name, module in block.named_modules():
             if name in known.gathered:
-                hook = first_argument(lambda x: all_gather(x, comm, _SEQUENCE))
-                module.register_forward_pre_hook(hook, with_kwargs=True)
+                _change_input(module, lambda x: all_gather(x, comm, _SEQUENCE))
             if isinstance(module, ColumnParallelLinear | RepeatedHeadsLinear):
                 module.reduce_input = False  # the gathering in front of it does
             elif isinstance(module, RowParallelLinear):
                 module.sequence_parallel = True
             elif next(module.parameters(recurse=False), None) is not None and not isinstance(module, ParallelLayer):
                 _sum_own(module, comm)
+
+
+def _share_copies(model: nn.Module, comm: Communicator, known: Architecture) -> None:
+    """Sum the gradient of an input that several layers take (queries, keys, values; gate and up) once, not in each."""
+    for _, block in _blocks(model, known):
+        for name, module in block.named_modules():
+            if name not in known.gathered:
+                continue
+            takers = [
+                child for child in module.children() if isinstance(child, ColumnParallelLinear | RepeatedHeadsLinear)
+            ]
+            if len(takers) < 2 or any(is_linear(child) for child in module.modules()):
+                continue  # a layer that is not cut has the whole gradient already
+            _change_input(module, lambda x: copy_to_ranks(x, comm))
+            for taker in takers:
+                taker.reduce_input = False
+
+
+def _change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Of a module that takes hidden states as its first argument."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _sum_own(module: nn.Module, comm: Communicator) -> None:

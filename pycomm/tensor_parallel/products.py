@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +12,27 @@ from torch import Tensor
 from pycomm import _C
 from pycomm.fused import dtype_name
 
-__all__ = ["Visit", "accumulate", "add", "as_3d", "multiply", "nothing", "shown"]
+__all__ = ["Product", "Visit", "accumulate", "add", "as_3d", "multiply", "nothing", "shown"]
 
 _NOT_SHOWN = nullcontext()
+
+
+class Product(NamedTuple):
+    """What a rank multiplies for a sum over ranks.
+
+    Attributes:
+        x: […, S, K], where K may differ between ranks.
+        weight_t: [K, N], any strides.
+        bias: [N], added once: rank 0's partial product starts from it.
+    """
+
+    x: Tensor
+    weight_t: Tensor
+    bias: Tensor | None = None
+
+    def of_rank(self, rank: int) -> Product:
+        """Its part in the sum."""
+        return self if rank == 0 else Product(self.x, self.weight_t)
 
 
 class Visit(Protocol):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pycomm.tensor_parallel import shard_sizes
 
@@ -28,3 +29,15 @@ def close(got: Tensor, want: Tensor, num_roundings: int) -> bool:
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: param.grad.clone() for name, param in module.named_parameters() if param.grad is not None}
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -8,10 +8,10 @@ from pycomm.tensor_parallel import (
     copy_to_ranks,
     cross_entropy,
     functional,
+    fused_operators,
     gather_from_ranks,
     lookup,
     operators,
-    overlap,
     reduce_from_ranks,
     reduce_scatter,
     scatter_to_ranks,
@@ -88,10 +88,10 @@ def check_operators(comm):
         (functional._scatter, (x(2, 4 * n), 1, group)),
         (functional._all_gather, (x(2, 4), 1, sizes, group)),
         (functional._reduce_scatter, (x(2, 4 * n), 1, sizes, group)),
-        (overlap._all_gather_matmul, (x(4, 3), x(5, 3), x(5), sizes, group, True)),
-        (overlap._matmul_reduce_scatter, (x(4 * n, 3), x(5, 3), x(5), group, True)),
-        (overlap._matmul_all_reduce, (x(4, 3), x(5, 3), x(5), group, True)),
-        (overlap._copy_matmul, (x(4, 3), x(5, 3), x(5), group, True)),
+        (fused_operators.all_gather_matmul_op, (x(4, 3), x(5, 3), x(5), sizes, group, True)),
+        (fused_operators.matmul_reduce_scatter_op, (x(4 * n, 3), x(5, 3), x(5), group, True)),
+        (fused_operators.matmul_all_reduce_op, (x(4, 3), x(5, 3), x(5), group, True)),
+        (fused_operators.copy_matmul_op, (x(4, 3), x(5, 3), x(5), group, True)),
     ]
     ids = torch.tensor([0, 2, 5])
     calls += [
@@ -100,9 +100,9 @@ def check_operators(comm):
     ]
     grad = x(4, 5).detach()
     alone = [
-        (overlap._all_gather_matmul_backward, (x(4 * n, 5), x(4, 3), x(5, 3), sizes, group, True, True, True)),
-        (overlap._matmul_reduce_scatter_backward, (grad, x(4 * n, 3), x(5, 3), group, True, True, False, True)),
-        (overlap._copy_matmul_backward, (grad, x(4, 3), x(5, 3), group, True, True, True)),
+        (fused_operators._all_gather_matmul_backward, (x(4 * n, 5), x(4, 3), x(5, 3), sizes, group, True, True, True)),
+        (fused_operators._matmul_reduce_scatter_backward, (grad, x(4 * n, 3), x(5, 3), group, True, True, False, True)),
+        (fused_operators._copy_matmul_backward, (grad, x(4, 3), x(5, 3), group, True, True, True)),
         (cross_entropy._logits_gradient, (x(4), x(4, 3), x(4), torch.tensor([0, -1, 2, 1, 3 * n]), 0.1, 0.1)),
         (lookup._lookup_gradient, (x(3, 5), ids, 0, 4, -1)),
     ]

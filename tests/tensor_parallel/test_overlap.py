@@ -8,6 +8,7 @@ import torch
 from pycomm.errors import MismatchError
 from pycomm.tensor_parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
 from pycomm.tensor_parallel.shards import shard_sizes
+from tests.tensor_parallel.helpers import Seen
 
 WORLD_SIZES = [1, 2, 3, 4]
 
@@ -197,18 +198,6 @@ def misfit(comm):
     except ValueError as error:
         return str(error).partition(":")[0]
     return None
-
-
-class Seen(torch.utils._python_dispatch.TorchDispatchMode):
-    """Names of the operators that reach the dispatcher."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def watched_and_not(comm):

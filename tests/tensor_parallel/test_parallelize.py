@@ -17,13 +17,14 @@ from pycomm.tensor_parallel import (
     auto_plan,
     full_state_dict,
     load_safetensors,
+    meta_parameters,
     parallelize,
     sharded_state_dict,
 )
 from pycomm.tensor_parallel.heads import RepeatedHeadsLinear
 from tests.pool import file_store
 from tests.tensor_parallel import zoo
-from tests.tensor_parallel.helpers import close, randn
+from tests.tensor_parallel.helpers import Seen, close, randn
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
@@ -133,6 +134,25 @@ def test_key_value_heads_fewer_than_ranks_are_repeated(pool):
     assert pool.run(4, key_value_layers) == [True] * 4
 
 
+def sums_of_a_backward(comm, kind):
+    model = parallelize(zoo.build(kind), comm)
+    with Seen() as seen:
+        loss = zoo.loss_of(model, 0)
+        before = len(seen.names)
+        loss.backward()
+    names = [name.split(".")[1] for name in seen.names[before:]]
+    return names.count("copy_matmul_backward"), names.count("reduce_from_ranks")
+
+
+@needs_transformers
+def test_layers_of_one_input_sum_its_gradient_once(pool):
+    # Two blocks. Llama: queries, keys and values share one sum, gate and up another. GPT-2 has one matrix for each.
+    # The head's gradient is summed once more.
+    assert pool.run(2, sums_of_a_backward, "llama") == [(1, 4)] * 2
+    assert pool.run(2, sums_of_a_backward, "gpt2") == [(5, 0)] * 2
+    assert pool.run(2, sums_of_a_backward, "bert") == [(3, 2)] * 2
+
+
 def refuse_attention_dropout(comm):
     model = zoo.build("gpt2")
     model.transformer.h[0].attn.attn_dropout.p = 0.5
@@ -171,14 +191,18 @@ def read_own_shards(comm, kind, directory):
     original = checkpoint._read
     checkpoint._read = lambda view, cut: asked.append(original(view, cut)) or asked[-1]
     try:
-        with torch.device("meta"):
+        with meta_parameters():
             model = zoo.build(kind)
+        assert all(param.is_meta for param in model.parameters())
         parallelize(model, comm)
         load_safetensors(model, directory)
     finally:
         checkpoint._read = original
-    whole = full_state_dict(model)
-    reference = zoo.build(kind).state_dict()
+    whole, reference = full_state_dict(model), zoo.build(kind)
+    # The bound of test_models.py: fewer than 2 ** 12 operations in fp64, on values up to 2 ** 8 times the result.
+    want = zoo.loss_of(reference.eval(), 0).item()
+    assert abs(zoo.loss_of(model.eval(), 0).item() - want) <= 2.0 ** (12 + 8 - 53) * want
+    reference = reference.state_dict()
     for name, tensor in whole.items():
         assert torch.equal(tensor, reference[name]), name
     if comm.rank == 0:
@@ -236,6 +260,22 @@ def missing(comm, directory):
         except (ValueError, FileNotFoundError) as error:
             messages.append(str(error).replace(directory, "DIR"))
     return messages
+
+
+def all_on_meta(comm, directory):
+    with torch.device("meta"):
+        model = zoo.build("llama")
+    try:
+        load_safetensors(parallelize(model, comm), directory)
+    except ValueError as error:
+        return "inv_freq is on the meta device" in str(error) and "meta_parameters()" in str(error)
+    return False
+
+
+@needs_transformers
+def test_a_buffer_that_would_have_no_values_is_told(pool, tmp_path):
+    zoo.build("llama").save_pretrained(tmp_path)
+    assert pool.run(2, all_on_meta, str(tmp_path)) == [True] * 2
 
 
 @needs_transformers
