@@ -1,4 +1,4 @@
-"""The kernels under both sanitizers, and every weakened ordering reported; see kernels_driver.cpp."""
+"""The kernels under sanitizers, and every weakened ordering reported; see kernels_driver.cpp."""
 
 from __future__ import annotations
 
