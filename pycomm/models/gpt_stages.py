@@ -46,10 +46,10 @@ class GPTStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, T] or x [B, T, D] in, x [B, T, D] or logits [B, T, V] out; see :meth:`GPT.forward`."""
+        seq = x.shape[1]  # less than that of the tokens where parallelize() cuts it between blocks
+        if seq > self._max_seq:
+            raise ValueError(f"sequence of {seq} tokens is longer than the model's max_seq {self._max_seq}")
         if self.embeds:
-            seq = x.shape[1]
-            if seq > self._max_seq:
-                raise ValueError(f"sequence of {seq} tokens is longer than the model's max_seq {self._max_seq}")
             x = self.token_embedding(x)
             if self.position_embedding is not None:
                 x = x + self.position_embedding.weight[:seq]
