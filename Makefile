@@ -1,7 +1,7 @@
 # One line each, for people, in an active virtual environment.
 CSRC = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test lint format bench sanitize kernels random
+.PHONY: build test lint format bench sanitize models kernels random
 
 build:  ## editable install; once more after a change in csrc/
 	python -m pip install -c constraints.txt -e '.[test]'
@@ -20,6 +20,9 @@ random:  ## 100,000 random collectives and messages on 1 to 4 ranks, each compar
 
 sanitize:  ## the host transport and the CUDA kernels under ThreadSanitizer and AddressSanitizer, many more rounds
 	PYCOMM_TEST_CALLS=2000 PYCOMM_TEST_ROUNDS=40 PYCOMM_TEST_SEEDS=50 python -m pytest tests/sanitize tests/cuda_on_cpu
+
+models:  ## the signal protocol of the CUDA kernels, larger models than in the tests; needs spin (a Debian package)
+	PYCOMM_TEST_MODELS=large python -m pytest tests/protocol
 
 kernels:  ## the CUDA kernels for every architecture; needs nvcc, no GPU; a register spill is an error
 	cmake -S . -B build/kernels -G Ninja -DPYCOMM_CUDA=ON -DCMAKE_CUDA_FLAGS="-Xptxas -v" -DSKBUILD_PROJECT_VERSION=0 -Dpybind11_DIR=$$(python -m pybind11 --cmakedir)

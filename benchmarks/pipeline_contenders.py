@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.pipelining as torch_pipelining
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import pycomm
 from pycomm import Communicator
@@ -101,13 +101,13 @@ class Rank:
         modules = nn.ModuleList(stage.module for stage in stages)
         return Contender(lambda: pipe.step(inputs, targets), modules, pipe, schedule)
 
-    def automatic(self) -> Contender:
-        """1F1B on stages that are even by the measured costs of the layers; rank 0's measurement, for all."""
+    def automatic(self, name: str) -> Contender:
+        """A schedule on stages that are even by the measured costs of the layers; rank 0's measurement, for all."""
         layers = gpt_layers(GPT(self.settings.config()))
         sample, target = (part[: self.settings.micro_batch] for part in (self.inputs, self.targets))
         costs = torch.tensor(measure_layers(layers, sample, loss_of=lambda x: next_token_loss(x, target), repeats=10))
         self.comm.broadcast(costs)
-        return self.pycomm("1f1b", cuts=split_gpt(GPT(self.settings.config()), self.settings.ranks, costs.tolist()))
+        return self.pycomm(name, cuts=split_gpt(GPT(self.settings.config()), self.settings.ranks, costs.tolist()))
 
     def torch(self, name: str, chunks: int = 1) -> Contender:
         model = GPT(self.settings.config())
@@ -151,7 +151,8 @@ CONTENDERS: dict[str, Callable[[Rank], Contender]] = {
     "pycomm-interleaved-2": lambda rank: rank.pycomm("interleaved_1f1b", 2),
     "pycomm-zb_h1": lambda rank: rank.pycomm("zb_h1"),
     "pycomm-zb_v": lambda rank: rank.pycomm("zb_v"),
-    "pycomm-1f1b-automatic": lambda rank: rank.automatic(),
+    "pycomm-1f1b-automatic": lambda rank: rank.automatic("1f1b"),
+    "pycomm-zb_h1-automatic": lambda rank: rank.automatic("zb_h1"),
 }
 
 
@@ -243,19 +244,19 @@ def _transfer_s(comm: Communicator, num_elements: int, turns: int = 200) -> floa
 
 
 def _peak_mib(rank: Rank, contender: Contender) -> float:
-    """How far a step raises this process's resident memory at most; the most of all ranks."""
+    """The most memory that torch has allocated in a step, less what it had before; the most of all ranks.
+
+    Counted by the profiler from every allocation. Resident memory would say more about the allocator than about the
+    step: from one run to the next it differs by a fifth.
+    """
     contender.module.zero_grad()
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    before = _status_mib("VmRSS")
     rank.comm.barrier()
-    contender.step()
-    rise = torch.tensor([_status_mib("VmHWM") - before], dtype=torch.float64)
-    rank.comm.all_reduce(rise, "max")
-    return float(rise)
-
-
-def _status_mib(name: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024 / _MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        contender.step()
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    sizes = [size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")]
+    most = torch.tensor([max(accumulate(sizes, initial=0)) / _MIB], dtype=torch.float64)
+    rank.comm.all_reduce(most, "max")
+    return float(most)

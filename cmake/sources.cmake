@@ -1,5 +1,6 @@
 # Every C++ source of the extension, and the flags of the files that are compiled once per SIMD level.
 file(GLOB PYCOMM_HOST_SOURCES CONFIGURE_DEPENDS csrc/host/*.cpp)
+file(GLOB PYCOMM_NCCL_SOURCES CONFIGURE_DEPENDS csrc/nccl/*.cpp)
 file(GLOB PYCOMM_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
 file(GLOB PYCOMM_KERNEL_SOURCES CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)  # compiled where PYCOMM_WITH_CUDA
 

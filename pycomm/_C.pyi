@@ -166,7 +166,7 @@ class HostCommunicator:
     def empty(self, bytes: int, timeout_s: float) -> SymmetricBuffer: ...
     def peer(self, data: int, bytes: int, rank: int, /) -> SymmetricBuffer: ...
     def post(self, flag: int, value: int, /) -> None: ...
-    def wait_posted(self, flag: int, value: int, timeout_s: float, /) -> None: ...
+    def wait_posted(self, flag: int, value: int, rank: int | None, timeout_s: float, /) -> None: ...
     def is_symmetric(self, data: int, bytes: int, /) -> bool: ...
     def split(self, color: int | None, key: int, timeout_s: float, /) -> HostCommunicator | None: ...
     def abort(self, reason: str, /) -> None: ...
@@ -236,3 +236,164 @@ def update_locally(
 def block_norms(values: int, dtype: str, runs: Runs, packed: bool, norms: int, /) -> None: ...
 def sum_in_order(values: int, count: int, /) -> float:
     """The sum of ``count`` float64 at an address, one after the other."""
+
+# NCCL and the CUDA driver. Addresses are the device's, streams the driver's handles.
+
+class NcclLibrary:
+    """NCCL, loaded at run time. Needs no GPU.
+
+    Args:
+        names: files or names that the loader knows; "loaded:NAME": only if it is in the process already.
+
+    Raises:
+        BackendUnavailableError: none loads, or it is too old.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def version_code(self) -> int: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def has_call_config(self) -> bool:
+        """Whether single calls take a number of CTAs."""
+
+    def unique_id(self) -> bytes: ...
+
+def nccl_version_text(code: int, /) -> str:
+    """22809 is "2.28.9"."""
+
+class CudaDriver:
+    """The CUDA driver, loaded at run time and initialised.
+
+    Raises:
+        BackendUnavailableError: there is none, or it sees no GPU.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def version(self) -> int:
+        """13000: CUDA 13.0, the newest that it serves."""
+
+    def device_names(self) -> list[str]: ...
+    def allow_queries_during_capture(self) -> None:
+        """This thread may look at events while another one captures a graph."""
+
+class CudaDevice:
+    """The primary context of a device, kept."""
+
+    def __init__(self, driver: CudaDriver, index: int) -> None: ...
+
+class NcclOperation:
+    """A call that has been enqueued."""
+
+    @property
+    def seq(self) -> int:
+        """Its number among the collectives of its group; of a message 0."""
+
+    @property
+    def call(self) -> str: ...
+    @property
+    def peer(self) -> int | None:
+        """Of a message: the other rank."""
+
+    @property
+    def timeout_s(self) -> float: ...
+    def expired(self) -> bool: ...
+    def passed(self) -> bool:
+        """It is over on the device."""
+
+    def over(self) -> bool:
+        """It has passed, or its communicator has been aborted."""
+
+    def make_wait(self, stream: int, /) -> None:
+        """What the stream does from now on comes after this operation. Does not wait."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until it is over; False if ``timeout_s`` passes before."""
+
+def describe_call(packed: bytes) -> str:
+    """ "all_reduce(sum, float32[1024])" of 24 bytes."""
+
+class NcclOptions:
+    """How a call is made.
+
+    Args:
+        stream: the caller's.
+        max_ctas: of this call; 0: NCCL's choice. Needs ``NcclLibrary.has_call_config``.
+    """
+
+    def __init__(self, stream: int, async_op: bool, timeout_s: float, max_ctas: int) -> None: ...
+
+class NcclCommunicator:
+    """One rank's non-blocking NCCL communicator, and the log of its calls for the watchdog."""
+
+    def __init__(self, library: NcclLibrary, device: CudaDevice, rank: int, world_size: int) -> None: ...
+    def connect(self, unique_id: bytes, timeout_s: float, /) -> None: ...
+    def split(self, color: int | None, rank: int, world_size: int, timeout_s: float, /) -> NcclCommunicator | None: ...
+    def all_reduce(self, data: int, count: int, dtype: str, op: str, options: NcclOptions, /) -> NcclOperation: ...
+    def broadcast(self, data: int, count: int, dtype: str, root: int, options: NcclOptions, /) -> NcclOperation: ...
+    def reduce(
+        self, data: int, count: int, dtype: str, root: int, op: str, options: NcclOptions, /
+    ) -> NcclOperation: ...
+    def reduce_scatter(
+        self, output: int, input: int, counts: Sequence[int], dtype: str, op: str, options: NcclOptions, /
+    ) -> NcclOperation: ...
+    def all_gather(
+        self, output: int, input: int, counts: Sequence[int], dtype: str, options: NcclOptions, /
+    ) -> NcclOperation: ...
+    def all_to_all(
+        self,
+        output: int,
+        input: int,
+        output_counts: Sequence[int],
+        input_counts: Sequence[int],
+        by_splits: bool,
+        dtype: str,
+        options: NcclOptions,
+        /,
+    ) -> NcclOperation: ...
+    def gather(
+        self, output: int, input: int, count: int, dtype: str, root: int, options: NcclOptions, /
+    ) -> NcclOperation: ...
+    def scatter(
+        self, output: int, input: int, count: int, dtype: str, root: int, options: NcclOptions, /
+    ) -> NcclOperation: ...
+    def barrier(self, byte: int, options: NcclOptions, /) -> NcclOperation: ...
+    def exchange(
+        self, messages: Sequence[tuple[bool, int, int, str, int, int]], options: NcclOptions, /
+    ) -> NcclOperation:
+        """(is_send, data, count, dtype, peer, tag) each, in one group."""
+
+    def error(self) -> str:
+        """What NCCL or the device says has gone wrong behind calls; empty: nothing."""
+
+    def unfinished(self) -> list[NcclOperation]: ...
+    def num_calls(self) -> int:
+        """Collectives that this rank has called."""
+
+    def num_confirmed(self) -> int: ...
+    def confirm(self, number: int, /) -> None: ...
+    def hash(self, number: int, /) -> int: ...
+    def packed_call(self, number: int, /) -> bytes: ...
+    def packed_latest(self) -> bytes: ...
+    def num_messages(self) -> int: ...
+    def take_messages(self, most: int, /) -> bytes:
+        """Messages that have not been taken: number (uint64) and packed call each."""
+
+    def watch_kernels(self, abort_word: int, status: int, /) -> None:
+        """A group of pycomm's kernels: the device address of its abort word, which is set when this communicator fails,
+        and the host address of its status, which is looked at until ``forget_kernels``."""
+
+    def forget_kernels(self, abort_word: int, /) -> None: ...
+    def kernel_failures(self) -> list[tuple[int, int, int, int, int]]:
+        """code, rank, block, expected, seen of each group whose kernels have given up."""
+
+    def aborted(self) -> bool: ...
+    def abort(self) -> None: ...
+    def close(self, timeout_s: float, /) -> bool:
+        """Wait for what is under way and leave; False: it had to be aborted."""

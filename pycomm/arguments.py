@@ -12,7 +12,20 @@ import torch
 
 from pycomm import _C
 
-__all__ = ["Checked", "CheckedCalls", "Message", "checked_timeout", "tensor_on"]
+__all__ = ["MOVED", "REDUCED", "Checked", "CheckedCalls", "Message", "checked_timeout", "tensor_on"]
+
+# The dtypes that calls take: those that they reduce, and those that they move.
+REDUCED = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+)
+MOVED = (*REDUCED, torch.bool)
 
 # (is_send, tensor, peer, tag); peer None: any source.
 Message = tuple[bool, Any, int | None, int]

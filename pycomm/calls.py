@@ -29,6 +29,14 @@ class InFlight:
             while self._operations and self._operations[0][0].done():
                 self._operations.popleft()
 
+    def wait(self) -> None:
+        """Wait for all that are under way now; raise what went wrong in the first of them that failed."""
+        with self._lock:
+            operations = list(self._operations)
+        for core, _ in operations:
+            core.wait()
+        self.drop_finished()
+
     def clear(self) -> None:
         with self._lock:
             self._operations.clear()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -19,6 +21,7 @@ from pycomm import _C, env
 from pycomm.arguments import checked_timeout, tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.gloo import HostsBackend
+from pycomm.backends.nccl import NcclBackend, Offer, offer
 from pycomm.backends.shm import ShmBackend
 from pycomm.calls import InFlight, Work
 from pycomm.errors import BackendUnavailableError
@@ -49,6 +52,10 @@ class Communicator(FusedCalls, Messages):
         self.name = backend.group
         self._rendezvous = rendezvous  # rank 0's store serves as long as somebody may come for it
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
+        """Itself: copies of a module that has a communicator communicate with it."""
+        return self
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Allocate symmetric memory: collective, the same bytes on every rank, contents undefined.
@@ -90,15 +97,17 @@ class Communicator(FusedCalls, Messages):
         """
         self._shared_memory().post(self._flag(flag), value)
 
-    def wait_posted(self, flag: torch.Tensor, value: int, *, timeout_s: float | None = None) -> None:
-        """Return once every rank has posted ``value``, or more, to its part of ``flag``.
+    def wait_posted(
+        self, flag: torch.Tensor, value: int, *, rank: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Return once every rank, or ``rank`` alone, has posted ``value``, or more, to its part of ``flag``.
 
         Raises:
             PeerTimeoutError, PeerLostError: as a collective's.
             ValueError: ``flag`` is not one int64 of symmetric memory.
         """
         wait_s = self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
-        self._shared_memory().wait_posted(self._flag(flag), value, wait_s)
+        self._shared_memory().wait_posted(self._flag(flag), value, rank, wait_s)
 
     def _flag(self, flag: torch.Tensor) -> torch.Tensor:
         tensor = tensor_on(self.device, flag, "flag")
@@ -120,6 +129,27 @@ class Communicator(FusedCalls, Messages):
         """
         backend = self._backend.split(color, self.rank if key is None else key, self.timeout_s)
         return None if backend is None else Communicator(backend, self.timeout_s)
+
+    def synchronize(self) -> None:
+        """Block until all calls of this communicator that were made here are over, and raise what went wrong in them.
+
+        On GPUs calls are over when the device is through with them, and errors surface here or at the next call.
+        """
+        self._in_flight.wait()
+        self._backend.synchronize(self.timeout_s)
+
+    @contextmanager
+    def cta_budget(self, max_ctas: int) -> Iterator[None]:
+        """Collectives enqueued in the block take so many of the GPU's CTAs at most, so that a matmul beside them keeps
+        the rest. The same on all ranks.
+
+        Raises:
+            BackendUnavailableError: the back end is not NCCL, or NCCL is older than 2.31.
+        """
+        if not isinstance(self._backend, NcclBackend):
+            raise BackendUnavailableError(f"CTA budgets are NCCL's; this communicator is {self.backend}")
+        with self._backend.cta_budget(max_ctas):
+            yield
 
     def abort(self, reason: str) -> None:
         """Tell all peers that this rank cannot go on: their waits raise ``PeerLostError`` with the reason at once."""
@@ -163,8 +193,9 @@ def init(
     of one.
 
     Args:
-        backend: "auto"; "shm": processes of one host; "gloo": sockets alone, between any processes. "auto" takes shared
-            memory on one host, and on several shared memory inside each and gloo between them.
+        backend: "auto"; "shm": processes of one host; "gloo": sockets alone, between any processes; "nccl": GPUs, one
+            a rank. "auto" takes shared memory on one host, and on several shared memory inside each and gloo between
+            them.
         timeout_s: seconds that any wait for another rank may take, here and in later calls.
         store: where the ranks meet, with ``rank`` and ``world_size``.
         strict: reject what hangs on NCCL: calls on several communicators that ranks issue in different orders, and
@@ -183,12 +214,16 @@ def init(
     if level is not None:
         _C.set_simd_level(level)
     rendezvous = Rendezvous(store, rank, world_size, timeout_s)
-    greetings = rendezvous.greet(backend, strict)
-    choice = choose(backend, [greeting.host for greeting in greetings])
+    mine = offer() if backend == "nccl" else Offer("", "")
+    greetings = rendezvous.greet(backend, strict, mine.version, mine.obstacle)
+    choice = choose(backend, [greeting.host for greeting in greetings], [greeting.obstacle for greeting in greetings])
     if rendezvous.rank == 0:
         _log.info("back end %s: %s", choice.name, choice.reason)
     if choice.name == "shm":
         return Communicator(ShmBackend.connect(rendezvous, name, strict), timeout_s, rendezvous)
+    if choice.name == "nccl":
+        hosts_by_name = [greeting.host for greeting in greetings]
+        return Communicator(NcclBackend.connect(rendezvous, hosts_by_name, name), timeout_s, rendezvous)
     hosts = list(range(len(greetings))) if choice.name == "gloo" else [greeting.host for greeting in greetings]
     return Communicator(HostsBackend.connect(choice.name, rendezvous, hosts, name, strict), timeout_s, rendezvous)
 

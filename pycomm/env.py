@@ -15,6 +15,7 @@ __all__ = [
     "gloo_interface",
     "is_ci",
     "launch",
+    "nccl_library",
     "simd",
     "tune",
 ]
@@ -104,6 +105,11 @@ def cache_dir() -> Path:
 def gloo_interface() -> str | None:
     """GLOO_SOCKET_IFNAME, as torch reads it: the network interface that connects this host to the others."""
     return os.environ.get("GLOO_SOCKET_IFNAME") or None
+
+
+def nccl_library() -> str | None:
+    """PYCOMM_NCCL_SO: the NCCL library to load, a file or a name that the loader knows."""
+    return os.environ.get("PYCOMM_NCCL_SO") or None
 
 
 def is_ci() -> bool:

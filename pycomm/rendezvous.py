@@ -27,7 +27,10 @@ _POLL_S = 0.01
 
 @dataclass(frozen=True)
 class Greeting:
-    """What every rank shows to all before anything is built. All fields but ``host`` must be equal."""
+    """What every rank shows to all before anything is built. All fields but ``host`` and ``obstacle`` must be equal.
+
+    ``nccl`` and ``obstacle``, of ``backend="nccl"``: the version of NCCL, and why it cannot work on this rank.
+    """
 
     version: str
     build: str
@@ -36,9 +39,13 @@ class Greeting:
     backend: str
     strict: bool
     host: str
+    nccl: str = ""
+    obstacle: str = ""
 
     @classmethod
-    def of_this_process(cls, world_size: int, backend: str, strict: bool = False) -> Greeting:
+    def of_this_process(
+        cls, world_size: int, backend: str, strict: bool = False, nccl: str = "", obstacle: str = ""
+    ) -> Greeting:
         return cls(
             version=_C.version(),
             build=f"{_C.build_id():x}",
@@ -47,6 +54,8 @@ class Greeting:
             backend=backend,
             strict=strict,
             host=host_identity(),
+            nccl=nccl,
+            obstacle=obstacle,
         )
 
 
@@ -134,14 +143,14 @@ class Rendezvous:
         self._wait({rank: key})
         return str(self._store.get(key), "utf-8")
 
-    def greet(self, backend: str, strict: bool) -> list[Greeting]:
-        """Exchange greetings; returns everyone's, by rank.
+    def greet(self, backend: str, strict: bool, nccl: str = "", obstacle: str = "") -> list[Greeting]:
+        """Exchange greetings; returns everyone's, by rank. The arguments are those of :class:`Greeting`.
 
         Raises:
             MismatchError: versions, builds, protocols, world sizes or back ends differ; names both sides.
             PeerTimeoutError: ranks did not come; names them.
         """
-        mine = Greeting.of_this_process(self.world_size, backend, strict)
+        mine = Greeting.of_this_process(self.world_size, backend, strict, nccl, obstacle)
         if self._store is None:
             return [mine]
         self.put(f"greeting/{self.rank}", json.dumps(asdict(mine)))
@@ -149,7 +158,10 @@ class Rendezvous:
         texts = self._store.multi_get([f"greeting/{r}" for r in range(self.world_size)])
         greetings = [Greeting(**json.loads(str(text, "utf-8"))) for text in texts]
         self._is_one_host = len({greeting.host for greeting in greetings}) == 1
-        for field in ("version", "protocol", "build", "world_size", "backend", "strict"):
+        fields = ["version", "protocol", "build", "world_size", "backend", "strict"]
+        if not any(greeting.obstacle for greeting in greetings):  # else that says more
+            fields.append("nccl")
+        for field in fields:
             values = {r: str(getattr(greeting, field)) for r, greeting in enumerate(greetings)}
             if len(set(values.values())) == 1:
                 continue

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pycomm import doctor
-from pycomm.doctor import gpu, host
+from pycomm import _C, doctor
+from pycomm.doctor import host
 from pycomm.doctor.checks import Check, Report, Section, format_bytes
 from pycomm.doctor.self_test import self_test
 
@@ -118,8 +118,8 @@ def test_format_bytes(num_bytes, text):
 
 
 @pytest.mark.parametrize(("code", "version"), [(2804, "2.8.4"), (20903, "2.9.3"), (22809, "2.28.9"), (23102, "2.31.2")])
-def test_decode_nccl_version(code, version):
-    assert gpu.decode_nccl_version(code) == version
+def test_nccl_version_text(code, version):
+    assert _C.nccl_version_text(code) == version
 
 
 def test_an_extension_of_another_version_is_a_failure():

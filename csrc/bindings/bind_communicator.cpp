@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
 #include "host/communicator.hpp"
 
@@ -83,8 +84,10 @@ void bind_communicator(py::module_& module) {
                       std::uint64_t value) { self.post(*static_cast<std::uint64_t*>(as_pointer(flag)), value); })
       .def(
           "wait_posted",
-          [](Communicator& self, std::uintptr_t flag, std::uint64_t value, double timeout_s) {
-            self.wait_posted(*static_cast<const std::uint64_t*>(as_pointer(flag)), value, timeout_s);
+          [](Communicator& self, std::uintptr_t flag, std::uint64_t value, std::optional<int> rank, double timeout_s) {
+            if (rank) check_rank(*rank, self.world_size(), "rank");
+            const auto& own = *static_cast<const std::uint64_t*>(as_pointer(flag));
+            self.wait_posted(own, value, rank.value_or(host::Group::kEveryRank), timeout_s);
           },
           NoGil())
       .def(

@@ -20,6 +20,8 @@ const char* class_of(ErrorKind kind) {
       return "StrictOrderError";
     case ErrorKind::kMismatch:
       return "MismatchError";
+    case ErrorKind::kUnavailable:
+      return "BackendUnavailableError";
     default:
       return "PycommError";
   }

@@ -8,23 +8,13 @@
 #include <vector>
 
 #include "bindings/bindings.hpp"
+#include "bindings/names.hpp"
 #include "host/reduce.hpp"
 
 namespace py = pybind11;
 
 namespace pycomm::bindings {
 namespace {
-
-template <class Enum>
-Enum parse(const std::string& name, int num_values, const char* what) {
-  std::string known;
-  for (int value = 0; value < num_values; ++value) {
-    const Enum candidate = static_cast<Enum>(value);
-    if (name == name_of(candidate)) return candidate;
-    known += (value == 0 ? "" : ", ") + std::string(name_of(candidate));
-  }
-  throw std::invalid_argument("unknown " + std::string(what) + " \"" + name + "\": it is one of " + known);
-}
 
 template <class Pointer>
 std::vector<Pointer> pointers(const std::vector<std::uintptr_t>& addresses, std::size_t count, const char* what) {

@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, module) {
   pycomm::bindings::bind_communicator(module);
   pycomm::bindings::bind_completions(module);
   pycomm::bindings::bind_gradient_step(module);
+  pycomm::bindings::bind_nccl(module);
 }

@@ -207,12 +207,12 @@ void Communicator::post(std::uint64_t& flag, std::uint64_t value) {
   group_->post(flag, value);
 }
 
-void Communicator::wait_posted(const std::uint64_t& flag, std::uint64_t value, double timeout_s) {
+void Communicator::wait_posted(const std::uint64_t& flag, std::uint64_t value, int only, double timeout_s) {
   check_not_forked();
   if (progress_->busy()) progress_->drain(kNoLimit, interrupt_);
   const std::lock_guard lock(executing_);
   group_->set_patient(false);
-  group_->run(timeout_s, interrupt_, {}, [&](Group& group) { group.wait_posted(flag, value); });
+  group_->run(timeout_s, interrupt_, {}, [&](Group& group) { group.wait_posted(flag, value, only); });
 }
 
 std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double timeout_s) {

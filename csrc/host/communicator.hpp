@@ -66,7 +66,7 @@ class Communicator {
   std::shared_ptr<Work> receive_arrived(const MessageSpec& spec, double timeout_s);
   /// Group::post and Group::wait_posted, on a flag of this rank's symmetric memory.
   void post(std::uint64_t& flag, std::uint64_t value);
-  void wait_posted(const std::uint64_t& flag, std::uint64_t value, double timeout_s);
+  void wait_posted(const std::uint64_t& flag, std::uint64_t value, int only, double timeout_s);
 
   std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
   /// `rank`'s counterpart of a range of this rank's symmetric memory.

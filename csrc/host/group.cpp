@@ -53,7 +53,7 @@ void Group::post(std::uint64_t& flag, std::uint64_t value) {
   waiter_.ring();
 }
 
-void Group::wait_posted(const std::uint64_t& flag, std::uint64_t value) {
+void Group::wait_posted(const std::uint64_t& flag, std::uint64_t value, int only) {
   waiter_.check_aborted();
   const Location location = segments_.locate(&flag, sizeof(flag));
   if (!location.symmetric()) throw std::invalid_argument("the flag is not symmetric memory");
@@ -62,7 +62,11 @@ void Group::wait_posted(const std::uint64_t& flag, std::uint64_t value) {
   for (int r = 0; r < world_size(); ++r) {
     flags.push_back(reinterpret_cast<const std::uint64_t*>(segments_.address(location, r)));
   }
-  waiter_.wait([&](int r) { return load_flag(*flags[static_cast<std::size_t>(r)]) >= value; }, context());
+  waiter_.wait(
+      [&](int r) {
+        return (only != kEveryRank && r != only) || load_flag(*flags[static_cast<std::size_t>(r)]) >= value;
+      },
+      context());
 }
 
 void Group::begin(const Call& call, const Locations& locations) {

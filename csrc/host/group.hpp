@@ -69,8 +69,8 @@ class Group {
   /// Show the peers that this rank's `flag`, an epoch in its symmetric memory, has reached `value`. What was written
   /// before is seen by whoever has waited for it. Neither matched nor numbered: no call.
   void post(std::uint64_t& flag, std::uint64_t value);
-  /// Wait until the counterpart of `flag` has reached `value` on every rank. Inside run().
-  void wait_posted(const std::uint64_t& flag, std::uint64_t value);
+  /// Wait until the counterpart of `flag` has reached `value` on every rank (or `only` that one). Inside run().
+  void wait_posted(const std::uint64_t& flag, std::uint64_t value, int only);
 
   /// Run one collective on the calling thread; `issue`: its numbers from next_issue() if strict, else empty. Refuses if
   /// the group has failed; a failure inside marks it as failed, for this rank and for its peers.

@@ -86,6 +86,7 @@ class Backend(Protocol):
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor: ...
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...
     def split(self, color: int | None, key: int, timeout_s: float) -> Backend | None: ...
+    def synchronize(self, timeout_s: float) -> None: ...
     def abort(self, reason: str) -> None: ...
     def close(self, drain_s: float) -> None: ...
 
@@ -98,10 +99,13 @@ class Choice:
     reason: str
 
 
-def choose(requested: str, hosts: Sequence[str]) -> Choice:
+def choose(requested: str, hosts: Sequence[str], obstacles: Sequence[str] = ()) -> Choice:
     """Resolve ``requested`` ("auto" or a name) for ranks on these hosts.
 
     A pure function of what all ranks exchanged, so that all choose the same.
+
+    Args:
+        obstacles: by rank, why NCCL cannot work there, or nothing; looked at if it is asked for.
 
     Raises:
         ValueError: no such back end.
@@ -111,7 +115,9 @@ def choose(requested: str, hosts: Sequence[str]) -> Choice:
         raise ValueError(f"backend={requested!r}: it is one of {', '.join(NAMES)}")
     num_hosts = len(set(hosts))
     if requested == "nccl":
-        raise BackendUnavailableError("backend='nccl' is not in this version of pycomm; use 'shm', 'gloo' or 'auto'")
+        if any(obstacles):
+            raise BackendUnavailableError(f"backend='nccl': {_by_reason(obstacles)}")
+        return Choice("nccl", "asked for")
     if requested == "gloo":
         return Choice("gloo", "asked for: every message goes through sockets, inside a host, too")
     if num_hosts == 1:
@@ -125,3 +131,10 @@ def choose(requested: str, hosts: Sequence[str]) -> Choice:
     return Choice(
         "gloo+shm", f"the {len(hosts)} ranks are on {num_hosts} hosts: shared memory inside each, gloo between them"
     )
+
+
+def _by_reason(obstacles: Sequence[str]) -> str:
+    """ "there is no GPU (rank 0, 1)"."""
+    reasons = dict.fromkeys(filter(None, obstacles))
+    ranks = {reason: [str(r) for r, text in enumerate(obstacles) if text == reason] for reason in reasons}
+    return "; ".join(f"{reason} (rank {', '.join(numbers)})" for reason, numbers in ranks.items())

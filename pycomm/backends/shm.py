@@ -12,6 +12,8 @@ from pycomm.rendezvous import Rendezvous
 
 __all__ = ["ShmBackend", "tuning_here"]
 
+_OF_GPUS = "gpu_"  # thresholds that are not this back end's
+
 
 class ShmBackend:
     """One rank's end of the host transport; see :class:`pycomm.backends.Backend`."""
@@ -72,12 +74,15 @@ class ShmBackend:
     def post(self, flag: torch.Tensor, value: int) -> None:
         self._core.post(flag.data_ptr(), value)
 
-    def wait_posted(self, flag: torch.Tensor, value: int, timeout_s: float) -> None:
-        self._core.wait_posted(flag.data_ptr(), value, timeout_s)
+    def wait_posted(self, flag: torch.Tensor, value: int, rank: int | None, timeout_s: float) -> None:
+        self._core.wait_posted(flag.data_ptr(), value, rank, timeout_s)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> ShmBackend | None:
         core = self._core.split(color, key, timeout_s)
         return None if core is None else ShmBackend(core)
+
+    def synchronize(self, timeout_s: float) -> None:
+        """Nothing is under way that no Work stands for."""
 
     def abort(self, reason: str) -> None:
         self._core.abort(reason)
@@ -92,7 +97,7 @@ def tuning_here(world_size: int) -> dict[str, int]:
     Raises:
         ValueError: PYCOMM_TUNE names no threshold, or asks for a value that cannot be.
     """
-    thresholds = env.tune()
+    thresholds = {name: value for name, value in env.tune().items() if not name.startswith(_OF_GPUS)}
     try:
         return _C.tuning(world_size, thresholds)
     except ValueError as error:

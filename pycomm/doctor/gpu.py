@@ -1,19 +1,19 @@
 """CUDA and NCCL: what is installed, found the way a program would find it. Needs neither."""
 
-import ctypes
-import importlib.util
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
 from pycomm import _C
-from pycomm.doctor.checks import Check
+from pycomm.backends.nccl.library import load_driver, load_nccl
+from pycomm.backends.nccl.thresholds import Thresholds
+from pycomm.doctor.checks import Check, format_bytes
+from pycomm.errors import BackendUnavailableError
 
 
 def gpu() -> list[Check]:
-    return [toolkit(), kernels(), driver(), torch_cuda(), nccl()]
+    return [toolkit(), kernels(), driver(), torch_cuda(), nccl(), own_kernels()]
 
 
 def toolkit() -> Check:
@@ -33,22 +33,11 @@ def kernels() -> Check:
 def driver() -> Check:
     """The driver's version and its devices, asked of libcuda itself, so that torch's build does not matter."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Check("CUDA driver", "absent", "no libcuda.so.1")
-    status = cuda.cuInit(0)
-    if status != 0:
-        return Check("CUDA driver", "warning", f"libcuda.so.1 is here, cuInit returns {status}", "look at nvidia-smi")
-    version, count = ctypes.c_int(), ctypes.c_int()
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    cuda.cuDeviceGetCount(ctypes.byref(count))
-    names = []
-    for device in range(count.value):
-        name = ctypes.create_string_buffer(128)
-        cuda.cuDeviceGetName(name, len(name), device)
-        names.append(name.value.decode())
-    supports = f"up to CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    return Check("CUDA driver", "ok" if names else "absent", f"{supports}; {', '.join(names) or 'no GPU'}")
+        cuda = load_driver()
+    except BackendUnavailableError as error:
+        return Check("CUDA driver", "absent", str(error))
+    supports = f"up to CUDA {cuda.version // 1000}.{cuda.version % 1000 // 10}"
+    return Check("CUDA driver", "ok", f"{supports}; {', '.join(cuda.device_names())}")
 
 
 def torch_cuda() -> Check:
@@ -61,31 +50,25 @@ def torch_cuda() -> Check:
 
 
 def nccl() -> Check:
-    """The first NCCL library that loads, and the version that it tells itself (not the one torch was built with)."""
-    for name in nccl_candidates():
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        version = ctypes.c_int()
-        status = library.ncclGetVersion(ctypes.byref(version))
-        if status != 0:
-            return Check("NCCL", "warning", f"{name}: ncclGetVersion returns {status}", "reinstall the library")
-        return Check("NCCL", "ok", f"{decode_nccl_version(version.value)} ({name})")
-    return Check("NCCL", "absent", "not found, neither as a Python package nor in the system")
+    """The NCCL library that ``init(backend="nccl")`` would use, and the version that it tells itself (not the one torch
+    was built with)."""
+    try:
+        library = load_nccl()
+    except BackendUnavailableError as error:
+        return Check("NCCL", "absent", str(error))
+    budget = "" if library.has_call_config else "; no CTA budgets of single calls (2.31)"
+    return Check("NCCL", "ok", f"{library.version} ({library.file}){budget}")
 
 
-def nccl_candidates() -> Iterator[str]:
-    """The Python package's library, then the system's."""
-    spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations if spec is not None else None) or ():
-        path = Path(root) / "nccl" / "lib" / "libnccl.so.2"
-        if path.is_file():
-            yield str(path)
-    yield "libnccl.so.2"
-
-
-def decode_nccl_version(code: int) -> str:
-    """22809 is 2.28.9; before 2.9 the factors were a tenth: 2804 is 2.8.4."""
-    major, rest = divmod(code, 10_000 if code >= 10_000 else 1_000)
-    return f"{major}.{rest // 100}.{rest % 100}"
+def own_kernels(world_sizes: Sequence[int] = (2, 4, 8)) -> Check:
+    """Which all-reduces pycomm's kernels would do, and which NCCL, by the number of ranks."""
+    try:
+        tables = [(size, Thresholds.of_this_process(size)) for size in world_sizes]
+    except ValueError as error:
+        return Check("own kernels or NCCL", "failed", str(error), "correct PYCOMM_TUNE")
+    text = "; ".join(
+        f"{size} ranks: one step up to {format_bytes(table.one_shot_bytes)}, two up to "
+        f"{format_bytes(table.two_shot_bytes)}, then NCCL"
+        for size, table in tables
+    )
+    return Check("own kernels or NCCL", "absent", f"NCCL alone, since no memory of GPUs is mapped yet; then {text}")

@@ -174,9 +174,8 @@ class GPT(nn.Module):
         x_BTD = self.token_embedding(tokens_BT)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding.weight[:seq]
-        rotation_TK = None if self.rotation_TK is None else self.rotation_TK[:seq]
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotation_TK)
+            x_BTD = block(x_BTD, self.rotation_TK)
         logits_BTV: Tensor = self.unembedding(self.final_norm(x_BTD))
         return logits_BTV
 
@@ -259,8 +258,11 @@ def rotary_table(max_seq: int, head_width: int) -> Tensor:
 
 
 def rotate(x_BHTK: Tensor, rotation_TK: Tensor) -> Tensor:
-    """Turn each pair (k, k + K/2) of a head by its position's angle; same shape and dtype as ``x_BHTK``."""
-    cos, sin = rotation_TK.to(x_BHTK.dtype).chunk(2, dim=-1)
+    """Turn each pair (k, k + K/2) of a head by its position's angle; same shape and dtype as ``x_BHTK``.
+
+    ``rotation_TK`` may be for more positions.
+    """
+    cos, sin = rotation_TK[: x_BHTK.shape[-2]].to(x_BHTK.dtype).chunk(2, dim=-1)
     first, second = x_BHTK.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 

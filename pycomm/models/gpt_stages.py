@@ -46,16 +46,15 @@ class GPTStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, T] or x [B, T, D] in, x [B, T, D] or logits [B, T, V] out; see :meth:`GPT.forward`."""
-        seq = x.shape[1]
-        if seq > self._max_seq:
-            raise ValueError(f"sequence of {seq} tokens is longer than the model's max_seq {self._max_seq}")
         if self.embeds:
+            seq = x.shape[1]
+            if seq > self._max_seq:
+                raise ValueError(f"sequence of {seq} tokens is longer than the model's max_seq {self._max_seq}")
             x = self.token_embedding(x)
             if self.position_embedding is not None:
                 x = x + self.position_embedding.weight[:seq]
-        rotation_TK = None if self.rotation_TK is None else self.rotation_TK[:seq]
         for block in self.blocks.values():
-            x = block(x, rotation_TK)
+            x = block(x, self.rotation_TK)
         if self.scores:
             x = self.unembedding(self.final_norm(x))
         return x
@@ -119,6 +118,8 @@ def gpt_stages(
                 module.unembedding = copy.deepcopy(model.unembedding)
             ends = {"token_embedding.weight", "unembedding.weight"} if is_tied else set()
             shared = {TIED: param for name, param in module.named_parameters() if name in ends}  # noqa: B035  (one, or none)
+            for param in shared.values():
+                param.shard_turn = 0  # type: ignore[attr-defined]  # both copies' shards are the same for ZeRO
             wrapped = module if wrap is None else wrap(module)
             stages.append(PipelineStage(wrapped, index, len(cuts), comm, shared=shared))
     return stages

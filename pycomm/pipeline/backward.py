@@ -3,7 +3,8 @@
 Works on the graph that autograd has recorded, for any module. A *joint* is a node from which a branch leads to nothing
 but one parameter: the product of a linear layer, a convolution. B lets the gradient flow through the graph to the input
 and catches what enters each joint; autograd computes there only what flows on. W later sends what was caught into each
-joint's branch to its parameter. Nothing is computed twice.
+joint's branch to its parameter. Nothing is computed twice, where the joint is a node that asks autograd, as torch's own
+do, or its attribute ``half``, as those of pycomm.tensor_parallel do, for what is wanted of it.
 
 A linear layer needs no graph for that: its input and what was caught are enough. W adds their product to ``.grad`` in
 the multiplication itself, which rounds once less than autograd would. If all joints of a stage are such, the graph with
@@ -48,15 +49,19 @@ class SplitBackward:
         branches = list(_branches(get_gradient_edge(output), leaves))
         uses = Counter(id(param) for joint, param in branches if joint is not None)
         unsplit = {id(p) for joint, p in branches if joint is None or uses[id(p)] > 1}
-        vectors = {joint for joint, _ in branches} - {joint for joint, param in branches if param.ndim > 1}
+        # Joints of which nothing but vectors would be left for W.
+        matrices = {joint for joint, param in branches if param.ndim > 1 and id(param) not in unsplit}
+        vectors = {joint for joint, _ in branches} - matrices
         unsplit |= {id(param) for joint, param in branches if joint in vectors}
         self._at_once = list({id(param): param for _, param in branches if id(param) in unsplit}.values())
+        at_once = {joint for joint, param in branches if id(param) in unsplit}
         joints: dict[Node, list[nn.Parameter]] = {}
         for joint, param in branches:
             if joint is not None and id(param) not in unsplit:
                 joints.setdefault(joint, []).append(param)
         self._parts: list[_Linear | _Joint] = [
-            _linear(joint, params, leaves) or _Joint(joint, params) for joint, params in joints.items()
+            _linear(joint, params, leaves) or _Joint(joint, params, has_halves=joint not in at_once)
+            for joint, params in joints.items()
         ]
         self._edges = [GradientEdge(joint, 0) for joint in joints]
         self._caught: list[Tensor | None] = []
@@ -92,14 +97,18 @@ class SplitBackward:
                 part.accumulate(grad)
 
 
-@dataclass
 class _Joint:
     """Any joint: autograd runs it again, for its parameters alone."""
 
-    node: Node
-    params: list[nn.Parameter]
+    def __init__(self, node: Node, params: list[nn.Parameter], *, has_halves: bool) -> None:
+        self.node, self.params = node, params
+        self._has_halves = has_halves and hasattr(node, "half")
+        if self._has_halves:
+            node.half = "inputs"  # type: ignore[attr-defined]
 
     def accumulate(self, grad: Tensor) -> None:
+        if self._has_halves:
+            self.node.half = "weights"  # type: ignore[attr-defined]
         torch.autograd.backward([GradientEdge(self.node, 0)], [grad], inputs=self.params)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
-from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, mate, steps
-from pycomm.pipeline.links import Arrived, Links
+from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, steps
+from pycomm.pipeline.agree import number_of, numbers_of_all
+from pycomm.pipeline.links import Links
 from pycomm.pipeline.measure import gather_spans
 from pycomm.pipeline.shared import SharedParameters
 from pycomm.pipeline.simulate import Span, Timeline
 from pycomm.pipeline.stage import PipelineStage
+from pycomm.pipeline.tokens import Arrived
 from pycomm.pipeline.verify import buffers, verify
 
 __all__ = ["Pipeline"]
@@ -73,7 +75,6 @@ class Pipeline:
         # One buffer more than what the order needs at least: a sender may run ahead of it.
         slots = {link: count + 1 for link, count in buffers(schedule).items()}
         self._links = Links(self._comm, schedule.rank_of, slots, ordered)
-        self._has_slots = not slots or self._comm.backend != "shm"  # or will never have any
         self._shared = SharedParameters(self._comm, stages)
         self._spans: list[Span] = []
 
@@ -99,17 +100,15 @@ class Pipeline:
         """
         parts = self._parts(inputs, targets)
         self._shared.begin_step()
-        loss, sent = self._run(self._steps, *parts)
+        loss = self._run(self._steps, *parts)
         self._shared.end_step()
-        if not self._has_slots:
-            self._links.allocate(sent)
-            self._has_slots = True
+        self._links.end_first_step()
         return loss
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor | None = None, targets: Tensor | None = None) -> Tensor | None:
         """The loss of a batch, forward only; arguments and result as of :meth:`step`. Collective."""
-        return self._run(self._forward_only, *self._parts(inputs, targets))[0]
+        return self._run(self._forward_only, *self._parts(inputs, targets))
 
     def timeline(self) -> Timeline:
         """What every rank did in its last step and when, on one clock; the ranks share a host. Collective."""
@@ -123,25 +122,13 @@ class Pipeline:
             _split("targets", targets, m, self._num_stages - 1 in self._stages),
         )
 
-    def _run(
-        self, todo: list[tuple[Action, ...]], inputs: Parts, targets: Parts
-    ) -> tuple[Tensor | None, dict[tuple[str, int], int]]:
-        """The loss, and of each link that this rank sends on the bytes of the largest tensor."""
-        run = _Run(self, inputs, targets)
-        self._spans = run.spans
-        try:
+    def _run(self, todo: list[tuple[Action, ...]], inputs: Parts, targets: Parts) -> Tensor | None:
+        with _Run(self, inputs, targets) as run:
+            self._spans = run.spans
             for step in todo:
                 run.do(step)
             self._links.settle()
-        except BaseException as error:
-            # A wait that failed has told the peers who is at its root; all else they must hear from here.
-            if run.is_computing or not isinstance(error, (PeerLostError, PeerTimeoutError)):
-                self._comm.abort(f"Pipeline: {type(error).__name__}: {error}")
-            raise
-        finally:
-            for stage in self._stages.values():
-                stage.drop()
-        return run.loss, run.sent
+        return run.loss
 
 
 class _Run:
@@ -150,8 +137,7 @@ class _Run:
     def __init__(self, pipeline: Pipeline, inputs: Parts, targets: Parts) -> None:
         self.loss: Tensor | None = None
         self.spans: list[Span] = []
-        self.sent: dict[tuple[str, int], int] = {}
-        self.is_computing = False
+        self._is_computing = False
         self._pipe = pipeline
         self._links = pipeline._links
         self._stages = pipeline._stages
@@ -162,6 +148,18 @@ class _Run:
         self._shapes: dict[tuple[str, int, int], tuple[int, torch.Size, torch.dtype]] = {}
         self._ready: dict[tuple[str, int, int], Tensor] = {}  # made here: for the next stage, here or by SEND
         self._arrived: dict[tuple[str, int, int], Arrived] = {}
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # A wait that failed has told the peers who is at its root; all else they must hear from here.
+        if error is not None and (self._is_computing or not isinstance(error, (PeerLostError, PeerTimeoutError))):
+            self._pipe._comm.abort(f"Pipeline: {type(error).__name__}: {error}")
+        for stage in self._stages.values():
+            stage.drop()
 
     def do(self, step: tuple[Action, ...]) -> None:
         if step[0].kind in COMPUTE:
@@ -185,7 +183,7 @@ class _Run:
         elif kind != "W" and stage + 1 < self._pipe._num_stages:
             given = self._take("RECV_B", "B", stage, i)
         start = time.perf_counter()
-        self.is_computing = True
+        self._is_computing = True
         if kind == "F":
             assert given is not None
             self._forward(stage, i, given)
@@ -193,7 +191,7 @@ class _Run:
             self._stages[stage].backward_weight(i)
         else:
             self._backward(kind, stage, i, given)
-        self.is_computing = False
+        self._is_computing = False
         self.spans.append(Span(action, start, time.perf_counter()))
         if action.key in self._pipe._release or not torch.is_grad_enabled():
             for receive in ("RECV_F", "RECV_B"):
@@ -218,7 +216,7 @@ class _Run:
         if key not in self._arrived:
             self._arrived[key] = self._links.recv(Action(*key))
         arrived = self._arrived[key]
-        self._rows[i] = arrived.rows
+        self._rows[i] = arrived.token.rows
         return arrived.tensor
 
     def _forward(self, stage: int, i: int, stage_input: Tensor) -> None:
@@ -253,9 +251,6 @@ class _Run:
     def _outgoing(self, action: Action) -> tuple[Action, Tensor, int]:
         kind, stage, i = action.key
         tensor = self._ready.pop((kind[-1], stage, i)).detach()
-        receive, to, _ = mate(action)
-        num_bytes = tensor.numel() * tensor.element_size()
-        self.sent[receive, to] = max(num_bytes, self.sent.get((receive, to), 0))
         return action, tensor, self._rows[i]
 
     def _checked(self, kind: str, stage: int, i: int, tensor: Tensor) -> Tensor:
@@ -309,9 +304,7 @@ def _checked_comm(stages: Sequence[PipelineStage], schedule: Schedule) -> Commun
 
 def _check_same(comm: Communicator, schedule: Schedule) -> None:
     text = repr((schedule.ranks, schedule.rank_of, schedule.num_microbatches))
-    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-    digests = torch.empty(comm.world_size, dtype=torch.int64, device=comm.device)
-    comm.all_gather(digests, torch.tensor([digest], device=comm.device))
-    if len(set(digests.tolist())) > 1:
-        odd = [rank for rank, other in enumerate(digests.tolist()) if other != digests[0]]
+    numbers = numbers_of_all(comm, number_of(text))
+    odd = [rank for rank, other in enumerate(numbers) if other != numbers[0]]
+    if odd:
         raise MismatchError(f"the ranks have different schedules: rank(s) {odd} another than rank 0")

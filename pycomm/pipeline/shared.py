@@ -6,91 +6,123 @@ under any optimizer that treats them alike.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError
+from pycomm.pipeline.agree import number_of, numbers_of_all
 from pycomm.pipeline.stage import PipelineStage
 
 __all__ = ["SharedParameters"]
 
-_DIGEST_BYTES = 7  # a positive int64
+Part = tuple[int, Tensor]
 
 
 class SharedParameters:
     """All shared parameters of this rank's stages. Building it is collective: values become those of the first rank.
+
+    Copies but the first one get the attribute ``is_counted_elsewhere``, for the norm of the gradients.
 
     Raises:
         MismatchError: copies differ in shape or dtype.
     """
 
     def __init__(self, comm: Communicator, stages: Sequence[PipelineStage]) -> None:
-        copies: dict[str, list[nn.Parameter]] = {}
+        copies: dict[str, list[_Copy]] = {}
         for stage in stages:
             for name, param in stage.shared.items():
-                if not any(param is other for other in copies.setdefault(name, [])):
-                    copies[name].append(param)
-        self._groups: list[tuple[Communicator, list[nn.Parameter]]] = []
-        mine = {_number(name): params for name, params in copies.items()}
+                if not any(param is other.param for other in copies.setdefault(name, [])):
+                    copies[name].append(_Copy(param, stage.module))
+        self._groups: list[tuple[Communicator, list[_Copy]]] = []
+        mine = {number_of(name): found for name, found in copies.items()}
         for number in _all_numbers(comm, sorted(mine)):
             group = comm.split(0 if number in mine else None)
             if group is not None:
-                self._make_equal(group, mine[number])
+                _make_equal(group, [copy.param for copy in mine[number]])
                 self._groups.append((group, mine[number]))
+                for copy in mine[number] if group.rank else mine[number][1:]:
+                    copy.param.is_counted_elsewhere = True  # type: ignore[attr-defined]
 
     def begin_step(self) -> None:
-        """Let one copy alone keep what ``.grad`` has from earlier steps, the same in all, so that it counts once."""
-        for group, params in self._groups:
-            for param in params if group.rank else params[1:]:
-                if param.grad is not None:
-                    param.grad.zero_()
+        """Let one copy alone keep what it has from earlier steps, the same in all, so that it counts once."""
+        for group, copies in self._groups:
+            for copy in copies if group.rank else copies[1:]:
+                for _, part in copy.gradient_parts():
+                    part.zero_()
 
     def end_step(self) -> None:
         """Give every copy the sum over all copies. Collective among those who have one."""
-        for group, params in self._groups:
-            grads = [_gradient(param) for param in params]
-            total = grads[0]
-            for grad in grads[1:]:
-                total += grad
-            group.all_reduce(total)
-            for grad in grads[1:]:
-                grad.copy_(total)
-
-    @staticmethod
-    def _make_equal(group: Communicator, params: list[nn.Parameter]) -> None:
-        text = f"{params[0].dtype} {list(params[0].shape)}"
-        numbers = torch.empty(group.world_size, dtype=torch.int64, device=group.device)
-        group.all_gather(numbers, torch.tensor([_number(text)], device=group.device))
-        if len(set(numbers.tolist())) > 1 or any(param.shape != params[0].shape for param in params):
-            raise MismatchError(f"copies of a shared parameter differ; this rank's is {text}")
-        with torch.no_grad():
-            value = params[0].detach().contiguous()
-            group.broadcast(value, root=0)
-            for param in params:
-                param.copy_(value)
+        for group, copies in self._groups:
+            parts = [copy.gradient_parts(make=True) for copy in copies]
+            _check_parts(group, parts)
+            for same in zip(*parts, strict=True):
+                grads = [grad for _, grad in same]
+                total = grads[0]
+                for grad in grads[1:]:
+                    total += grad
+                group.all_reduce(total)
+                for grad in grads[1:]:
+                    grad.copy_(total)
 
 
-def _gradient(param: nn.Parameter) -> Tensor:
-    if param.grad is None:
-        param.grad = torch.zeros_like(param)
-    elif not param.grad.is_contiguous():
-        param.grad = param.grad.contiguous()
-    return param.grad
+@dataclass
+class _Copy:
+    """A shared parameter in one stage."""
+
+    param: nn.Parameter
+    module: nn.Module
+
+    @torch.no_grad()
+    def gradient_parts(self, *, make: bool = False) -> list[Part]:
+        """Where in the parameter, and what, as :meth:`pycomm.DataParallel.gradient_parts`.
+
+        Args:
+            make: zeros if there is none yet.
+        """
+        of_wrapper = getattr(self.module, "gradient_parts", None)
+        if of_wrapper is not None:
+            parts: list[Part] = of_wrapper(self.param)
+            return parts
+        if self.param.grad is None:
+            if not make:
+                return []
+            self.param.grad = torch.zeros_like(self.param)
+        elif not self.param.grad.is_contiguous():
+            self.param.grad = self.param.grad.contiguous()
+        return [(0, self.param.grad)]
 
 
-def _number(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=_DIGEST_BYTES).digest(), "little")
+def _check_parts(group: Communicator, parts: Sequence[Sequence[Part]]) -> None:
+    """Otherwise sums would be of different elements."""
+    cuts = {tuple((start, grad.numel()) for start, grad in of_copy) for of_copy in parts}
+    numbers = numbers_of_all(group, number_of(str(sorted(cuts))))
+    if len(cuts) > 1 or len(set(numbers)) > 1:
+        raise MismatchError(
+            f"the copies of a shared parameter have different shards of its gradient, here {sorted(cuts)}: train all "
+            "stages in one way, and give the copies one number as their attribute shard_turn before they are wrapped"
+        )
+
+
+def _make_equal(group: Communicator, params: Sequence[nn.Parameter]) -> None:
+    text = f"{params[0].dtype} {list(params[0].shape)}"
+    numbers = numbers_of_all(group, number_of(text))
+    if len(set(numbers)) > 1 or any(param.shape != params[0].shape for param in params):
+        raise MismatchError(f"copies of a shared parameter differ; this rank's is {text}")
+    with torch.no_grad():
+        value = params[0].detach().contiguous()
+        group.broadcast(value, root=0)
+        for param in params:
+            param.copy_(value)
 
 
 def _all_numbers(comm: Communicator, mine: list[int]) -> list[int]:
     """The numbers of all ranks' shared parameters, in one order. Collective."""
-    counts = torch.empty(comm.world_size, dtype=torch.int64, device=comm.device)
-    comm.all_gather(counts, torch.tensor([len(mine)], device=comm.device))
-    numbers = torch.empty(int(counts.sum()), dtype=torch.int64, device=comm.device)
+    counts = numbers_of_all(comm, len(mine))
+    numbers = torch.empty(sum(counts), dtype=torch.int64, device=comm.device)
     own = torch.tensor(mine, dtype=torch.int64, device=comm.device)
-    comm.all_gather(numbers, own, output_splits=counts.tolist())
+    comm.all_gather(numbers, own, output_splits=counts)
     return sorted(set(numbers.tolist()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.pipeline.backward import Leaves, SplitBackward, leaves_of
-from pycomm.pipeline.links import check_sendable
+from pycomm.pipeline.tokens import check_sendable
 
 __all__ = ["PipelineStage"]
 
@@ -21,9 +21,8 @@ class _Held:
     """A micro-batch between its F and its last B or W."""
 
     stage_input: Tensor
-    output: (
-        Tensor | None
-    )  # of the last stage: the weighted loss; None where nothing needs a gradient, or B has split it
+    # Of the last stage: the weighted loss. None where nothing needs a gradient, or B needs it no more.
+    output: Tensor | None
     output_grad: Tensor | None = None
     split: SplitBackward | None = None
 
@@ -33,7 +32,8 @@ class PipelineStage:
 
     Args:
         module: takes one tensor and returns one, the last stage's whatever the loss takes. It must not change its input
-            in place. A wrapper with ``no_sync()``, such as DataParallel, communicates on the last micro-batch only.
+            in place. A wrapper with ``no_sync()``, such as DataParallel, communicates on the last micro-batch only;
+            one whose ``averages_every_backward`` is true, on each.
         stage_index: its place in the model.
         num_stages: parts of the model.
         comm: the ranks of this pipeline.
@@ -108,6 +108,11 @@ class PipelineStage:
         if held.output is None:
             return self._for_previous(None, held)
         grad: Tensor | None = None
+        if self._averages_always:
+            # The wrapper's hooks take the weights' gradients as they come, so W would be a second backward.
+            torch.autograd.backward([held.output], _listed(output_grad))
+            held.output = None
+            return self._for_previous(held.stage_input.grad, held)
         with self._no_sync():
             if is_last and self._communicates:
                 # W of this one is a whole backward, since only that runs the hooks of the wrapper.
@@ -137,7 +142,7 @@ class PipelineStage:
         held.output_grad = output_grad
         if held.output is None:
             return self._for_previous(None, held)
-        with nullcontext() if is_last else self._no_sync():
+        with nullcontext() if is_last or self._averages_always else self._no_sync():
             torch.autograd.backward([held.output], _listed(output_grad))
         self._own_gradients(output_grad)
         return self._for_previous(held.stage_input.grad, held)
@@ -171,6 +176,10 @@ class PipelineStage:
     @property
     def _communicates(self) -> bool:
         return hasattr(self.module, "no_sync")
+
+    @property
+    def _averages_always(self) -> bool:
+        return bool(getattr(self.module, "averages_every_backward", False))
 
     def _no_sync(self) -> AbstractContextManager[None]:
         return self.module.no_sync() if self._communicates else nullcontext()  # type: ignore[operator]

@@ -198,8 +198,7 @@ def _assign(model: nn.Module, names: list[str], old: Tensor, part: Tensor) -> No
     for name in names:
         owner, _, own_name = name.rpartition(".")
         module = model.get_submodule(owner)
-        table: Any = module._parameters if own_name in module._parameters else module._buffers
-        table[own_name] = made
+        setattr(module, own_name, made)
 
 
 def _gather(value: Tensor, shard: Shard, comm: Communicator) -> Tensor:

@@ -14,6 +14,7 @@ Refs: "Megatron-LM" (2019); "Reducing Activation Recomputation in Large Transfor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,8 @@ class ParallelLayer(nn.Module):
 
     Attributes:
         comm: the ranks that have the other parts.
-        shards: how each parameter of this module (not of its children) is cut, by its name.
+        shards: how each parameter of this module (not of its children) is cut, by its name. Those that are have
+            the attribute ``is_part``.
     """
 
     comm: Communicator
@@ -49,6 +51,26 @@ class ParallelLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     transposed: bool = False
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._mark_parts()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ParallelLayer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._mark_parts()  # some, such as to_empty(), make new parameters
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_parts()  # copies of parameters lose their attributes
+
+    def _mark_parts(self) -> None:
+        """Say so to :func:`pycomm.clip_grad_norm_`, for which other parameters are the same on all ranks."""
+        for name, shard in self.shards.items():
+            param = self._parameters.get(name)
+            if param is not None and shard.dim is not None:
+                param.is_part = True  # type: ignore[attr-defined]
 
     def shard_sizes(self, name: str) -> list[int]:
         """How much of its cut dimension each rank has of parameter ``name``."""

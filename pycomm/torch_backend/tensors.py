@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch.distributed import ReduceOp
 
+from pycomm.arguments import MOVED, REDUCED
 from pycomm.errors import BackendUnavailableError
 
 __all__ = ["Finish", "combine", "flat", "kind_of", "landing", "operator", "reduced", "source", "spread", "together"]
@@ -19,19 +20,6 @@ __all__ = ["Finish", "combine", "flat", "kind_of", "landing", "operator", "reduc
 # What is left to do when the operation is over; None: nothing.
 Finish = Callable[[], None] | None
 
-_REDUCED = frozenset(
-    (
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.int8,
-        torch.uint8,
-        torch.int32,
-        torch.int64,
-    )
-)
-_MOVED = _REDUCED | {torch.bool}
 _NAMES = {
     ReduceOp.SUM: "sum",
     ReduceOp.AVG: "avg",
@@ -63,14 +51,14 @@ def kind_of(op: ReduceOp) -> ReduceOp.RedOpType:
 
 def source(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of ``tensor``, to be read: its own memory if a communicator takes it, a copy otherwise."""
-    if tensor.is_cpu and tensor.dtype in _MOVED and tensor.is_contiguous():
+    if tensor.is_cpu and tensor.dtype in MOVED and tensor.is_contiguous():
         return tensor
     return _wire(_dense(tensor))
 
 
 def landing(tensor: torch.Tensor) -> tuple[torch.Tensor, Finish]:
     """Where what is meant for ``tensor`` arrives, with its contents of now, and what brings it there."""
-    if tensor.is_cpu and tensor.dtype in _MOVED and tensor.is_contiguous():
+    if tensor.is_cpu and tensor.dtype in MOVED and tensor.is_contiguous():
         return tensor, None
     dense = _dense(tensor)
     return _wire(dense), (None if dense is tensor else partial(_copy, tensor, dense))
@@ -83,7 +71,7 @@ def reduced(tensor: torch.Tensor, op: ReduceOp) -> tuple[torch.Tensor, Finish]:
             # As NCCL does: every rank's factor, and the product rounded to the tensor's dtype.
             scaled = torch.mul(_dense(tensor), op.factor).to(tensor.dtype)
         return _numbers(scaled), partial(_copy, tensor, scaled)
-    if tensor.is_cpu and tensor.dtype in _REDUCED and tensor.is_contiguous():
+    if tensor.is_cpu and tensor.dtype in REDUCED and tensor.is_contiguous():
         return tensor, None
     dense = _dense(tensor)
     return _numbers(dense), (None if dense is tensor else partial(_copy, tensor, dense))
@@ -165,7 +153,7 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 def _wire(dense: torch.Tensor) -> torch.Tensor:
     """Contiguous memory as a dtype that communicators move; dim 0 stays what it is."""
-    if dense.dtype in _MOVED:
+    if dense.dtype in MOVED:
         return dense
     dense = dense.detach()
     return torch.view_as_real(dense) if dense.is_complex() else dense.unsqueeze(-1).view(torch.uint8)
@@ -181,7 +169,7 @@ def _numbers(dense: torch.Tensor) -> torch.Tensor:
         return torch.view_as_real(dense.detach())
     if dense.dtype is torch.bool:
         return dense.view(torch.uint8)
-    if dense.dtype not in _REDUCED:
+    if dense.dtype not in REDUCED:
         raise ValueError(
             f"the back end pycomm does not reduce {dense.dtype}; it does float32, float64, float16, bfloat16, int8, "
             f"uint8, int32, int64, bool and complex numbers"

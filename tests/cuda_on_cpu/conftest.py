@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.cuda_on_cpu.build import build
 from tests.cuda_on_cpu.kernels import Ranks, load
+from tests.native import build
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return load(build(tmp_path_factory.mktemp("cuda_on_cpu"), "fibers"))
+    return load(build(HERE, tmp_path_factory.mktemp("cuda_on_cpu"), PYCOMM_ON_CPU="fibers"))
 
 
 @pytest.fixture

@@ -242,7 +242,8 @@ void bucket_round(unsigned seed) {
   for (const float value : first) expect(value, 0.5, "scattered");
 }
 
-/// The last rank never comes; the host watches the status words meanwhile.
+/// The last rank never comes; the host watches a status word meanwhile. The clock is the machine's, so the others may
+/// be late, too: who must be named, fibers show (test_messages_and_faults.py).
 void dead_rank_round(int num_ranks) {
   World world(num_ranks, 20'000'000);
   constexpr std::int64_t kCount = kChunkElements + 13;
@@ -252,15 +253,16 @@ void dead_rank_round(int num_ranks) {
     for (int peer = 0; peer < num_ranks; ++peer) params.data[peer] = tensor.data();
     launch_all_reduce_two_shot(params, world.shape(rank, kBlocks, kThreads));
   }
-  int missing = -1;
+  bool is_named = false;
   std::thread watcher([&] {
     Status& status = world.status(0);
     while (std::atomic_ref(status.code).load(std::memory_order_acquire) == 0) std::this_thread::yield();
-    missing = status.code == static_cast<std::uint32_t>(StatusCode::kExpired) ? status.rank : num_ranks - 1;
+    is_named = status.code == static_cast<std::uint32_t>(StatusCode::kExpired) ? status.rank > 0 : status.rank >= 0;
   });
   cuda_on_cpu::run(0);
   watcher.join();
-  expect(missing, num_ranks - 1, "missing rank");
+  expect(is_named, true, "another rank is named");
+  for (int rank = 0; rank + 1 < num_ranks; ++rank) expect(world.status(rank).code != 0, true, "gives up");
 }
 
 }  // namespace

@@ -64,6 +64,24 @@ def test_a_rank_that_does_not_post_is_named(pool):
     assert first[0] == "wait_posted(2)"
 
 
+def wait_for_one(comm):
+    """A chain: each rank waits for the one before it alone, and the last rank never posts."""
+    flag = flag_of(comm)
+    if comm.rank:
+        comm.wait_posted(flag, 1, rank=comm.rank - 1)
+    if comm.rank + 1 < comm.world_size:
+        comm.post(flag, 1)
+    try:
+        comm.wait_posted(flag, 1, rank=comm.world_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_one_rank_can_be_waited_for_alone(pool):
+    assert all("rank is 3" in message for message in pool.run(3, wait_for_one))
+
+
 def refusals(comm, make_flag):
     flag = make_flag(comm)
     messages = []

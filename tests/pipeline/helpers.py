@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,6 +52,9 @@ def on_this_rank(comm: Communicator, schedule: Schedule, step: int = 0) -> tuple
     return inputs if comm.rank == first else None, targets if comm.rank == last else None
 
 
+TIED = ("token_embedding.weight", "unembedding.weight")
+
+
 class Reference:
     """One process that goes through the same micro-batches in the same order, gradients adding up over steps.
 
@@ -69,23 +72,40 @@ class Reference:
         self.params = dict(self.whole.named_parameters())
         self.abs_sums = {name: torch.zeros_like(param) for name, param in self.params.items()}
 
-    def step(self, step: int = 0, *, tied: bool = True) -> float:
+    def of_microbatches(self, step: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Weighted loss and gradients of each micro-batch."""
         inputs, targets = (part.tensor_split(MICROBATCHES) for part in batch(step))
+        for x, y in zip(inputs, targets, strict=True):
+            loss = next_token_loss(self.whole(x), y) * (len(x) / ROWS)
+            grads = torch.autograd.grad(loss, list(self.params.values()))
+            yield loss.detach(), dict(zip(self.params, grads, strict=True))
+
+    def step(self, step: int = 0, *, tied: bool = True) -> float:
         total = torch.tensor(0.0, dtype=self.whole.final_norm.weight.dtype)
         embedding, output = self.params["token_embedding.weight"], self.params["unembedding.weight"]
         output.grad = None
-        for x, y in zip(inputs, targets, strict=True):
-            loss = next_token_loss(self.whole(x), y) * (len(x) / ROWS)
-            total = total + loss.detach()
-            grads = torch.autograd.grad(loss, list(self.params.values()))
-            for (name, param), grad in zip(self.params.items(), grads, strict=True):
-                param.grad = grad if param.grad is None else param.grad + grad
-                self.abs_sums[name] += grad.abs()
+        for loss, grads in self.of_microbatches(step):
+            total = total + loss
+            for name, param in self.params.items():
+                param.grad = grads[name] if param.grad is None else param.grad + grads[name]
+                self.abs_sums[name] += grads[name].abs()
         assert embedding.grad is not None
         assert output.grad is not None
         if tied:
             embedding.grad = output.grad = embedding.grad + output.grad
         return float(total)
+
+
+@torch.no_grad()
+def nudge(params: Iterable[Tensor], part: float, generator: torch.Generator) -> None:
+    """Change every element by ``part`` of itself, up or down: what rounding does to training, only more."""
+    for param in params:
+        signs = 2 * torch.randint(2, param.shape, generator=generator) - 1
+        param.addcmul_(param, signs.to(param.dtype), value=part)
+
+
+def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def gradients(params: Iterator[tuple[str, torch.nn.Parameter]]) -> dict[str, Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from pycomm.models import GPT, GPTConfig
+from pycomm.models import GPT, GPTConfig, GPTStage
 from pycomm.pipeline.backward import SplitBackward, leaves_of
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -165,6 +168,27 @@ def test_a_first_stage_has_no_input_gradient_and_still_splits() -> None:
     split.weights()
     for key, param in model.named_parameters():
         assert is_close(param.grad, want[key]), key
+
+
+def test_b_of_a_first_stage_keeps_no_graph() -> None:
+    """Its first norm leads to nothing but its own scale and the embedding, both of which get their gradients in B."""
+    config = GPTConfig(vocab_size=11, hidden=8, num_heads=2, num_layers=2, max_seq=5, tie_embeddings=False)
+    stage = GPTStage(GPT(config), range(3))
+    output = stage(torch.arange(10).view(2, 5))
+    norm = next(node for node in _nodes(output.grad_fn) if "LayerNorm" in node.name())
+    split = SplitBackward(output, leaves_of(stage.parameters()))
+    split.inputs(torch.ones_like(output), None)
+    with pytest.raises(RuntimeError, match="already been freed"):
+        _ = norm._saved_input
+    split.weights()
+    assert all(param.grad is not None for param in stage.parameters())
+
+
+def _nodes(node: Node) -> Iterator[Node]:
+    yield node
+    for following, _ in node.next_functions:
+        if following is not None:
+            yield from _nodes(following)
 
 
 @pytest.mark.parametrize("hooked", [False, True])

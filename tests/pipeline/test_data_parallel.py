@@ -11,10 +11,8 @@ from pycomm import Communicator
 from pycomm.models import gpt_stages, next_token_loss
 from pycomm.pipeline import NAMES, Pipeline
 from tests.data_parallel.helpers import Recorder
-from tests.pipeline.helpers import Reference, batch, gradients, model, schedule_of
+from tests.pipeline.helpers import TIED, Reference, batch, gradients, model, schedule_of
 from tests.pool import Pool
-
-TIED = ("token_embedding.weight", "unembedding.weight")
 
 
 def replicas(comm: Communicator, name: str, pp: int) -> tuple[list[float], dict[str, Tensor], int]:

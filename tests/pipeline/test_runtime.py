@@ -13,6 +13,7 @@ from pycomm.pipeline import NAMES, Timeline, measured_costs, simulate
 from tests.pipeline.helpers import (
     CONFIG,
     MICROBATCHES,
+    TIED,
     Reference,
     batch,
     gradients,
@@ -25,7 +26,6 @@ from tests.pipeline.helpers import (
 from tests.pool import Pool
 
 NUM_STEPS = 3
-TIED = ("token_embedding.weight", "unembedding.weight")
 
 
 SPLIT = ("zb_h1", "zb_v")

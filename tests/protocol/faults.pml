@@ -5,14 +5,15 @@
  *   - nobody dies, and a deadline passes although the others are only slow;
  *   - a host sets `abort` in its rank's pad.
  *
- * The deadline of one rank passes, at any look that does not find the flag; those of the others do not, so it is `abort`
- * that frees them. The stream of a rank that gave up goes on: the tensor's owner overwrites it.
+ * The deadline of one rank may pass at any look that does not find the flag, those of the others only when nothing else
+ * moves any more; and not when somebody has given up, for then it is `abort` that frees them. The stream of a rank that
+ * gave up goes on: the tensor's owner overwrites it.
  *
  * Proved: every kernel of every living rank ends; who has given up writes no data and no flag any more; flags only grow;
  * and a kernel that does not give up has the right result, whoever else does.
  *
- * A step ends where another thread's may make a difference: a wait whose threads look one after the other ends as if
- * all looked when the last one does, since flags and `abort` stay set.
+ * A step ends where another rank's may make a difference. The threads of a block signal in any order, and look one after
+ * the other; their wait ends as if all looked when the last one does, since flags and `abort` stay set.
  *
  * Stores are seen at once and in order here. What barrier.pml shows of acquires and releases holds until the first
  * abort; after it, this model relies on a kernel's stores being seen before the next kernel of its stream begins. */
@@ -24,13 +25,14 @@
 #define NO_LOOK_FIRST 4  /* a kernel does not look at `abort` before it begins */
 #define OWN_ABORT 5      /* who gives up sets `abort` in its own pad only */
 
-mtype = { one_shot, two_shot, begins, enters, awaits, writes, gives_up, ends };
+mtype = { one_shot, two_shot, begins, enters, awaits, reads, writes, gives_up, ends };
 mtype kernel[KERNELS];
 byte broken;
 #define NOBODY RANKS
 byte mortal = NOBODY;   /* who may die */
-byte hurried = NOBODY;  /* whose deadlines pass */
+byte hurried = NOBODY;  /* whose deadline is short */
 bit dead;
+bit somebody_gave_up;
 
 /* flags: by rank and block, as `barrier` of signal_pad.hpp. tensor: by the rank and block that reduce it. staging: by
  * set and block. */
@@ -51,7 +53,8 @@ hidden byte q, c;
 #define WRONG 255
 
 #define BY(r) ((r) * BLOCKS + block)
-#define HAS_COME(r) (pad[rank].flags[BY(r)] >= epoch)
+#define HAS_COME(r) ((r) == rank || pad[rank].flags[BY(r)] >= epoch)
+#define MUST_SIGNAL(p) ((todo >> (p)) & 1)
 #if RANKS == 2
 #define ALL_HAVE_COME (HAS_COME(0) && HAS_COME(1))
 #else
@@ -59,13 +62,16 @@ hidden byte q, c;
 #endif
 #define SEES_ABORT (pad[rank].abort && broken != NO_ABORT)
 
-inline signal() {
-  assert(!failed[rank]);
+/* Its own flag needs no signal here. */
+inline enter_barrier() {
   epoch++;
-  for (q : 0 .. RANKS - 1) {
-    assert(pad[q].flags[BY(rank)] < epoch);
-    pad[q].flags[BY(rank)] = epoch
-  }
+  todo = ((1 << RANKS) - 1) & ~(1 << rank)
+}
+inline signal(p) {
+  assert(!failed[rank]);
+  assert(pad[p].flags[BY(rank)] < epoch);
+  pad[p].flags[BY(rank)] = epoch;
+  todo = todo & ~(1 << (p))
 }
 inline stage() {
   assert(!failed[rank]);
@@ -109,37 +115,47 @@ inline end_kernel() {
 
 proctype run_block(byte rank, block) provided (!(dead && mortal == (_pid - 1) / BLOCKS)) {
   mtype at = begins;
-  byte k, epoch, peer;
+  byte k, epoch, todo, peer;
   bit is_second, is_right;
+end: /* of a dead rank; init sees to the others */
   do
   :: atomic { at == begins && k < KERNELS && num_ended[rank] >= k * BLOCKS ->
        epoch = pad[rank].epoch[block];
        at = (SEES_ABORT && broken != NO_LOOK_FIRST -> gives_up : enters)
      }
-  :: atomic { at == enters -> stage(); signal(); at = awaits }
-  :: atomic { at == awaits && ALL_HAVE_COME && (!SEES_ABORT || broken == NO_LOOK_AFTER) ->
-       if
-       :: kernel[k] == one_shot -> read_staging(); at = ends
-       :: kernel[k] == two_shot && !is_second -> read_tensors(); at = writes
-       :: else -> at = ends
-       fi
+  :: atomic { at == enters -> stage(); enter_barrier(); at = awaits }
+  :: atomic { MUST_SIGNAL(0) -> signal(0) }
+  :: atomic { MUST_SIGNAL(1) -> signal(1) }
+#if RANKS > 2
+  :: atomic { MUST_SIGNAL(2) -> signal(2) }
+#endif
+  :: atomic { at == awaits && !todo && ALL_HAVE_COME && (!SEES_ABORT || broken == NO_LOOK_AFTER) ->
+       at = (is_second -> ends : reads)
      }
   :: atomic { at == awaits && SEES_ABORT -> at = gives_up }
   :: atomic { at == awaits && !ALL_HAVE_COME && hurried == rank && broken != NO_DEADLINE -> at = gives_up }
-  :: atomic { at == writes -> write_tensors(); is_second = true; signal(); at = awaits }
-  :: atomic { at == gives_up ->
+  :: atomic { timeout && at == awaits && broken != NO_DEADLINE -> assert(!somebody_gave_up); at = gives_up }
+  :: atomic { at == reads && kernel[k] == one_shot -> read_staging(); at = ends }
+  :: atomic { at == reads && kernel[k] == two_shot -> read_tensors(); at = writes }
+  :: atomic { at == writes -> write_tensors(); is_second = true; enter_barrier(); at = awaits }
+  :: atomic { at == gives_up && peer < RANKS ->
        fails[rank] = true;
+       somebody_gave_up = true;
        pad[(rank + peer) % RANKS].abort = true;
-       peer = (broken == OWN_ABORT -> RANKS : peer + 1);
-       if
-       :: peer == RANKS -> end_kernel()
-       :: else
-       fi
+       peer = (broken == OWN_ABORT -> RANKS : peer + 1)
      }
+  :: atomic { at == gives_up && peer == RANKS && !todo -> end_kernel() }
   :: atomic { at == ends -> pad[rank].epoch[block] = epoch; end_kernel() }
   :: at == begins && k == KERNELS -> break
   od
 }
+
+#define HAS_ENDED(r) ((r) == mortal || num_ended[r] == KERNELS * BLOCKS)
+#if RANKS == 2
+#define ALL_HAVE_ENDED (HAS_ENDED(0) && HAS_ENDED(1))
+#else
+#define ALL_HAVE_ENDED (HAS_ENDED(0) && HAS_ENDED(1) && HAS_ENDED(2))
+#endif
 
 /* The first process, so that a block's number follows from its rank. */
 init {
@@ -168,6 +184,5 @@ init {
   :: host_aborts -> pad[0].abort = true
   :: else
   fi;
-  timeout;  /* nothing moves any more */
-  for (r : 0 .. RANKS - 1) { assert(r == mortal || num_ended[r] == KERNELS * BLOCKS) }
+  ALL_HAVE_ENDED
 }

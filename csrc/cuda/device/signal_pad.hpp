@@ -32,10 +32,11 @@ enum class StatusCode : std::uint32_t {
   kAborted = 2,  // another rank, or the host, has set `abort`
 };
 
-/// What a kernel that gave up tells the host: in memory of the host that the device maps. `code` is written last.
+/// What the first kernel that gave up tells the host: in memory of the host that the device maps. `code` is written
+/// last. While it is kRunning, all kernels that have ended have the right results.
 struct Status {
   std::uint32_t code;  // StatusCode
-  std::int32_t rank;   // that this one waited for
+  std::int32_t rank;   // that this one waited for; its own: the group had been aborted before the kernel began
   std::int32_t block;
   std::uint32_t expected;
   std::uint32_t seen;

@@ -21,6 +21,7 @@ enum class ErrorKind {
   kDeadlock,     // StrictOrderError: calls wait for each other; the ranks are out of step
   kWaitExpired,  // TimeoutError: Work::wait(timeout) ran out, the operation goes on
   kOutOfMemory,  // MemoryError
+  kUnavailable,  // BackendUnavailableError: a library or device is not here
 };
 
 class Error : public std::runtime_error {

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from pycomm import _C, env
 from pycomm.arguments import Checked, Message
 from pycomm.backends import Backend, Calls
+from pycomm.backends.causes import Cause
 from pycomm.backends.gloo.calls import Call
-from pycomm.backends.gloo.causes import Cause
 from pycomm.backends.gloo.collectives import Body, HostsCollectives
 from pycomm.backends.gloo.failure import Failure
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
@@ -164,6 +164,9 @@ class HostsBackend(HostsCollectives):
 
         self._run(Call(0, "split"), body, False, timeout_s)
         return found[0] if found else None
+
+    def synchronize(self, timeout_s: float) -> None:
+        """Nothing is under way that no Work stands for."""
 
     def abort(self, reason: str) -> None:
         self._check_process()

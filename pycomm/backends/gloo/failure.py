@@ -11,17 +11,16 @@ import threading
 import time
 from collections.abc import Callable
 
-from pycomm.backends.gloo.causes import Cause, ranks_text
+from pycomm.backends.causes import LEFT, Cause, ranks_text
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
 from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.gloo.wire import WireError
-from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
+from pycomm.errors import MismatchError, PycommError
 
 __all__ = ["Failure"]
 
 _GRACE_S = 1.0  # for news of the reason, before a rank names what it saw itself
 _LOOK_S = 0.02
-_LEFT = "exited normally (it closed the communicator)"
 
 
 class Failure:
@@ -57,17 +56,7 @@ class Failure:
 
     def of_host(self, error: PycommError, timeout_s: float) -> Cause:
         """What an error of the host transport says, with the numbers of the whole group."""
-        cause = Cause.decode(str(error))
-        if cause is not None:  # passed on by a rank of this host
-            return cause
-        here = self._topology.neighbours
-        if isinstance(error, PeerTimeoutError):
-            ranks = tuple(here[place] for place in error.missing_ranks)
-            return Cause("expired", ranks, f"{ranks_text(ranks)} did not come within {timeout_s:g} s")
-        if isinstance(error, PeerLostError) and error.lost_ranks:
-            ranks = tuple(here[place] for place in error.lost_ranks)
-            return Cause("lost", ranks, f"{ranks_text(ranks)} {_how(str(error))}")
-        return Cause("lost", (), str(error))
+        return Cause.of_host(error, timeout_s, self._topology.neighbours)
 
     def mismatch(self, error: MismatchError) -> MismatchError:
         """Of a message inside this host, with the numbers of the whole group."""
@@ -100,11 +89,4 @@ class Failure:
 
     def of_gone(self, rank: int) -> Cause:
         """A rank's connection is closed, and it has not said why."""
-        return Cause("lost", (rank,), f"rank {rank} {_LEFT if rank in self.left else 'died'}")
-
-
-def _how(text: str) -> str:
-    if "exited normally" in text:
-        return _LEFT
-    _, aborted, reason = text.partition(" aborted: ")
-    return f"aborted: {reason}" if aborted else "died"
+        return Cause("lost", (rank,), f"rank {rank} {LEFT if rank in self.left else 'died'}")

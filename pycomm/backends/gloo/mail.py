@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from pycomm.backends.causes import Cause
 from pycomm.backends.gloo.calls import DTYPES, describe_message, dtype_name
-from pycomm.backends.gloo.causes import Cause
 from pycomm.backends.gloo.frames import BODY_BYTES, Frame, Frames, Kind
 from pycomm.backends.gloo.operations import LocalOperation, Operation
 from pycomm.backends.gloo.wire import Wire, WireError

@@ -1,0 +1,281 @@
+// The calls of a Communicator in NCCL's terms. Parts that differ in size, and what NCCL has no collective for in every
+// version, are groups.
+#include <stdexcept>
+
+#include "nccl/communicator.hpp"
+
+namespace pycomm::nccl {
+
+namespace {
+
+abi::DataType type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return abi::kFloat32;
+    case DType::kFloat64:
+      return abi::kFloat64;
+    case DType::kFloat16:
+      return abi::kFloat16;
+    case DType::kBFloat16:
+      return abi::kBfloat16;
+    case DType::kInt8:
+      return abi::kInt8;
+    case DType::kUInt8:
+      return abi::kUint8;
+    case DType::kInt32:
+      return abi::kInt32;
+    case DType::kInt64:
+      return abi::kInt64;
+  }
+  throw std::invalid_argument("unknown dtype");
+}
+
+/// Throws std::invalid_argument for an average of integers.
+abi::RedOp op_of(ReduceOp op, DType dtype) {
+  switch (op) {
+    case ReduceOp::kSum:
+      return abi::kSum;
+    case ReduceOp::kAvg:
+      if (!is_floating_point(dtype)) {
+        throw std::invalid_argument(std::string("avg of ") + name_of(dtype) +
+                                    " is not defined; sum it and divide, or convert it to a floating-point type");
+      }
+      return abi::kAvg;
+    case ReduceOp::kMin:
+      return abi::kMin;
+    case ReduceOp::kMax:
+      return abi::kMax;
+    case ReduceOp::kProd:
+      return abi::kProd;
+  }
+  throw std::invalid_argument("unknown op");
+}
+
+/// The first result that stops a group from growing.
+bool stops(abi::Result result) { return result != abi::kSuccess && result != abi::kInProgress; }
+
+std::uint64_t total(const Parts& parts) {
+  std::uint64_t sum = 0;
+  for (const std::uint64_t count : parts.counts) sum += count;
+  return sum;
+}
+
+const std::byte* at(const void* data, std::uint64_t element, DType dtype) {
+  return static_cast<const std::byte*>(data) + element * size_of(dtype);
+}
+std::byte* at(void* data, std::uint64_t element, DType dtype) {
+  return static_cast<std::byte*>(data) + element * size_of(dtype);
+}
+
+abi::CollConfig config_of(const CallOptions& options) {
+  abi::CollConfig config;
+  config.max_ctas = options.max_ctas;
+  return config;
+}
+
+/// `plain`, or `configured` where the call has a budget of its own.
+template <class Plain, class Configured, class... Arguments>
+abi::Result with_budget(const CallOptions& options, Plain plain, Configured configured, Arguments... arguments) {
+  if (options.max_ctas == 0) return plain(arguments...);
+  const abi::CollConfig config = config_of(options);
+  return configured(arguments..., &config);
+}
+
+}  // namespace
+
+OperationPtr Communicator::all_reduce(const Buffers& buffers, std::uint64_t count, ReduceOp op,
+                                      const CallOptions& options) {
+  const abi::RedOp red_op = op_of(op, buffers.dtype);
+  const Call call{.kind = OpKind::kAllReduce, .dtype = buffers.dtype, .reduce_op = op, .count = count};
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return with_budget(options, library_->all_reduce, library_->all_reduce_config, buffers.input, buffers.output, count,
+                       type_of(buffers.dtype), red_op, comm, stream);
+  });
+}
+
+OperationPtr Communicator::barrier(void* byte, const CallOptions& options) {
+  return enqueue(Call{.kind = OpKind::kBarrier}, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return library_->all_reduce(byte, byte, 1, abi::kUint8, abi::kSum, comm, stream);
+  });
+}
+
+OperationPtr Communicator::broadcast(const Buffers& buffers, std::uint64_t count, int root,
+                                     const CallOptions& options) {
+  const Call call{.kind = OpKind::kBroadcast, .dtype = buffers.dtype, .root = root, .count = count};
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return with_budget(options, library_->broadcast, library_->broadcast_config, buffers.input, buffers.output, count,
+                       type_of(buffers.dtype), root, comm, stream);
+  });
+}
+
+OperationPtr Communicator::reduce(const Buffers& buffers, std::uint64_t count, int root, ReduceOp op,
+                                  const CallOptions& options) {
+  const abi::RedOp red_op = op_of(op, buffers.dtype);
+  const Call call{.kind = OpKind::kReduce, .dtype = buffers.dtype, .reduce_op = op, .root = root, .count = count};
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return with_budget(options, library_->reduce, library_->reduce_config, buffers.input, buffers.output, count,
+                       type_of(buffers.dtype), red_op, root, comm, stream);
+  });
+}
+
+OperationPtr Communicator::reduce_scatter(const Buffers& buffers, const Parts& parts, ReduceOp op,
+                                          const CallOptions& options) {
+  const abi::RedOp red_op = op_of(op, buffers.dtype);
+  const abi::DataType type = type_of(buffers.dtype);
+  const Call call{.kind = OpKind::kReduceScatter,
+                  .dtype = buffers.dtype,
+                  .reduce_op = op,
+                  .count = total(parts),
+                  .splits = parts.splits};
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    if (parts.splits == 0) {
+      return with_budget(options, library_->reduce_scatter, library_->reduce_scatter_config, buffers.input,
+                         buffers.output, parts.counts.front(), type, red_op, comm, stream);
+    }
+    return grouped([&] {
+      abi::Result result = abi::kSuccess;
+      std::uint64_t start = 0;
+      for (int owner = 0; owner < world_size_ && !stops(result); ++owner) {
+        const std::uint64_t count = parts.counts[static_cast<std::size_t>(owner)];
+        void* const output = owner == rank_ ? buffers.output : nullptr;
+        if (count != 0) {
+          const void* const input = at(buffers.input, start, buffers.dtype);
+          result = with_budget(options, library_->reduce, library_->reduce_config, input, output, count, type, red_op,
+                               owner, comm, stream);
+        }
+        start += count;
+      }
+      return result;
+    });
+  });
+}
+
+OperationPtr Communicator::all_gather(const Buffers& buffers, const Parts& parts, const CallOptions& options) {
+  const abi::DataType type = type_of(buffers.dtype);
+  const Call call{.kind = OpKind::kAllGather, .dtype = buffers.dtype, .count = total(parts), .splits = parts.splits};
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    if (parts.splits == 0) {
+      return with_budget(options, library_->all_gather, library_->all_gather_config, buffers.input, buffers.output,
+                         parts.counts.front(), type, comm, stream);
+    }
+    return grouped([&] {
+      abi::Result result = abi::kSuccess;
+      std::uint64_t start = 0;
+      for (int owner = 0; owner < world_size_ && !stops(result); ++owner) {
+        const std::uint64_t count = parts.counts[static_cast<std::size_t>(owner)];
+        void* const output = at(buffers.output, start, buffers.dtype);
+        const void* const input = owner == rank_ ? buffers.input : output;
+        if (count != 0) {
+          result = with_budget(options, library_->broadcast, library_->broadcast_config, input, output, count, type,
+                               owner, comm, stream);
+        }
+        start += count;
+      }
+      return result;
+    });
+  });
+}
+
+OperationPtr Communicator::all_to_all(const Buffers& buffers, const Parts& output, const Parts& input,
+                                      const CallOptions& options) {
+  const abi::DataType type = type_of(buffers.dtype);
+  Call call{.kind = OpKind::kAllToAll, .dtype = buffers.dtype, .splits = output.splits};
+  if (output.splits == 0) call.count = total(input);
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return grouped([&] {
+      abi::Result result = abi::kSuccess;
+      std::uint64_t from = 0;
+      std::uint64_t to = 0;
+      for (int peer = 0; peer < world_size_ && !stops(result); ++peer) {
+        const std::uint64_t sent = input.counts[static_cast<std::size_t>(peer)];
+        const std::uint64_t received = output.counts[static_cast<std::size_t>(peer)];
+        if (sent != 0) {
+          result = library_->send(at(buffers.input, from, buffers.dtype), sent, type, peer, comm, stream);
+        }
+        if (received != 0 && !stops(result)) {
+          result = library_->recv(at(buffers.output, to, buffers.dtype), received, type, peer, comm, stream);
+        }
+        from += sent;
+        to += received;
+      }
+      return result;
+    });
+  });
+}
+
+OperationPtr Communicator::gather(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options) {
+  const abi::DataType type = type_of(buffers.dtype);
+  const Call call{.kind = OpKind::kGather,
+                  .dtype = buffers.dtype,
+                  .root = root,
+                  .count = count * static_cast<std::uint64_t>(world_size_)};
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return grouped([&] {
+      if (count == 0) return abi::kSuccess;
+      abi::Result result = abi::kSuccess;
+      const auto place = [&](int rank) {
+        return at(buffers.output, count * static_cast<std::uint64_t>(rank), buffers.dtype);
+      };
+      const bool in_place = rank_ == root && buffers.input == place(root);
+      if (!in_place) result = library_->send(buffers.input, count, type, root, comm, stream);
+      if (rank_ != root) return result;
+      for (int from = 0; from < world_size_ && !stops(result); ++from) {
+        if (from != root || !in_place) result = library_->recv(place(from), count, type, from, comm, stream);
+      }
+      return result;
+    });
+  });
+}
+
+OperationPtr Communicator::scatter(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options) {
+  const abi::DataType type = type_of(buffers.dtype);
+  const Call call{.kind = OpKind::kScatter,
+                  .dtype = buffers.dtype,
+                  .root = root,
+                  .count = count * static_cast<std::uint64_t>(world_size_)};
+  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return grouped([&] {
+      if (count == 0) return abi::kSuccess;
+      abi::Result result = abi::kSuccess;
+      const auto place = [&](int rank) {
+        return at(buffers.input, count * static_cast<std::uint64_t>(rank), buffers.dtype);
+      };
+      const bool in_place = rank_ == root && buffers.output == place(root);
+      if (!in_place) result = library_->recv(buffers.output, count, type, root, comm, stream);
+      if (rank_ != root) return result;
+      for (int to = 0; to < world_size_ && !stops(result); ++to) {
+        if (to != root || !in_place) result = library_->send(place(to), count, type, to, comm, stream);
+      }
+      return result;
+    });
+  });
+}
+
+OperationPtr Communicator::exchange(std::span<const Message> messages, const CallOptions& options) {
+  const std::lock_guard issuing(issuing_);
+  Call first;
+  for (const Message& message : messages) {
+    const Call call{.kind = message.is_send ? OpKind::kSend : OpKind::kRecv,
+                    .dtype = message.dtype,
+                    .root = message.peer,
+                    .count = message.count,
+                    .splits = static_cast<std::uint64_t>(message.tag)};
+    if (aborted()) throw Error(ErrorKind::kGeneral, describe(call) + ": the communicator has been aborted");
+    if (first.kind == OpKind::kNone) first = call;
+    log_.add_message(call);
+  }
+  return enqueue_logged(first, 0, options, [&](abi::Comm* comm, abi::Stream stream) {
+    return grouped([&] {
+      abi::Result result = abi::kSuccess;
+      for (const Message& message : messages) {
+        const abi::DataType type = type_of(message.dtype);
+        result = message.is_send ? library_->send(message.data, message.count, type, message.peer, comm, stream)
+                                 : library_->recv(message.data, message.count, type, message.peer, comm, stream);
+        if (stops(result)) break;
+      }
+      return result;
+    });
+  });
+}
+
+}  // namespace pycomm::nccl

@@ -1,0 +1,377 @@
+"""NCCL between GPUs. See docs/nccl.md.
+
+Calls are enqueued and return at once: synchronous ones on the caller's current stream, asynchronous ones on the
+communicator's own. NCCL does the sums, in an order of its own. What goes wrong surfaces at the next call or in
+``synchronize``; :class:`pycomm.backends.nccl.watchdog.Watchdog` finds it out.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+
+from pycomm import _C
+from pycomm.arguments import Checked, Message
+from pycomm.backends import Backend, Calls
+from pycomm.backends.causes import Cause
+from pycomm.backends.gloo import HostsBackend
+from pycomm.backends.nccl.gpu import Gpu
+from pycomm.backends.nccl.library import load_nccl
+from pycomm.backends.nccl.thresholds import Thresholds
+from pycomm.backends.nccl.watchdog import Watchdog
+from pycomm.backends.nccl.work import NcclWork
+from pycomm.backends.shm import ShmBackend
+from pycomm.errors import BackendUnavailableError, MismatchError, PycommError, StrictOrderError
+from pycomm.rendezvous import Rendezvous
+
+__all__ = ["NcclBackend"]
+
+_SPLIT = struct.Struct("<?qq")
+_MOST_TAG = 2**63 - 1
+_NO_BOUND_S = 1e9  # an operation's own deadline ends it
+_NAMES = {
+    getattr(torch, name): name
+    for name in ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
+} | {torch.bool: "uint8"}  # of calls that only move elements
+
+Call = Callable[[_C.NcclOptions], _C.NcclOperation]
+
+
+class NcclBackend:
+    """One rank's end; see :class:`pycomm.backends.Backend`.
+
+    Args:
+        control: a group of the same ranks on the host, for the watchdog; None: a world of one.
+        desk: another, for what all ranks agree on in calls.
+    """
+
+    name = "nccl"
+
+    def __init__(
+        self,
+        core: _C.NcclCommunicator,
+        library: _C.NcclLibrary,
+        gpu: Gpu,
+        control: Backend | None,
+        desk: Backend | None,
+        group: str,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+    ) -> None:
+        self.calls: Calls = Checked(self, timeout_s)
+        self.device = gpu.device
+        self.rank = rank
+        self.world_size = world_size
+        self.group = group
+        self._core = core
+        self._library = library
+        self._gpu = gpu
+        self._control = control
+        self._desk = desk
+        self._timeout_s = timeout_s
+        self._num_splits = 0
+        self._max_ctas = 0
+        self._closed = False
+        self._process = os.getpid()
+        # Rank 0's. Consulted where peers map each other's memory, which no provider offers to this back end yet.
+        self.thresholds = self._agreed_thresholds()
+        self._byte = torch.zeros(1, dtype=torch.uint8, device=gpu.device)  # what barriers reduce
+        self._watchdog = Watchdog(core, control, gpu.driver, group, timeout_s)
+        self._watchdog.start()
+
+    @classmethod
+    def connect(cls, rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> NcclBackend:
+        """Meet all ranks, on the host first.
+
+        Args:
+            hosts: by rank, the host by any name.
+        """
+        library, gpu = load_nccl(), Gpu.of_this_rank()
+        rank, world_size, timeout_s = rendezvous.rank, rendezvous.world_size, rendezvous.timeout_s
+        control = _control_group(rendezvous, hosts, group)
+        desk = None if control is None else control.split(0, rank, timeout_s)
+        if rank == 0:
+            unique_id = library.unique_id()
+            rendezvous.put("nccl/id", unique_id.hex())
+        else:
+            unique_id = bytes.fromhex(rendezvous.get("nccl/id", rank=0))
+        core = _C.NcclCommunicator(library, gpu.core, rank, world_size)
+        core.connect(unique_id, timeout_s)
+        return cls(core, library, gpu, control, desk, group, rank, world_size, timeout_s)
+
+    def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
+        where, count, dtype = _parts(tensor)
+        return self._collective(lambda o: self._core.all_reduce(where, count, dtype, op, o), async_op, timeout_s)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None:
+        where, count, dtype = _parts(tensor)
+        return self._collective(lambda o: self._core.broadcast(where, count, dtype, root, o), async_op, timeout_s)
+
+    def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
+        where, count, dtype = _parts(tensor)
+        return self._collective(lambda o: self._core.reduce(where, count, dtype, root, op, o), async_op, timeout_s)
+
+    def reduce_scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        op: str,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        into, (where, _, dtype) = output.data_ptr(), _parts(input)
+        return self._collective(
+            lambda o: self._core.reduce_scatter(into, where, counts, dtype, op, o), async_op, timeout_s
+        )
+
+    def all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None:
+        into, (where, _, dtype) = output.data_ptr(), _parts(input)
+        return self._collective(lambda o: self._core.all_gather(into, where, counts, dtype, o), async_op, timeout_s)
+
+    def all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
+    ) -> _C.Work | None:
+        return self._all_to_all(output, input, counts, counts, False, async_op, timeout_s)
+
+    def all_to_all_by_splits(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_counts: Sequence[int],
+        input_counts: Sequence[int],
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        return self._all_to_all(output, input, output_counts, input_counts, True, async_op, timeout_s)
+
+    def gather(
+        self,
+        output: torch.Tensor | None,
+        input: torch.Tensor,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        into, (where, count, dtype) = 0 if output is None else output.data_ptr(), _parts(input)
+        return self._collective(lambda o: self._core.gather(into, where, count, dtype, root, o), async_op, timeout_s)
+
+    def scatter(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor | None,
+        counts: Sequence[int],
+        root: int,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        (into, count, dtype), where = _parts(output), 0 if input is None else input.data_ptr()
+        return self._collective(lambda o: self._core.scatter(into, where, count, dtype, root, o), async_op, timeout_s)
+
+    def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None:
+        """Blocks the host, unlike the other calls: code after it may rely on files that other ranks have written."""
+        operation = self._enqueue(lambda o: self._core.barrier(self._byte.data_ptr(), o), async_op, timeout_s, True)
+        work = self._work(operation, blocks=True)
+        if async_op:
+            return work
+        self._host_wait(work)
+        return None
+
+    def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
+        operation = self._exchange([(True, tensor, dst, tag)], async_op, timeout_s)
+        return self._work(operation, dst) if async_op else None
+
+    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, async_op: bool, timeout_s: float) -> _C.Work | int:
+        operation = self._exchange([(False, tensor, src, tag)], async_op, timeout_s)
+        assert src is not None  # checked there
+        return self._work(operation, src) if async_op else src
+
+    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
+        operation = self._exchange(messages, async_op, timeout_s)
+        return self._work(operation) if async_op else [cast(int, peer) for _, _, peer, _ in messages]
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
+        """Memory of this GPU, which peers do not map."""
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        sizes = [struct.unpack("<q", row)[0] for row in self._table("empty()", struct.pack("<q", num_bytes), timeout_s)]
+        if len(set(sizes)) > 1:
+            calls = {rank: f"empty({size} bytes)" for rank, size in enumerate(sizes)}
+            text = ", ".join(f"rank {rank} called {call}" for rank, call in calls.items())
+            raise MismatchError(f"group {self.group!r}: {text}", calls=calls)
+        return torch.empty(*shape, dtype=dtype, device=self.device)
+
+    def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        raise BackendUnavailableError("peers: ranks on NCCL do not map each other's memory: use backend='shm'")
+
+    def split(self, color: int | None, key: int, timeout_s: float) -> NcclBackend | None:
+        rows = self._table("split()", _SPLIT.pack(color is not None, color or 0, key), timeout_s)
+        choices = [_SPLIT.unpack(row) for row in rows]
+        colors = sorted({c for member, c, _ in choices if member})
+        chosen = sorted((k, r) for r, (member, c, k) in enumerate(choices) if member and c == color)
+        ranks = [r for _, r in chosen] if color is not None else []
+        number, self._num_splits = self._num_splits, self._num_splits + 1
+        place = ranks.index(self.rank) if ranks else 0
+        control = desk = None
+        if self._desk is not None:
+            control = self._desk.split(color, place, timeout_s)
+            if control is not None:
+                desk = control.split(0, place, timeout_s)
+        position = None if color is None else colors.index(color)  # NCCL's colors are not negative
+        try:
+            core = self._core.split(position, place, len(ranks), timeout_s)
+        except PycommError as error:
+            raise self._watchdog.failed_call(error, timeout_s) from None
+        if core is None:
+            return None
+        group = f"{self.group}.{number}[{color}]"
+        return NcclBackend(core, self._library, self._gpu, control, desk, group, place, len(ranks), self._timeout_s)
+
+    @contextmanager
+    def cta_budget(self, max_ctas: int) -> Iterator[None]:
+        """Collectives enqueued in the block take so many CTAs at most; sends and receives are NCCL's choice."""
+        if max_ctas < 1:
+            raise ValueError(f"max_ctas={max_ctas}: it is a positive number")
+        if not self._library.has_call_config:
+            raise BackendUnavailableError(
+                f"CTA budgets of single calls need NCCL 2.31, this is {self._library.version} ({self._library.file}); "
+                f"NCCL_MAX_CTAS limits all calls of a process"
+            )
+        before, self._max_ctas = self._max_ctas, max_ctas
+        try:
+            yield
+        finally:
+            self._max_ctas = before
+
+    def synchronize(self, timeout_s: float) -> None:
+        """Wait on the host for all that was enqueued, and raise what went wrong."""
+        for operation in self._core.unfinished():
+            self._host_wait(self._work(operation, blocks=True))
+        self._watchdog.check("synchronize()", self._core.num_calls())
+
+    def abort(self, reason: str) -> None:
+        self._check_process()
+        self._watchdog.settle(Cause("lost", (self.rank,), f"rank {self.rank} aborted: {reason}"))
+
+    def close(self, drain_s: float) -> None:
+        """Finish what is queued, tell the others, leave. Local; idempotent."""
+        if self._closed or self._process != os.getpid():
+            return
+        self._closed = True
+        if self._watchdog.cause is None and not self._core.close(drain_s):
+            self.abort(f"closed with operations that did not end within {drain_s:g} s")
+        self._watchdog.leave(self.rank)
+        for group in (self._desk, self._control):
+            if group is not None:
+                group.close(0.0)
+
+    def _agreed_thresholds(self) -> Thresholds:
+        mine = Thresholds.of_this_process(self.world_size)
+        if self._desk is None:
+            return mine
+        row = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
+        self._desk.calls.broadcast(row, 0, False, self._timeout_s)
+        return Thresholds.unpack(row.numpy().tobytes())
+
+    def _collective(self, call: Call, async_op: bool, timeout_s: float) -> _C.Work | None:
+        operation = self._enqueue(call, async_op, timeout_s, True)
+        return self._work(operation) if async_op else None
+
+    def _all_to_all(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_counts: Sequence[int],
+        input_counts: Sequence[int],
+        by_splits: bool,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        into, (where, _, dtype) = output.data_ptr(), _parts(input)
+        return self._collective(
+            lambda o: self._core.all_to_all(into, where, output_counts, input_counts, by_splits, dtype, o),
+            async_op,
+            timeout_s,
+        )
+
+    def _exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.NcclOperation:
+        rows = []
+        to_itself = 0
+        for is_send, tensor, peer, tag in messages:
+            if peer is None:
+                raise ValueError("src=None: NCCL cannot receive from any source; name the rank that sends")
+            if not -_MOST_TAG <= tag <= _MOST_TAG:
+                raise ValueError(f"tag={tag}: it is an integer of 64 bits, and -2**63 is taken")
+            where, count, dtype = _parts(tensor)
+            rows.append((is_send, where, count, dtype, peer, tag))
+            to_itself += (1 if is_send else -1) if peer == self.rank else 0
+        if to_itself != 0:
+            raise StrictOrderError("a message to oneself: NCCL hangs unless its send and receive are in one batch()")
+        return self._enqueue(lambda o: self._core.exchange(rows, o), async_op, timeout_s, False)
+
+    def _enqueue(self, call: Call, async_op: bool, timeout_s: float, of_all: bool) -> _C.NcclOperation:
+        self._check_process()
+        self._watchdog.check("this call", self._core.num_calls() + 1)
+        if of_all:
+            self._watchdog.check_all_here("this call")
+        options = _C.NcclOptions(self._gpu.current_stream(), async_op, timeout_s, self._max_ctas)
+        try:
+            return call(options)
+        except PycommError as error:
+            raise self._watchdog.failed_call(error, timeout_s) from None
+        except KeyboardInterrupt:
+            self.abort("interrupted while it enqueued a call")
+            raise
+
+    def _work(self, operation: _C.NcclOperation, source: int = -1, *, blocks: bool = False) -> _C.Work:
+        # It has what a Communicator uses of one: wait, done, source.
+        return cast(_C.Work, NcclWork(operation, self._watchdog.check, self._gpu.current_stream, source, blocks))
+
+    def _host_wait(self, work: _C.Work) -> None:
+        try:
+            work.wait(_NO_BOUND_S)
+        except KeyboardInterrupt:
+            self.abort("interrupted while it waited")
+            raise
+
+    def _table(self, call: str, row: bytes, timeout_s: float) -> list[bytes]:
+        """Every rank's row, by rank, over the host."""
+        self._check_process()
+        self._watchdog.check(call, self._core.num_calls() + 1)
+        if self._desk is None:
+            return [row]
+        self._watchdog.check_all_here(call)
+        mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
+        table = torch.empty(len(row) * self.world_size, dtype=torch.uint8)
+        try:
+            self._desk.calls.all_gather(table, mine, None, False, timeout_s)
+        except PycommError as error:
+            cause = Cause.of_host(error, timeout_s)
+            raise self._watchdog.settle(cause).error(call, self._core.num_calls(), self.group) from None
+        return [part.numpy().tobytes() for part in table.split(len(row))]
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise PycommError("this is a forked process: the communicator belongs to its parent")
+
+
+def _control_group(rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> Backend | None:
+    if rendezvous.world_size == 1:
+        return None
+    name = f"{group} (watchdog)"
+    if len(set(hosts)) == 1:
+        return ShmBackend.connect(rendezvous, name, False)
+    return HostsBackend.connect("gloo+shm", rendezvous, hosts, name, False)
+
+
+def _parts(tensor: torch.Tensor) -> tuple[int, int, str]:
+    """Address, elements and the core's name of the dtype."""
+    return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]

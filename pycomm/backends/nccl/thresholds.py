@@ -1,0 +1,79 @@
+"""Up to which sizes pycomm's own kernels do a call, where NCCL could, too: one table, rank 0's on every rank.
+
+Own kernels work only where every rank's memory is mapped by all: in one NVLink domain, in symmetric memory. There the
+smallest all-reduces take one step (everyone reads everyone), middle ones two, and the largest are NCCL's. The defaults
+are those of vLLM's kernels of the same two kinds on H100; pycomm's own are not measured yet (docs/gpu_results.md).
+
+Ref: vLLM, csrc/custom_all_reduce.cuh and vllm/distributed/device_communicators/all_reduce_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from pycomm import env
+
+__all__ = ["Route", "Thresholds"]
+
+_PREFIX = "gpu_"  # of their names in PYCOMM_TUNE
+_MOST_BYTES = 1 << 30
+_DEFAULTS = (  # up to so many ranks: one_shot_bytes, two_shot_bytes
+    (2, 64 << 20, 64 << 20),
+    (4, 512 << 10, 32 << 20),
+    (6, 256 << 10, 512 << 10),
+    (math.inf, 256 << 10, 256 << 10),
+)
+
+Route = Literal["one_shot", "two_shot", "nccl"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """In bytes of the tensor.
+
+    Attributes:
+        one_shot_bytes: up to here one step.
+        two_shot_bytes: above that, up to here, two steps; above, NCCL.
+    """
+
+    one_shot_bytes: int
+    two_shot_bytes: int
+
+    @classmethod
+    def of_this_process(cls, world_size: int) -> Thresholds:
+        """The defaults for so many ranks, and what PYCOMM_TUNE sets.
+
+        Raises:
+            ValueError: PYCOMM_TUNE names no threshold, or asks for a value that cannot be.
+        """
+        chosen = next(cls(*sizes) for most_ranks, *sizes in _DEFAULTS if world_size <= most_ranks)
+        names = [field.name for field in fields(cls)]
+        for name, value in env.tune().items():
+            if not name.startswith(_PREFIX):
+                continue
+            short = name.removeprefix(_PREFIX)
+            if short not in names:
+                known = ", ".join(_PREFIX + known for known in names)
+                raise ValueError(f"PYCOMM_TUNE: {name} is no threshold; those of GPUs are {known}")
+            if value > _MOST_BYTES:
+                raise ValueError(f"PYCOMM_TUNE: {name}={value} is not in 0 … {_MOST_BYTES}")
+            chosen = replace(chosen, **{short: value})
+        return chosen
+
+    def route(self, num_bytes: int, *, mapped: bool) -> Route:
+        """Who does an all-reduce of ``num_bytes`` a rank. ``mapped``: all ranks map each other's tensor."""
+        if not mapped:
+            return "nccl"
+        if num_bytes <= self.one_shot_bytes:
+            return "one_shot"
+        return "two_shot" if num_bytes <= self.two_shot_bytes else "nccl"
+
+    def pack(self) -> bytes:
+        return struct.pack("<qq", self.one_shot_bytes, self.two_shot_bytes)
+
+    @classmethod
+    def unpack(cls, row: bytes) -> Thresholds:
+        return cls(*struct.unpack("<qq", row))
