@@ -1,4 +1,4 @@
-"""examples/05_pipeline.py and 09_mesh.py run as they stand, alone and under torchrun."""
+"""examples/05_pipeline.py and 10_mesh.py run as they stand, alone and under torchrun."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def test_the_example_says_that_one_process_agrees(world_size: int) -> None:
 
 @pytest.mark.parametrize(("dp", "pp"), [(1, 1), (2, 2)])
 def test_three_axes_agree_with_one_process(dp: int, pp: int) -> None:
-    output = output_of(dp * pp, "09_mesh.py", "--dp", dp, "--pp", pp, "--zero", 2)
+    output = output_of(dp * pp, "10_mesh.py", "--dp", dp, "--pp", pp, "--zero", 2)
     assert all(f"one process agrees on replica {replica}'s batch" in output for replica in range(dp))
 
 

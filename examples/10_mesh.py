@@ -3,10 +3,10 @@
 Optimizer states are sharded over the replicas (ZeRO). One process, given the same batches, comes to the same loss.
 
 Run:
-    python examples/09_mesh.py
-    torchrun --nproc-per-node 4 examples/09_mesh.py --dp 2 --pp 2 --zero 2
-    torchrun --nproc-per-node 4 examples/09_mesh.py --pp 2 --tp 2
-    torchrun --nproc-per-node 8 examples/09_mesh.py --dp 2 --pp 2 --tp 2
+    python examples/10_mesh.py
+    torchrun --nproc-per-node 4 examples/10_mesh.py --dp 2 --pp 2 --zero 2
+    torchrun --nproc-per-node 4 examples/10_mesh.py --pp 2 --tp 2
+    torchrun --nproc-per-node 8 examples/10_mesh.py --dp 2 --pp 2 --tp 2
 """
 
 import argparse
