@@ -414,6 +414,10 @@ class GpuMemory:
     def processes(communicator: HostCommunicator, device: int, bytes: int, timeout_s: float) -> GpuMemory:
         """Collective; passes CUDA's handles over the communicator's sockets."""
 
+    @staticmethod
+    def borrowed(parts: Sequence[int], bytes: int) -> GpuMemory:
+        """Parts that the caller keeps: peers played by other memory, for measurements."""
+
     @property
     def provider(self) -> str: ...
     @property
@@ -517,6 +521,20 @@ def matmul_plan(
 
 def matmul_workspace_bytes(capacity: tuple[int, int, int, int], world_size: int) -> int:
     """Of symmetric memory. ``capacity``: rows of all ranks, of one; bytes of a row of x, of the result."""
+
+class CublasLt:
+    """Products by cuBLASLt, one after the other: (x, weight, out) with out = x @ weight.T."""
+
+    def __init__(self, device: int, names: Sequence[str], workspace_bytes: int) -> None: ...
+    def multiply(
+        self,
+        dtype: str,
+        rows: int,
+        in_features: int,
+        out_features: int,
+        tensors: tuple[int, int, int],
+        stream: int,
+    ) -> None: ...
 
 class OverlappedMatmul:
     def __init__(

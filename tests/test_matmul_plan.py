@@ -129,21 +129,24 @@ def test_all_orders_are_free_of_races_and_deadlocks(ops, world, mapped):
 def test_a_missing_dependency_is_found(monkeypatch):
     whole = _C.matmul_plan
 
-    def weakened(*args):
-        """Step ``index`` of every rank waits neither for a flag nor for another lane."""
-        steps = whole(*args)
-        steps[index]["after"] = []
-        if steps[index]["kind"] == "await":
-            nothing = (0, "nowhere", 0, 0, 0)
-            steps[index].update({"kind": "copy", "from": nothing, "to": nothing})
-        return steps
+    def weakened_at(index):
+        """Plans whose step ``index`` waits neither for a flag nor for another lane."""
+
+        def plan(*args):
+            steps = whole(*args)
+            steps[index]["after"] = []
+            if steps[index]["kind"] == "await":
+                nothing = (0, "nowhere", 0, 0, 0)
+                steps[index].update({"kind": "copy", "from": nothing, "to": nothing})
+            return steps
+
+        return plan
 
     for op in OPS:
-        monkeypatch.setattr(_C, "matmul_plan", whole)
-        steps = plans_of(op, 3, 1, 8)[0]
-        monkeypatch.setattr(_C, "matmul_plan", weakened)
+        steps = whole(op, 0, rows_of(3), 1, 8, True)
         for index, step in enumerate(steps):
             if step["kind"] == "await" or any(steps[other]["lane"] != step["lane"] for other in step["after"]):
+                monkeypatch.setattr(_C, "matmul_plan", weakened_at(index))
                 assert History((op,) * CALLS, 3, 1, 8, True).races() != [], (op, step)
 
 
@@ -153,7 +156,7 @@ def test_a_missing_dependency_is_found(monkeypatch):
 def test_ranks_that_do_one_step_at_a_time_do_not_deadlock(op, world, mapped):
     """So hardware queues that several streams share cannot deadlock either (CUDA_DEVICE_MAX_CONNECTIONS)."""
     plans = plans_of(op, world, 2, 8, mapped)
-    next_step, flags, boxes = [0] * world, set(), {}
+    next_step, flags, come = [0] * world, set(), {}
     moved = True
     while moved:
         moved = False
@@ -166,15 +169,10 @@ def test_ranks_that_do_one_step_at_a_time_do_not_deadlock(op, world, mapped):
                 if step["kind"] == "signal":
                     flags.add((step["flag"], rank, step["peer"], step["piece"]))
                 if step["kind"] == "exchange":
-                    # Both sides are in it, or neither goes on.
-                    boxes.setdefault((rank, step["peer"]), set()).add(next_step[rank])
-                    partner = plans[step["source"]][next_step[step["source"]] :]
-                    arrived = len(boxes.get((step["source"], rank), ()))
-                    wanted = sum(
-                        s["kind"] == "exchange" and s["source"] == step["source"] for s in plan[: next_step[rank] + 1]
-                    )
-                    if arrived < wanted:
-                        assert partner
+                    # Both sides have come, or neither goes on: the k-th exchange from a rank meets the k-th to it.
+                    come.setdefault((rank, step["peer"]), set()).add(next_step[rank])
+                    met = [s for s in plan[: next_step[rank] + 1] if s.get("source") == step["source"]]
+                    if len(come.get((step["source"], rank), ())) < len(met):
                         break
                 next_step[rank] += 1
                 moved = True

@@ -91,6 +91,14 @@ void enqueue(OverlappedMatmul& matmul, const std::string& op, const std::string&
                  reinterpret_cast<Stream>(caller));
 }
 
+/// One product on lane 0, for measurements beside overlapped ones.
+void multiply(Multiplier& multiplier, const std::string& dtype, std::int64_t rows, std::int64_t in_features,
+              std::int64_t out_features, const TensorAddresses& addresses, Address stream) {
+  multiplier.multiply({parse_dtype(dtype), rows, in_features, out_features, pointer<const void>(addresses[0]),
+                       pointer<const void>(addresses[1]), pointer<void>(addresses[2])},
+                      0, reinterpret_cast<Stream>(stream));
+}
+
 }  // namespace
 
 void bind_overlapped_matmul(py::module_& module) {
@@ -102,6 +110,13 @@ void bind_overlapped_matmul(py::module_& module) {
         return matmul_workspace_bytes(capacity_of(capacity), world_size);
       },
       py::arg("capacity"), py::arg("world_size"));
+  py::class_<Multiplier>(module, "CublasLt")
+      .def(py::init([](int device, const std::vector<std::string>& names, std::size_t workspace_bytes) {
+             return cublaslt_multiplier(device, names, 1, 0, workspace_bytes);
+           }),
+           py::arg("device"), py::arg("names"), py::arg("workspace_bytes"))
+      .def("multiply", &multiply, py::arg("dtype"), py::arg("rows"), py::arg("in_features"), py::arg("out_features"),
+           py::arg("tensors"), py::arg("stream"));
   py::class_<OverlappedMatmul>(module, "OverlappedMatmul")
       .def(py::init(&make), py::arg("memory"), py::arg("device"), py::arg("local_ranks"), py::arg("capacity"),
            py::arg("cublaslt"), py::arg("num_pieces"), py::arg("num_lanes"), py::arg("num_multiprocessors"),

@@ -162,6 +162,15 @@ void sharded_adamw(const RankGroup& ranks, int rank, const std::string& grad_dty
   launch_sharded_adamw(params, shape_of(ranks, rank, grid));
 }
 
+/// Parts that the caller has, and keeps: peers that are played by other memory, for measurements.
+class BorrowedMemory final : public SymmetricMemory {
+ public:
+  BorrowedMemory(const Addresses& parts, std::size_t bytes)
+      : SymmetricMemory("borrowed", static_cast<int>(parts.size()), bytes) {
+    std::transform(parts.begin(), parts.end(), parts_.begin(), &pointer<std::byte>);
+  }
+};
+
 Memory memory_of_processes(host::Communicator& communicator, int device, std::size_t bytes, double timeout_s) {
   return shared_handle_memory(device, communicator.rank(), communicator.world_size(), bytes, [&](int fd) {
     std::vector<int> fds;
@@ -182,6 +191,12 @@ void bind_rank_group(py::module_& module) {
           py::arg("device"), py::arg("world_size"), py::arg("bytes"), NoGil())
       .def_static("processes", &memory_of_processes, py::arg("communicator"), py::arg("device"), py::arg("bytes"),
                   py::arg("timeout_s"), NoGil())
+      .def_static(
+          "borrowed",
+          [](const Addresses& parts, std::size_t bytes) -> Memory {
+            return std::make_shared<BorrowedMemory>(parts, bytes);
+          },
+          py::arg("parts"), py::arg("bytes"))
       .def_property_readonly("provider", &SymmetricMemory::provider)
       .def_property_readonly("world_size", &SymmetricMemory::world_size)
       .def_property_readonly("bytes", &SymmetricMemory::bytes)

@@ -92,7 +92,8 @@ class OverlappedMatmuls:
         local = self._ranks.local_ranks
         if len(xs) != len(local) or len(weights) != len(local) or len(rows) != self._ranks.num_ranks:
             raise ValueError(
-                f"{op}: one x and one weight for each of {len(local)} local ranks, rows of {self._ranks.num_ranks} ranks"
+                f"{op}: one x and one weight for each of {len(local)} local ranks, and rows of "
+                f"{self._ranks.num_ranks} ranks, are needed"
             )
         out_features, in_features = weights[0].shape
         for rank, x, weight in zip(local, xs, weights, strict=True):
@@ -105,8 +106,8 @@ class OverlappedMatmuls:
             for tensor in (x, weight):
                 if tensor.dtype != self._dtype or tensor.device != self._ranks.device or not tensor.is_contiguous():
                     raise ValueError(
-                        f"{op}: contiguous {self._dtype} tensors on {self._ranks.device} are needed, not {tensor.dtype} "
-                        f"on {tensor.device} with strides {tensor.stride()}"
+                        f"{op}: contiguous {self._dtype} tensors on {self._ranks.device} are needed, not "
+                        f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
                     )
         outs = [torch.empty(count, out_features, dtype=self._dtype, device=self._ranks.device) for count in out_rows]
         tensors = [

@@ -62,7 +62,7 @@ class KernelRanks:
 
     @classmethod
     def processes(cls, comm: Communicator, *, device: int | None = None, timeout_s: float = 10.0) -> KernelRanks:
-        """This process's rank; the others' memory is mapped as CUDA handles, passed over ``comm``'s sockets. Collective.
+        """This process's rank; the others' memory comes as CUDA handles over ``comm``'s sockets. Collective.
 
         Args:
             comm: of the host transport: ranks of one host. Their GPUs may be one GPU, or such as reach each other.
@@ -139,8 +139,10 @@ class KernelRanks:
         with self._launching():
             for rank, output, input in zip(self.local_ranks, outputs, inputs, strict=True):
                 names = (dtype_name(dtype), dtype_name(wire), op)
-                addresses = (input.data_ptr(), output.data_ptr(), parts, staging.bytes)
-                self._group.all_reduce_one_shot(rank, *names, count, _ONE_SHOT_CHUNK, *addresses, grid)
+                source, target = input.data_ptr(), output.data_ptr()
+                self._group.all_reduce_one_shot(
+                    rank, *names, count, _ONE_SHOT_CHUNK, source, target, parts, staging.bytes, grid
+                )
 
     def reduce_scatter(
         self,
@@ -281,10 +283,10 @@ class KernelRanks:
     ) -> None:
         names = (dtype_name(bucket.tensors[0].dtype), dtype_name(bucket.memory.dtype))
         grid = (max(1, min(16 * self._num_multiprocessors, -(-bucket.num_chunks * 32 // _NUM_THREADS))), _NUM_THREADS)
-        flags = (scale, accumulate, squares, non_finite)
+        memory = bucket.memory.data_ptr()
         with self._launching():
             rank = self.local_ranks[0]
-            self._group.bucket(rank, gather, *names, bucket.table, bucket.memory.data_ptr(), *flags, grid)
+            self._group.bucket(rank, gather, *names, bucket.table, memory, scale, accumulate, squares, non_finite, grid)
 
     def _grid(self, count: int, num_blocks: int | None, per_rank: int = 1) -> tuple[int, int]:
         """Blocks that this GPU's multiprocessors can all hold at a time, no more than there are chunks for."""
@@ -292,10 +294,7 @@ class KernelRanks:
             return num_blocks, _NUM_THREADS
         chunks = -(-count // CHUNK_ELEMENTS)
         most = self._num_multiprocessors // (len(self.local_ranks) * per_rank)
-        if self.num_ranks == 1:
-            most = 16 * self._num_multiprocessors
-        else:
-            most = min(most, _MAX_BLOCKS)
+        most = 16 * self._num_multiprocessors if self.num_ranks == 1 else min(most, _MAX_BLOCKS)
         return max(1, min(most, -(-chunks * 32 // _NUM_THREADS))), _NUM_THREADS
 
     def _one_shot_staging(self, wire: str, count: int, grid: tuple[int, int]) -> _C.GpuMemory:
