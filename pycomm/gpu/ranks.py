@@ -275,8 +275,10 @@ class KernelRanks:
     def _launching(self) -> Iterator[None]:
         stream = torch.cuda.current_stream(self.device).cuda_stream
         self._group.fork(stream)
-        yield
-        self._group.join(stream)
+        try:
+            yield
+        finally:
+            self._group.join(stream)
 
     def _bucket(
         self, bucket: Bucket, gather: bool, scale: float, accumulate: bool, squares: int, non_finite: int

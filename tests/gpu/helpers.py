@@ -12,6 +12,8 @@ KERNEL_TIMEOUT_S = 30.0  # of waits that should end at once
 
 def to_gpu(dtype: str, raw: Raw) -> torch.Tensor:
     """A tensor of its own on the current GPU."""
+    if raw.size == 0:
+        return torch.empty(0, dtype=getattr(torch, dtype), device="cuda")
     plain = torch.from_numpy(np.ascontiguousarray(raw).view(np.uint8).copy()).cuda()
     return plain.view(getattr(torch, dtype))
 

@@ -59,8 +59,8 @@ def test_the_norm_adds_in_order(one, num_squares):
     total = 0.0
     for square in squares:
         total += square
-    result = torch.empty(3, device="cuda")
-    one.norm(torch.from_numpy(squares).cuda(), 0.5, result)
+    result, on_gpu = torch.empty(3, device="cuda"), torch.from_numpy(squares).cuda()
+    one.norm(on_gpu, 0.5, result)
     one.synchronize()
     norm = np.float32(np.sqrt(total))
     assert result.tolist() == [norm, min(np.float32(1), np.float32(0.5) / (norm + np.float32(1e-6))), 0.0]
@@ -116,7 +116,8 @@ def test_a_norm_that_is_not_finite_skips_the_step():
     params = [torch.ones(2048, device="cuda") for _ in range(2)]
     states = [(None, torch.zeros(1024, device="cuda"), torch.zeros(1024, device="cuda")) for _ in range(2)]
     clip = torch.empty(3, device="cuda")
-    ranks.norm(torch.full((4,), float("nan"), dtype=torch.float64, device="cuda"), 1.0, clip)
+    squares = torch.full((4,), float("nan"), dtype=torch.float64, device="cuda")
+    ranks.norm(squares, 1.0, clip)
     ranks.sharded_adamw(params, params, states, (*HYPERPARAMETERS, 1), clip=[clip, clip])
     ranks.synchronize()
     assert all(tensor.eq(1).all() for tensor in params)

@@ -3,6 +3,8 @@
 // header of that name.
 #pragma once
 
+#include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -28,13 +30,30 @@ inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return cudaSuccess;
 }
 
+// Guard bytes on both sides of an allocation: whoever wrote there is found when it is freed.
+inline constexpr std::size_t kGuardBytes = 256;
 inline cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
-  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  std::memset(*memory, 0x5A, bytes);  // a new allocation holds anything
+  auto* const start = static_cast<std::byte*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256 + 2 * kGuardBytes));
+  std::memset(start, 0xA5, bytes + 2 * kGuardBytes);
+  std::memcpy(start, &bytes, sizeof bytes);
+  std::memset(start + kGuardBytes, 0x5A, bytes);  // a new allocation holds anything
+  *memory = start + kGuardBytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaFree(void* memory) {
-  std::free(memory);
+  if (memory == nullptr) return cudaSuccess;
+  std::byte* const start = static_cast<std::byte*>(memory) - kGuardBytes;
+  std::size_t bytes = 0;
+  std::memcpy(&bytes, start, sizeof bytes);
+  const auto is_intact = [](const std::byte* from, const std::byte* to) {
+    return std::all_of(from, to, [](std::byte value) { return value == std::byte{0xA5}; });
+  };
+  const std::byte* const end = start + kGuardBytes + bytes;
+  if (!is_intact(start + sizeof bytes, start + kGuardBytes) || !is_intact(end, end + kGuardBytes)) {
+    std::fprintf(stderr, "cuda_on_cpu: something was written outside an allocation of %zu bytes\n", bytes);
+    std::abort();
+  }
+  std::free(start);
   return cudaSuccess;
 }
 inline cudaError_t cudaHostAlloc(void** memory, std::size_t bytes, unsigned) { return cudaMalloc(memory, bytes); }
