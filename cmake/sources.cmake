@@ -3,6 +3,11 @@ file(GLOB PYCOMM_HOST_SOURCES CONFIGURE_DEPENDS csrc/host/*.cpp)
 file(GLOB PYCOMM_NCCL_SOURCES CONFIGURE_DEPENDS csrc/nccl/*.cpp)
 file(GLOB PYCOMM_BINDING_SOURCES CONFIGURE_DEPENDS csrc/bindings/*.cpp)
 file(GLOB PYCOMM_KERNEL_SOURCES CONFIGURE_DEPENDS csrc/cuda/kernels/*.cu)  # compiled where PYCOMM_WITH_CUDA
+if(PYCOMM_WITH_CUDA)
+  file(GLOB PYCOMM_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/runtime/*.cpp csrc/cuda/matmul/*.cpp)
+else()
+  set(PYCOMM_CUDA_SOURCES csrc/cuda/absent.cpp csrc/cuda/matmul/plan.cpp)
+endif()
 
 # Reductions and optimizer steps are compiled once per SIMD level and chosen at run time, so one binary serves every
 # processor of an architecture. aarch64 needs no second level: NEON is guaranteed there.

@@ -168,6 +168,9 @@ class HostCommunicator:
     def post(self, flag: int, value: int, /) -> None: ...
     def wait_posted(self, flag: int, value: int, rank: int | None, timeout_s: float, /) -> None: ...
     def is_symmetric(self, data: int, bytes: int, /) -> bool: ...
+    def exchange_fds(self, fd: int, timeout_s: float) -> list[int]:
+        """Collective: a descriptor of every rank's ``fd``, by rank, for the caller to close."""
+
     def split(self, color: int | None, key: int, timeout_s: float, /) -> HostCommunicator | None: ...
     def abort(self, reason: str, /) -> None: ...
     def close(self, drain_s: float) -> None: ...
@@ -397,3 +400,164 @@ class NcclCommunicator:
     def abort(self) -> None: ...
     def close(self, timeout_s: float, /) -> bool:
         """Wait for what is under way and leave; False: it had to be aborted."""
+
+# GPUs; pycomm/gpu. Addresses are the device's. Without CUDA code in the build, what makes an object raises
+# BackendUnavailableError. A grid is (blocks, threads); dtypes and operators are names.
+SIGNAL_PAD_BYTES: int
+
+class GpuMemory:
+    """Symmetric memory: one allocation of every rank, all mapped here, zero when made."""
+
+    @staticmethod
+    def virtual_ranks(device: int, world_size: int, bytes: int) -> GpuMemory: ...
+    @staticmethod
+    def processes(communicator: HostCommunicator, device: int, bytes: int, timeout_s: float) -> GpuMemory:
+        """Collective; passes CUDA's handles over the communicator's sockets."""
+
+    @staticmethod
+    def borrowed(parts: Sequence[int], bytes: int) -> GpuMemory:
+        """Parts that the caller keeps: peers played by other memory, for measurements."""
+
+    @property
+    def provider(self) -> str: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def part(self, rank: int, /) -> int: ...
+
+class RankGroup:
+    """The ranks of a group whose kernels this process launches, on a stream each; csrc/cuda/runtime/rank_group.hpp."""
+
+    def __init__(self, pads: GpuMemory, device: int, local_ranks: Sequence[int], timeout_s: float) -> None: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def local_ranks(self) -> list[int]: ...
+    def stream(self, rank: int, /) -> int: ...
+    def fork(self, caller: int, /) -> None: ...
+    def join(self, caller: int, /) -> None: ...
+    def check(self) -> None: ...
+    def wait(self, timeout_s: float) -> None: ...
+    def abort(self) -> None: ...
+    def staging_bytes(self, wire: str, count: int, chunk: int, grid: tuple[int, int]) -> int: ...
+    def all_reduce_one_shot(
+        self,
+        rank: int,
+        dtype: str,
+        wire: str,
+        op: str,
+        count: int,
+        chunk: int,
+        input: int,
+        output: int,
+        staging: Sequence[int],
+        staging_bytes: int,
+        grid: tuple[int, int],
+    ) -> None: ...
+    def all_reduce_two_shot(
+        self,
+        rank: int,
+        dtype: str,
+        op: str,
+        count: int,
+        data: Sequence[int],
+        squares: Sequence[int],
+        grid: tuple[int, int],
+    ) -> None: ...
+    def reduce_scatter(
+        self,
+        rank: int,
+        dtype: str,
+        output_dtype: str,
+        op: str,
+        count: int,
+        inputs: Sequence[int],
+        output: int,
+        squares: Sequence[int],
+        grid: tuple[int, int],
+    ) -> None: ...
+    def all_gather(self, rank: int, input: int, bytes: int, outputs: Sequence[int], grid: tuple[int, int]) -> None: ...
+    def put(
+        self, rank: int, peer: int, input: int, bytes: int, slots: Sequence[int], grid: tuple[int, int]
+    ) -> None: ...
+    def get(
+        self, rank: int, peer: int, output: int, bytes: int, slots: Sequence[int], grid: tuple[int, int]
+    ) -> None: ...
+    def bucket(
+        self,
+        rank: int,
+        gather: bool,
+        tensor_dtype: str,
+        bucket_dtype: str,
+        table: tuple[int, int, int, int],
+        bucket: int,
+        scale: float,
+        accumulate: bool,
+        squares: int,
+        non_finite: int,
+        grid: tuple[int, int],
+    ) -> None: ...
+    def norm(self, rank: int, squares: int, num_squares: int, max_norm: float, result: int) -> None: ...
+    def sharded_adamw(
+        self,
+        rank: int,
+        grad_dtype: str,
+        param_dtype: str,
+        count: int,
+        grads: Sequence[int],
+        average: bool,
+        state: Sequence[int],
+        parameters: Sequence[int],
+        options: tuple[float, float, float, float, float, int],
+        clip: int,
+        grid: tuple[int, int],
+    ) -> None: ...
+
+def matmul_plan(
+    op: str, rank: int, rows: Sequence[int], num_pieces: int, num_lanes: int, mapped: bool
+) -> list[dict[str, Any]]:
+    """What one rank does in one overlapped product, as data; csrc/cuda/matmul/plan.hpp."""
+
+def matmul_workspace_bytes(capacity: tuple[int, int, int, int], world_size: int) -> int:
+    """Of symmetric memory. ``capacity``: rows of all ranks, of one; bytes of a row of x, of the result."""
+
+class CublasLt:
+    """Products by cuBLASLt, one after the other: (x, weight, out) with out = x @ weight.T."""
+
+    def __init__(self, device: int, names: Sequence[str], workspace_bytes: int) -> None: ...
+    def multiply(
+        self,
+        dtype: str,
+        rows: int,
+        in_features: int,
+        out_features: int,
+        tensors: tuple[int, int, int],
+        stream: int,
+    ) -> None: ...
+
+class OverlappedMatmul:
+    def __init__(
+        self,
+        memory: GpuMemory,
+        device: int,
+        local_ranks: Sequence[int],
+        capacity: tuple[int, int, int, int],
+        cublaslt: Sequence[str],
+        num_pieces: int,
+        num_lanes: int,
+        num_multiprocessors: int,
+        reduce_blocks: int,
+        workspace_bytes: int,
+    ) -> None: ...
+    def enqueue(
+        self,
+        op: str,
+        dtype: str,
+        rows: Sequence[int],
+        in_features: int,
+        out_features: int,
+        tensors: Sequence[tuple[int, int, int]],
+        caller: int,
+    ) -> None: ...
+    def wait(self, timeout_s: float) -> None: ...

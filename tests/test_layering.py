@@ -26,7 +26,7 @@ PYTHON_LAYERS = (
     {"collectives", "messages"},
     {"fused"},
     {"communicator"},
-    {"mesh"},
+    {"mesh", "gpu"},
     {"data_parallel", "tensor_parallel", "pipeline", "torch_backend"},
     {"models"},
     {"__init__"},

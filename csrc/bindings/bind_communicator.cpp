@@ -91,6 +91,14 @@ void bind_communicator(py::module_& module) {
           },
           NoGil())
       .def(
+          "exchange_fds",
+          [](Communicator& self, int fd, double timeout_s) {
+            std::vector<int> fds;
+            for (host::UniqueFd& each : self.exchange_fds(fd, timeout_s)) fds.push_back(each.release());
+            return fds;
+          },
+          py::arg("fd"), py::arg("timeout_s"), NoGil())
+      .def(
           "split",
           [](Communicator& self, std::optional<std::int64_t> color, std::int64_t key, double timeout_s) {
             return CommunicatorHolder(self.split(color, key, timeout_s).release());

@@ -2,13 +2,8 @@
 // for the memory behind those.
 #include <pybind11/stl.h>
 
-#include <cstdint>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+#include "bindings/addresses.hpp"
 #include "bindings/bindings.hpp"
-#include "bindings/names.hpp"
 #include "host/reduce.hpp"
 
 namespace py = pybind11;
@@ -16,22 +11,10 @@ namespace py = pybind11;
 namespace pycomm::bindings {
 namespace {
 
-template <class Pointer>
-std::vector<Pointer> pointers(const std::vector<std::uintptr_t>& addresses, std::size_t count, const char* what) {
-  if (addresses.empty()) throw std::invalid_argument("reduce: " + std::string(what) + " is empty");
-  std::vector<Pointer> result;
-  for (const std::uintptr_t address : addresses) {
-    if (address == 0 && count > 0)
-      throw std::invalid_argument("reduce: " + std::string(what) + " holds a null pointer");
-    result.push_back(reinterpret_cast<Pointer>(address));
-  }
-  return result;
-}
-
 void reduce(const std::string& dtype_name, const std::string& op_name, const std::vector<std::uintptr_t>& sources,
             const std::vector<std::uintptr_t>& destinations, std::size_t count) {
-  const DType dtype = parse<DType>(dtype_name, kNumDTypes, "dtype");
-  const ReduceOp op = parse<ReduceOp>(op_name, kNumReduceOps, "reduce op");
+  const DType dtype = parse_dtype(dtype_name);
+  const ReduceOp op = parse_op(op_name);
   const host::ReduceFn kernel = host::reduce_kernel(dtype, op);
   if (kernel == nullptr) {
     throw std::invalid_argument(

@@ -34,6 +34,8 @@ void bind_collectives(CommunicatorClass& communicator);
 void bind_messages(CommunicatorClass& communicator);
 void bind_completions(pybind11::module_& module);
 void bind_nccl(pybind11::module_& module);
+void bind_rank_group(pybind11::module_& module);
+void bind_overlapped_matmul(pybind11::module_& module);
 
 /// Runs Python's signal handlers if this is the main thread; throws what they raise. Called without the GIL.
 void check_signals();

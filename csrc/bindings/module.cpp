@@ -17,4 +17,6 @@ PYBIND11_MODULE(_C, module) {
   pycomm::bindings::bind_completions(module);
   pycomm::bindings::bind_gradient_step(module);
   pycomm::bindings::bind_nccl(module);
+  pycomm::bindings::bind_rank_group(module);
+  pycomm::bindings::bind_overlapped_matmul(module);
 }

@@ -1,5 +1,7 @@
 #include "host/communicator.hpp"
 
+#include <fcntl.h>
+
 #include <algorithm>
 #include <array>
 #include <limits>
@@ -175,6 +177,30 @@ std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
 
 std::shared_ptr<Work> Communicator::collective(std::function<void(Group&)> body, const CallOptions& options) {
   return run(options, std::move(body));
+}
+
+std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
+  std::vector<UniqueFd> fds(static_cast<std::size_t>(world_size()));
+  run({.timeout_s = timeout_s}, [&](Group& group) {
+    // Rank 0 has a socket to every rank, the others to rank 0 only: what comes from one is passed on to all.
+    const auto& sockets = group.members().sockets;
+    exchange(group, group.rank());
+    if (group.rank() != 0) send_fd(sockets[0], fd, static_cast<std::uint64_t>(group.rank()));
+    for (std::size_t owner = 0; owner < fds.size(); ++owner) {
+      if (static_cast<int>(owner) == group.rank()) {
+        fds[owner] = UniqueFd(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+        if (!fds[owner]) throw_errno("duplicating a descriptor");
+      } else {
+        fds[owner] = recv_fd(sockets[group.rank() == 0 ? owner : 0], owner, group.deadline(), group.interrupt());
+      }
+      if (group.rank() != 0) continue;
+      for (std::size_t peer = 1; peer < fds.size(); ++peer) {
+        if (peer != owner) send_fd(sockets[peer], fds[owner].get(), owner);
+      }
+    }
+    exchange(group, group.rank());
+  });
+  return fds;
 }
 
 void Communicator::send(const MessageSpec& spec, double timeout_s) {

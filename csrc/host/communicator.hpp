@@ -54,6 +54,10 @@ class Communicator {
   /// A collective that has no method here: `body` enters its call and moves the data (group.hpp).
   std::shared_ptr<Work> collective(std::function<void(Group&)> body, const CallOptions& options);
 
+  /// Collective: a descriptor of every rank's, by rank, for other kinds of memory than ours; each takes this rank's
+  /// `fd`, which stays the caller's.
+  std::vector<UniqueFd> exchange_fds(int fd, double timeout_s);
+
   // Messages are independent of collectives; peers are ranks of the group, or kAnySource of a receive.
   void send(const MessageSpec& spec, double timeout_s);
   /// Returns the source.

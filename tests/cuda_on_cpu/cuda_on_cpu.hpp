@@ -9,7 +9,8 @@
 //   threads.cpp  every CUDA thread is an OS thread. For ThreadSanitizer and AddressSanitizer, with small blocks.
 //
 // A launch only queues the kernel on its stream; run() runs all queues, each in order and all at the same time: that is
-// how the kernels of several ranks meet.
+// how the kernels of several ranks meet. include/cuda_runtime_api.h adds what host code of pycomm calls of the runtime:
+// memory, copies, events; each is a step of its stream.
 #pragma once
 
 #include <cstddef>
@@ -30,9 +31,18 @@ struct dim3 {
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorNotReady = 600,
+};
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+struct cudaFuncAttributes {};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -62,6 +72,14 @@ void free_stream(cudaStream_t stream);
 void enqueue(const cudaLaunchConfig_t& config, std::function<void()> kernel);
 /// Runs everything that is queued on any stream. The seed chooses among schedules, where there is a choice.
 void run(std::uint32_t seed);
+
+/// A step that a stream takes itself, no kernel: tried until it says that it is done. Fibers only.
+void enqueue_step(cudaStream_t stream, std::function<bool()> step);
+/// What lies on all streams: after run(), steps that wait for what never comes, and all behind them.
+std::size_t num_queued();
+
+/// Blocks that the device runs at a time, one a multiprocessor.
+inline int num_multiprocessors = 1 << 20;
 
 /// Weaken one ordering of signal.cuh by its number; -1: none.
 void weaken(int ordering);
@@ -95,6 +113,24 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   bits = cuda_on_cpu::shuffle_xor(bits, distance);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_on_cpu::num_multiprocessors;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, std::size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
 }
 
 template <class Params, class Argument>

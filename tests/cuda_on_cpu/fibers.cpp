@@ -53,6 +53,7 @@ struct Fiber {
 struct Launch {
   cudaLaunchConfig_t config;
   std::function<void()> kernel;
+  std::function<bool()> step;  // instead of a kernel
 };
 
 }  // namespace
@@ -135,6 +136,7 @@ void resume(Fiber* fiber) {
 }
 
 void start(CUstream_st* stream) {
+  if (stream->queue.front().step) return;  // take_step() does it
   const cudaLaunchConfig_t& config = stream->queue.front().config;
   const unsigned threads = config.blockDim.x;
   for (unsigned b = 0; b < config.gridDim.x; ++b) {
@@ -161,6 +163,24 @@ void finish(CUstream_st* stream) {
   stream->blocks.clear();
   stream->queue.pop_front();
   if (!stream->queue.empty()) start(stream);
+}
+
+/// One stream whose turn it is to take a step itself takes it, if it can. False: none can.
+bool take_step() {
+  Scheduler& s = scheduler();
+  const std::size_t num = s.streams.size();
+  const std::size_t first = num == 0 ? 0 : s.draw() % num;
+  for (int patience = 0; patience < 2; ++patience) {
+    for (std::size_t k = 0; k < num; ++k) {
+      CUstream_st* const stream = s.streams[(first + k) % num];
+      if (stream->num_running != 0 || stream->queue.empty() || !stream->queue.front().step) continue;
+      if (patience == 0 && s.draw() % 64 < stream->slowness) continue;
+      if (!stream->queue.front().step()) continue;
+      finish(stream);
+      return true;
+    }
+  }
+  return false;
 }
 
 /// Any ready fiber; one of a slow stream usually loses its turn.
@@ -210,7 +230,17 @@ void free_stream(cudaStream_t stream) {
 }
 
 void enqueue(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
-  config.stream->queue.push_back({config, std::move(kernel)});
+  config.stream->queue.push_back({config, std::move(kernel), nullptr});
+}
+
+void enqueue_step(cudaStream_t stream, std::function<bool()> step) {
+  stream->queue.push_back({{}, nullptr, std::move(step)});
+}
+
+std::size_t num_queued() {
+  std::size_t num = 0;
+  for (const CUstream_st* stream : scheduler().streams) num += stream->queue.size();
+  return num;
 }
 
 void run(std::uint32_t seed) {
@@ -222,8 +252,10 @@ void run(std::uint32_t seed) {
     stream->slowness = kSlowness[s.draw() % 4];
     if (!stream->queue.empty()) start(stream);
   }
-  while (!s.ready.empty()) {
+  while (true) {
     if (++s.switches > kMostSwitches) fail("the kernels do not end");
+    if ((s.ready.empty() || s.draw() % 16 == 0) && take_step()) continue;
+    if (s.ready.empty()) break;
     Fiber* const fiber = draw_next();
     CUstream_st* const stream = fiber->stream;
     resume(fiber);

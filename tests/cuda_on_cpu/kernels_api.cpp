@@ -1,7 +1,5 @@
 // The launchers as C functions for ctypes (tests/cuda_on_cpu/kernels.py). Each returns null or what went wrong.
 #include <algorithm>
-#include <exception>
-#include <string>
 
 #include "cuda/device/convert.cuh"
 #include "cuda/device/vec.cuh"
@@ -11,25 +9,15 @@
 #include "cuda/kernels/put_get.hpp"
 #include "cuda/kernels/reduce_scatter.hpp"
 #include "cuda/kernels/sharded_adamw.hpp"
+#include "guarded.hpp"
 #include "world.hpp"
 
 using namespace pycomm;        // NOLINT: a test program
 using namespace pycomm::cuda;  // NOLINT
+using cuda_on_cpu::guarded;
 using cuda_on_cpu::World;
 
 namespace {
-
-template <class Function>
-const char* guarded(Function function) {
-  static std::string message;
-  try {
-    function();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 template <class Pointer>
 void copy_pointers(const World* world, Pointer const* from, Pointer (&to)[kMaxRanks]) {

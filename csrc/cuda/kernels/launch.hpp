@@ -17,6 +17,7 @@ struct LaunchShape {
   int num_blocks;
   int num_threads;  // a block; a multiple of 32
   Stream stream;
+  int num_waiting = 1;  // kernels of this shape that wait for each other on this GPU: those of ranks that share it
 };
 
 inline constexpr int kMaxThreads = 512;

@@ -51,6 +51,14 @@ __global__ void __launch_bounds__(kMaxThreads) get_kernel(const __grid_constant_
   if (threadIdx.x == 0) own.num_taken[channel.peer][blockIdx.x] = message + 1;
 }
 
+/// With lazy loading a kernel's first launch loads it, and loading may wait for what runs: for a kernel, perhaps, that
+/// waits for the one to be loaded. So both are loaded before either is launched.
+void load_both() {
+  cudaFuncAttributes attributes;
+  check_launch("put", cudaFuncGetAttributes(&attributes, put_kernel));
+  check_launch("get", cudaFuncGetAttributes(&attributes, get_kernel));
+}
+
 void check_channel(const char* kernel, const Channel& channel, const LaunchShape& shape) {
   check_group(kernel, channel.group);
   check_shape(kernel, shape, kMaxBlocks);
@@ -66,11 +74,13 @@ void check_channel(const char* kernel, const Channel& channel, const LaunchShape
 
 void launch_put(const PutParams& params, const LaunchShape& shape) {
   check_channel("put", params.channel, shape);
+  load_both();
   launch("put", put_kernel, shape, params);
 }
 
 void launch_get(const GetParams& params, const LaunchShape& shape) {
   check_channel("get", params.channel, shape);
+  load_both();
   launch("get", get_kernel, shape, params);
 }
 

@@ -17,6 +17,7 @@ struct ReduceScatterParams {
   const void* input[kMaxRanks];  // this rank's part of every rank's tensor
   void* output;                  // [layout.num_elements], any memory; may be input[rank] where the types are the same
   double* squares[kMaxRanks];    // where this part's chunks lie in every rank's sums of squares; [0] null: not wanted
+  int num_inputs = 0;            // 0: one a rank. In a group of one: any number, all of them this rank's to read
 };
 
 void launch_reduce_scatter(const ReduceScatterParams& params, const LaunchShape& shape);
