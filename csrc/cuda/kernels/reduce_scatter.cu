@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto squares_to_all = [&](int lane, std::int64_t index, double squares) {
     if (lane < n) params.squares[lane][index] = squares;
   };
-  reduce_chunks<In, Out>(params.layout, {0, params.layout.num_chunks}, num_inputs, params.op, params.squares[0] != nullptr,
-                         input, to_output, squares_to_all);
+  reduce_chunks<In, Out>(params.layout, {0, params.layout.num_chunks}, num_inputs, params.op,
+                         params.squares[0] != nullptr, input, to_output, squares_to_all);
   if (!barrier.wait()) return;
   barrier.finish();
 }
