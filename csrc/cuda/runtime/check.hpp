@@ -17,7 +17,11 @@ inline void check(cudaError_t status, const char* call, const char* file, int li
   if (status == cudaErrorMemoryAllocation) kind = ErrorKind::kOutOfMemory;
   if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) kind = ErrorKind::kUnavailable;
   const std::string prefix = kind == ErrorKind::kUnavailable ? "no GPU that CUDA can use: " : "";
-  throw Error(kind, prefix + call + ": " + cudaGetErrorString(status) + " (" + file + ":" + std::to_string(line) + ")");
+  const std::string path = file;
+  const std::size_t in_repository = path.rfind("csrc/");
+  const std::string where = in_repository == std::string::npos ? path : path.substr(in_repository);
+  throw Error(kind,
+              prefix + call + ": " + cudaGetErrorString(status) + " (" + where + ":" + std::to_string(line) + ")");
 }
 
 }  // namespace pycomm::cuda
