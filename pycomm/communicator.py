@@ -137,6 +137,7 @@ class Communicator(FusedCalls, Messages):
         """
         self._in_flight.wait()
         self._backend.synchronize(self.timeout_s)
+        self._in_flight.drop_finished()  # on GPUs they were not over before
 
     @contextmanager
     def cta_budget(self, max_ctas: int) -> Iterator[None]:
