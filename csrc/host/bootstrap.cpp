@@ -156,12 +156,12 @@ std::string difference(const Hello& mine, const Hello& theirs) {
   return {};
 }
 
-Error timeout_error(std::vector<int> missing, const Deadline& deadline) {
+Error timeout_error(std::vector<int> missing, const Deadline& deadline, const char* op = "init") {
   std::string names;
   for (const int rank : missing) names += (names.empty() ? "" : ", ") + std::to_string(rank);
-  Error error(ErrorKind::kTimeout,
-              "init: rank(s) " + names + " did not come within " + std::to_string(deadline.timeout_s()) + " s");
-  error.op = "init";
+  Error error(ErrorKind::kTimeout, std::string(op) + ": rank(s) " + names + " did not come within " +
+                                       std::to_string(deadline.timeout_s()) + " s");
+  error.op = op;
   error.ranks = std::move(missing);
   return error;
 }
@@ -303,12 +303,14 @@ void send_fd(const UniqueFd& socket, int fd, std::uint64_t id) {
   send_message(socket.get(), Tagged{.id = id}, std::span(&fd, 1));
 }
 
-UniqueFd recv_fd(const UniqueFd& socket, std::uint64_t id, const Deadline& deadline, InterruptCheck interrupt) {
-  if (!wait_readable(socket.get(), deadline, interrupt)) throw timeout_error({0}, deadline);
+UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Deadline& deadline,
+                 InterruptCheck interrupt) {
+  if (!wait_readable(socket.get(), deadline, interrupt)) throw timeout_error({sender}, deadline, "passing memory");
   Tagged tagged;
   std::vector<UniqueFd> fds;
   if (!recv_message(socket.get(), tagged, fds) || fds.size() != 1 || tagged.id != id) {
-    throw Error(ErrorKind::kGeneral, "rank 0 sent something else than shared memory segment " + std::to_string(id));
+    throw Error(ErrorKind::kGeneral,
+                "rank " + std::to_string(sender) + " sent something else than memory " + std::to_string(id));
   }
   return std::move(fds[0]);
 }

@@ -191,7 +191,8 @@ std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
         fds[owner] = UniqueFd(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
         if (!fds[owner]) throw_errno("duplicating a descriptor");
       } else {
-        fds[owner] = recv_fd(sockets[group.rank() == 0 ? owner : 0], owner, group.deadline(), group.interrupt());
+        const std::size_t sender = group.rank() == 0 ? owner : 0;
+        fds[owner] = recv_fd(sockets[sender], static_cast<int>(sender), owner, group.deadline(), group.interrupt());
       }
       if (group.rank() != 0) continue;
       for (std::size_t peer = 1; peer < fds.size(); ++peer) {

@@ -175,7 +175,7 @@ std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::
     next_id_ = plan.id % (Location::kMaxSegments - 1) + 1;  // ids come round again after 16 million allocations
     const std::size_t total = SymmetricSegment::bytes_for(plan.part_bytes, group.world_size());
     if (segment == nullptr) {
-      UniqueFd fd = recv_fd(members_.sockets[0], plan.id, group.deadline(), group.interrupt());
+      UniqueFd fd = recv_fd(members_.sockets[0], 0, plan.id, group.deadline(), group.interrupt());
       segment = std::make_shared<SymmetricSegment>(plan.id, plan.part_bytes, Segment::attach(std::move(fd), total));
     }
     error = segment->memory().reserve(static_cast<std::size_t>(segment->part(group.rank()) - segment->memory().data()),

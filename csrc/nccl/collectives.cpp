@@ -204,47 +204,32 @@ OperationPtr Communicator::all_to_all(const Buffers& buffers, const Parts& outpu
 }
 
 OperationPtr Communicator::gather(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options) {
-  const abi::DataType type = type_of(buffers.dtype);
-  const Call call{.kind = OpKind::kGather,
-                  .dtype = buffers.dtype,
-                  .root = root,
-                  .count = count * static_cast<std::uint64_t>(world_size_)};
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return grouped([&] {
-      if (count == 0) return abi::kSuccess;
-      abi::Result result = abi::kSuccess;
-      const auto place = [&](int rank) {
-        return at(buffers.output, count * static_cast<std::uint64_t>(rank), buffers.dtype);
-      };
-      const bool in_place = rank_ == root && buffers.input == place(root);
-      if (!in_place) result = library_->send(buffers.input, count, type, root, comm, stream);
-      if (rank_ != root) return result;
-      for (int from = 0; from < world_size_ && !stops(result); ++from) {
-        if (from != root || !in_place) result = library_->recv(place(from), count, type, from, comm, stream);
-      }
-      return result;
-    });
-  });
+  return with_root(OpKind::kGather, buffers.input, buffers.output, buffers.dtype, count, root, options);
 }
 
 OperationPtr Communicator::scatter(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options) {
-  const abi::DataType type = type_of(buffers.dtype);
-  const Call call{.kind = OpKind::kScatter,
-                  .dtype = buffers.dtype,
-                  .root = root,
-                  .count = count * static_cast<std::uint64_t>(world_size_)};
+  return with_root(OpKind::kScatter, buffers.output, buffers.input, buffers.dtype, count, root, options);
+}
+
+OperationPtr Communicator::with_root(OpKind kind, const void* part, const void* all, DType dtype, std::uint64_t count,
+                                     int root, const CallOptions& options) {
+  const abi::DataType type = type_of(dtype);
+  const Call call{.kind = kind, .dtype = dtype, .root = root, .count = count * static_cast<std::uint64_t>(world_size_)};
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
+    const auto move = [&](bool is_send, const void* data, int peer) {
+      return is_send ? library_->send(data, count, type, peer, comm, stream)
+                     : library_->recv(const_cast<void*>(data), count, type, peer, comm, stream);
+    };
+    const auto place = [&](int rank) { return at(all, count * static_cast<std::uint64_t>(rank), dtype); };
+    const bool to_root = kind == OpKind::kGather;
     return grouped([&] {
       if (count == 0) return abi::kSuccess;
       abi::Result result = abi::kSuccess;
-      const auto place = [&](int rank) {
-        return at(buffers.input, count * static_cast<std::uint64_t>(rank), buffers.dtype);
-      };
-      const bool in_place = rank_ == root && buffers.output == place(root);
-      if (!in_place) result = library_->recv(buffers.output, count, type, root, comm, stream);
+      const bool in_place = rank_ == root && part == place(root);
+      if (!in_place) result = move(to_root, part, root);
       if (rank_ != root) return result;
-      for (int to = 0; to < world_size_ && !stops(result); ++to) {
-        if (to != root || !in_place) result = library_->send(place(to), count, type, to, comm, stream);
+      for (int peer = 0; peer < world_size_ && !stops(result); ++peer) {
+        if (peer != root || !in_place) result = move(!to_root, place(peer), peer);
       }
       return result;
     });

@@ -122,6 +122,9 @@ class Communicator {
   void invoke(const std::string& name, const Deadline& deadline, const std::function<abi::Result(abi::Comm*)>& call);
   /// Until `comm` (of this communicator or its child) is no longer in progress.
   void settle(const std::string& name, abi::Result result, const Deadline& deadline, abi::Comm* const& comm);
+  /// A gather, or a scatter: every rank's `part`, and `all` of them at the root.
+  OperationPtr with_root(OpKind kind, const void* part, const void* all, DType dtype, std::uint64_t count, int root,
+                         const CallOptions& options);
   /// What `add` enqueues, as one group. The first result that is bad, or in progress.
   abi::Result grouped(const std::function<abi::Result()>& add) const;
 

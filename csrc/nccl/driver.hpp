@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "nccl/driver_abi.hpp"
-#include "nccl/shared_library.hpp"
+#include "pycomm/shared_library.hpp"
 
 namespace pycomm::nccl::driver {
 
@@ -15,7 +15,7 @@ class Driver {
   /// Names as SharedLibrary takes them. Throws kUnavailable where there is no driver or no GPU.
   explicit Driver(const std::vector<std::string>& names);
 
-  const std::string& file() const { return library_.file(); }
+  std::string file() const { return library_.file(); }
   int version() const { return version_; }  // 13000: the newest CUDA that it serves
   std::vector<std::string> device_names() const;
   /// Throws kGeneral unless the call succeeded.

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "nccl/abi.hpp"
-#include "nccl/shared_library.hpp"
+#include "pycomm/shared_library.hpp"
 
 namespace pycomm::nccl {
 
@@ -19,7 +19,7 @@ class Library {
   /// Names as SharedLibrary takes them. Throws kUnavailable: there is none, or it is too old.
   explicit Library(const std::vector<std::string>& names);
 
-  const std::string& file() const { return library_.file(); }
+  std::string file() const { return library_.file(); }
   int version() const { return version_; }
   /// Whether calls take a number of CTAs each (2.31).
   bool has_call_config() const { return version_ >= abi::version_code(2, 31, 0) && all_reduce_config != nullptr; }

@@ -14,21 +14,11 @@ import pytest
 import torch
 
 from pycomm import Communicator
+from pycomm.arguments import REDUCED
 from pycomm.backends.nccl.library import load_nccl
 from pycomm.errors import BackendUnavailableError, MismatchError, StrictOrderError
 from tests.nccl.helpers import gpu_of, run
 from tests.pool import Pool
-
-DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.uint8,
-    torch.int32,
-    torch.int64,
-)
 
 
 def values(count: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -65,7 +55,7 @@ class Caller:
 def all_collectives(comm: Communicator, seed: int) -> None:
     rank, n = comm.rank, comm.world_size
     draw = random.Random(seed)
-    for turn, dtype in enumerate(DTYPES):
+    for turn, dtype in enumerate(REDUCED):
         call = Caller(comm, turn % 2 == 1)
         op = draw.choice(["sum", "min", "max", "prod"] + (["avg"] if dtype.is_floating_point else []))
         count = draw.choice([0, 1, 17, 5000])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from pycomm import Communicator
+from pycomm.backends.nccl.backend import NcclBackend
+from pycomm.backends.nccl.watchdog import Watchdog
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
 from tests.nccl.helpers import SOON_S, gpu_of, ranks, ranks_on_hosts
 from tests.pool import TIMEOUT_S
@@ -27,6 +30,19 @@ def until_it_fails(comm: Communicator) -> None:
     while time.monotonic() < end:
         comm.synchronize()
         time.sleep(0.01)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def watchdog_of(comm: Communicator) -> Watchdog:
+    backend = comm._backend
+    assert isinstance(backend, NcclBackend)
+    return backend._watchdog
 
 
 def reduce_for_ever(comm: Communicator, connection: Any) -> None:
@@ -63,7 +79,7 @@ def test_a_killed_rank_is_named_on_all_hosts(standin: Path, tmp_path: Path) -> N
 
 def stopped(comm: Communicator, connection: Any) -> None:
     comm.barrier()
-    time.sleep(0.3)  # for the watchdog to show the call
+    eventually(lambda: all(num_calls == 1 for num_calls, _ in watchdog_of(comm)._everyone()))
     connection.send("running")
     if comm.rank == 1:
         connection.recv()  # the test stops this process meanwhile
@@ -249,7 +265,7 @@ def leave_early(comm: Communicator, connection: Any) -> None:
         comm.close()
         connection.recv()
         return
-    time.sleep(0.5)
+    eventually(lambda: watchdog_of(comm)._gone is not None)
     comm.synchronize()  # leaving is no failure
     assert (tensor == 3).all()
     with pytest.raises(PeerLostError, match="rank 2 exited normally") as caught:
@@ -317,13 +333,10 @@ def kernels(comm: Communicator, connection: Any) -> int:
         status[0] = 1
     with pytest.raises(PeerTimeoutError, match=r"a kernel gave up: rank 1 did not come in time \(block 7, expected 12"):
         until_it_fails(comm)
-    end = time.monotonic() + TIMEOUT_S
-    while words[0] == 0 and time.monotonic() < end:
-        time.sleep(0.01)
+    eventually(lambda: words[0] != 0)
     late = torch.zeros(1, dtype=torch.int32)
     core.watch_kernels(late.data_ptr(), spare.data_ptr())  # stopped from the start
-    while late[0] == 0 and time.monotonic() < end:
-        time.sleep(0.01)
+    eventually(lambda: late[0] != 0)
     assert (words.tolist(), late.tolist()) == ([1, 0], [1])
     return 0
 

@@ -5,210 +5,24 @@
 // communicator run one after the other, whatever their streams; a send holds its stream until it is received; only what
 // is in one group progresses together; nothing is compared, so calls that differ hang or mix up their data; a rank that
 // dies or aborts is told to nobody; sums are not in rank order.
-#include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <bit>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <string>
 #include <utility>
-#include <vector>
 
-#include "standin.hpp"
+#include "world.hpp"
 
-using namespace pycomm::nccl::abi;
+using namespace standin;
 
 namespace {
-
-constexpr int kMostRanks = 8;
-constexpr int kMostSplits = 32;
-constexpr std::size_t kChunk = 4096;
-constexpr int kPollsInProgress = 3;
-
-struct Channel {
-  std::atomic<std::uint64_t> written;
-  std::atomic<std::uint64_t> read;
-  std::size_t size;
-  char data[kChunk];
-};
-
-enum Use { kCollectives, kMessages };
-
-struct Shared {
-  std::atomic<int> attached;
-  std::atomic<int> connected;
-  struct {
-    std::atomic<int> arrived;
-    int color[kMostRanks];
-    int key[kMostRanks];
-  } splits[kMostSplits];
-  Channel channels[2][kMostRanks][kMostRanks];  // [use][from][to]
-};
 
 std::atomic<int> injected_error = 0;
 std::atomic<bool> hang = false;
 std::atomic<int> num_aborts = 0;
 std::atomic<int> last_max_ctas = 0;
-
-Shared* map_file(const std::string& path) {
-  const int file = open(path.c_str(), O_RDWR | O_CREAT, 0600);
-  if (file < 0 || ftruncate(file, sizeof(Shared)) != 0) return nullptr;
-  void* const memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-  close(file);
-  return memory == MAP_FAILED ? nullptr : static_cast<Shared*>(memory);
-}
-
-}  // namespace
-
-namespace pycomm::nccl::abi {
-
-struct Comm {
-  std::string path;
-  Shared* shared = nullptr;
-  int rank = 0;
-  int size = 0;
-  std::atomic<bool> aborted = false;
-  Result state = kSuccess;
-  std::function<Result()> job;  // progresses when it is asked for
-  int polls = 0;
-  bool connected = false;
-  std::uint64_t issued = 0;
-  std::atomic<std::uint64_t> finished = 0;
-  int num_splits = 0;
-
-  void start(std::function<Result()> new_job) {
-    job = std::move(new_job);
-    polls = 0;
-    state = kInProgress;
-  }
-};
-
-}  // namespace pycomm::nccl::abi
-
-namespace {
-
-struct Transfer {
-  bool is_send;
-  char* data;
-  std::size_t left;
-  int peer;
-  bool done = false;
-};
-
-/// Those of a channel in order, all others at once; false: aborted.
-bool run(Comm& comm, Use use, std::vector<Transfer> transfers) {
-  for (Transfer& t : transfers) t.done = !t.is_send && t.left == 0;
-  int idle = 0;
-  while (!std::all_of(transfers.begin(), transfers.end(), [](const Transfer& t) { return t.done; })) {
-    if (comm.aborted) return false;
-    bool moved = false;
-    std::map<std::pair<int, bool>, bool> busy;
-    for (Transfer& t : transfers) {
-      if (t.done || std::exchange(busy[{t.peer, t.is_send}], true)) continue;
-      auto& channels = comm.shared->channels[use];
-      Channel& channel = t.is_send ? channels[comm.rank][t.peer] : channels[t.peer][comm.rank];
-      const std::uint64_t written = channel.written.load(std::memory_order_acquire);
-      const std::uint64_t read = channel.read.load(std::memory_order_acquire);
-      if (t.is_send && written == read) {
-        if (t.left == 0) {
-          t.done = true;
-        } else {
-          channel.size = std::min(t.left, kChunk);
-          std::memcpy(channel.data, t.data, channel.size);
-          t.data += channel.size;
-          t.left -= channel.size;
-          channel.written.store(written + 1, std::memory_order_release);
-        }
-        moved = true;
-      } else if (!t.is_send && written > read) {
-        const std::size_t size = std::min(t.left, channel.size);
-        std::memcpy(t.data, channel.data, size);
-        t.data += size;
-        t.left -= size;
-        channel.read.store(read + 1, std::memory_order_release);
-        t.done = t.left == 0;
-        moved = true;
-      }
-    }
-    idle = moved ? 0 : idle + 1;
-    if (idle > 20) std::this_thread::sleep_for(std::chrono::microseconds(std::min(idle, 500)));
-  }
-  return true;
-}
-
-std::size_t size_of(DataType type) {
-  switch (type) {
-    case kInt8:
-    case kUint8:
-      return 1;
-    case kFloat16:
-    case kBfloat16:
-      return 2;
-    case kInt32:
-    case kFloat32:
-      return 4;
-    default:
-      return 8;
-  }
-}
-
-struct Bfloat {
-  std::uint16_t bits;
-  explicit operator float() const { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
-  static Bfloat of(float value) {
-    const auto wide = std::bit_cast<std::uint32_t>(value);
-    return {static_cast<std::uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
-  }
-};
-
-template <class T, class Wide, class Narrow>
-void reduce_as(char* output, const std::vector<const char*>& inputs, std::size_t count, RedOp op, Narrow narrow) {
-  for (std::size_t i = 0; i < count; ++i) {
-    const auto value = [&](const char* input) { return static_cast<Wide>(reinterpret_cast<const T*>(input)[i]); };
-    Wide total = value(inputs.back());
-    for (std::size_t k = inputs.size() - 1; k-- > 0;) {
-      const Wide next = value(inputs[k]);
-      if (op == kSum || op == kAvg) total = static_cast<Wide>(total + next);
-      if (op == kProd) total = static_cast<Wide>(total * next);
-      if (op == kMax) total = std::max(total, next);
-      if (op == kMin) total = std::min(total, next);
-    }
-    if (op == kAvg) total = static_cast<Wide>(total / static_cast<Wide>(inputs.size()));
-    reinterpret_cast<T*>(output)[i] = narrow(total);
-  }
-}
-
-template <class T, class Wide = T>
-void reduce_plain(char* output, const std::vector<const char*>& inputs, std::size_t count, RedOp op) {
-  reduce_as<T, Wide>(output, inputs, count, op, [](Wide value) { return static_cast<T>(value); });
-}
-
-void reduce_values(char* output, const std::vector<const char*>& inputs, std::size_t count, DataType type, RedOp op) {
-  switch (type) {
-    case kInt8:
-      return reduce_plain<std::int8_t>(output, inputs, count, op);
-    case kUint8:
-      return reduce_plain<std::uint8_t>(output, inputs, count, op);
-    case kInt32:
-      return reduce_plain<std::int32_t>(output, inputs, count, op);
-    case kInt64:
-      return reduce_plain<std::int64_t>(output, inputs, count, op);
-    case kFloat16:
-      return reduce_plain<_Float16, float>(output, inputs, count, op);
-    case kFloat32:
-      return reduce_plain<float>(output, inputs, count, op);
-    case kFloat64:
-      return reduce_plain<double>(output, inputs, count, op);
-    case kBfloat16:
-      return reduce_as<Bfloat, float>(output, inputs, count, op, &Bfloat::of);
-  }
-}
 
 char* bytes(const void* data) { return const_cast<char*>(static_cast<const char*>(data)); }
 
@@ -286,16 +100,6 @@ Result checked_budget(const CollConfig* config) {
   if (config->size < sizeof(CollConfig) || config->magic != kMagic) return kInvalidArgument;
   last_max_ctas = config->max_ctas;
   return kSuccess;
-}
-
-Comm* open_comm(const std::string& path, int rank, int size) {
-  auto* const comm = new Comm();  // never freed: kernels of it may hang
-  comm->path = path;
-  comm->shared = map_file(path);
-  comm->rank = rank;
-  comm->size = size;
-  if (comm->shared != nullptr) ++comm->shared->attached;
-  return comm;
 }
 
 }  // namespace
