@@ -35,8 +35,8 @@ class Settings:
     micro_batch: int = 1
     layers: int = 6
     hidden: int = 256
-    heads: int = 4
-    vocab: int = 8192
+    heads: int = 8
+    vocab: int = 4096
     seq: int = 128
     steps: int = 15
     contenders: tuple[str, ...] = ()
