@@ -20,7 +20,17 @@ from torch.profiler import ProfilerActivity, profile
 import pycomm
 from pycomm import Communicator
 from pycomm.models import GPT, GPTConfig, GPTStage, gpt_layers, gpt_stages, next_token_loss, split_gpt
-from pycomm.pipeline import Pipeline, Schedule, Timeline, build, draw, measure_layers, measured_costs, simulate
+from pycomm.pipeline import (
+    Pipeline,
+    Schedule,
+    Timeline,
+    build,
+    draw,
+    measure_layers,
+    measure_memory,
+    measured_costs,
+    simulate,
+)
 
 _WARMUP = 3  # steps of each contender that are not counted
 _MIB = 2**20
@@ -92,8 +102,9 @@ class Rank:
 
     def pycomm(self, name: str, chunks: int = 1, cuts: Sequence[range] | None = None) -> Contender:
         model = GPT(self.settings.config())
-        schedule = build(name, self.settings.ranks, self.settings.microbatches, chunks)
-        cuts = cuts or self.settings.even_cuts(schedule.num_stages)
+        cuts = cuts or self.settings.even_cuts(self.settings.ranks * (2 if name == "zb_v" else chunks))
+        memory = self._stage_memory(cuts) if name == "zb_h1" else None
+        schedule = build(name, self.settings.ranks, self.settings.microbatches, chunks, stage_memory=memory)
         stages = gpt_stages(model, self.comm, schedule.rank_of, cuts)
         pipe = Pipeline(stages, schedule, next_token_loss)
         first, last = self.comm.rank == schedule.rank_of[0], self.comm.rank == schedule.rank_of[-1]
@@ -101,13 +112,24 @@ class Rank:
         modules = nn.ModuleList(stage.module for stage in stages)
         return Contender(lambda: pipe.step(inputs, targets), modules, pipe, schedule)
 
+    def _stage_memory(self, cuts: Sequence[range]) -> list[float]:
+        """What the stages of these layers keep of a micro-batch; the same number on every rank."""
+        sample, loss_of = self._sample()
+        kept = measure_memory(gpt_layers(GPT(self.settings.config())), sample, loss_of=loss_of)
+        return [float(sum(kept[layer] for layer in cut)) for cut in cuts]
+
     def automatic(self, name: str) -> Contender:
         """A schedule on stages that are even by the measured costs of the layers; rank 0's measurement, for all."""
         layers = gpt_layers(GPT(self.settings.config()))
-        sample, target = (part[: self.settings.micro_batch] for part in (self.inputs, self.targets))
-        costs = torch.tensor(measure_layers(layers, sample, loss_of=lambda x: next_token_loss(x, target), repeats=10))
+        sample, loss_of = self._sample()
+        costs = torch.tensor(measure_layers(layers, sample, loss_of=loss_of, repeats=10))
         self.comm.broadcast(costs)
         return self.pycomm(name, cuts=split_gpt(GPT(self.settings.config()), self.settings.ranks, costs.tolist()))
+
+    def _sample(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """One micro-batch and its loss."""
+        sample, target = (part[: self.settings.micro_batch] for part in (self.inputs, self.targets))
+        return sample, lambda output: next_token_loss(output, target)
 
     def torch(self, name: str, chunks: int = 1) -> Contender:
         model = GPT(self.settings.config())

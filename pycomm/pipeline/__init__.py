@@ -7,7 +7,7 @@ predicts its time, and :class:`Pipeline` runs it over :class:`PipelineStage`.
 from pycomm.pipeline.actions import Action, Schedule
 from pycomm.pipeline.lowering import lower, place_weight_gradients
 from pycomm.pipeline.measure import measured_costs
-from pycomm.pipeline.partition import measure_layers, parameter_costs, partition
+from pycomm.pipeline.partition import measure_layers, measure_memory, parameter_costs, partition
 from pycomm.pipeline.runtime import Pipeline
 from pycomm.pipeline.schedules import NAMES, build
 from pycomm.pipeline.simulate import Costs, Span, Timeline, simulate, transfer_s
@@ -26,6 +26,7 @@ __all__ = [
     "build",
     "lower",
     "measure_layers",
+    "measure_memory",
     "measured_costs",
     "parameter_costs",
     "partition",

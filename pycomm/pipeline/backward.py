@@ -11,7 +11,9 @@ the multiplication itself, which rounds once less than autograd would. If all jo
 everything else that it has saved is gone after B.
 
 Vectors, such as the scales of norms, are not worth a second visit, and get their gradients in B. So do a parameter that
-several joints lead to (tied weights in one stage), and what lies behind a node with several outputs.
+several joints lead to by different ways (tied weights in one stage), and what lies behind a node with several outputs.
+Where all ways to a parameter end in one, as in a table that is looked up for a residual stream, or where the joint is a
+sum, B catches what enters that last part, which is small, and W makes the table's gradient of it.
 
 Ref: "Zero Bubble Pipeline Parallelism" (2023), section 2.1; the graph is cut as torch.distributed.pipelining does.
 """
@@ -19,8 +21,9 @@ Ref: "Zero Bubble Pipeline Parallelism" (2023), section 2.1; the graph is cut as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 __all__ = ["Leaves", "SplitBackward", "leaves_of"]
 
 Leaves = Mapping[Node, nn.Parameter]
+_SUMS = frozenset({"AddBackward0", "SubBackward0"})
 
 
 def leaves_of(params: Iterable[nn.Parameter]) -> Leaves:
@@ -47,23 +51,30 @@ class SplitBackward:
     def __init__(self, output: Tensor, leaves: Leaves) -> None:
         self._output: Tensor | None = output
         branches = list(_branches(get_gradient_edge(output), leaves))
-        uses = Counter(id(param) for joint, param in branches if joint is not None)
-        unsplit = {id(p) for joint, p in branches if joint is None or uses[id(p)] > 1}
+        entries = _common_entries(branches, leaves)
+        apart = {id(param) for param in entries.values()}
+        branches = [branch for branch in branches if id(branch.param) not in apart]
+        uses = Counter(id(branch.param) for branch in branches)
+        unsplit = {id(b.param) for b in branches if b.joint is None or uses[id(b.param)] > 1}
         # Joints of which nothing but vectors would be left for W.
-        matrices = {joint for joint, param in branches if param.ndim > 1 and id(param) not in unsplit}
-        vectors = {joint for joint, _ in branches} - matrices
-        unsplit |= {id(param) for joint, param in branches if joint in vectors}
-        self._at_once = list({id(param): param for _, param in branches if id(param) in unsplit}.values())
-        at_once = {joint for joint, param in branches if id(param) in unsplit}
+        matrices = {b.joint for b in branches if b.param.ndim > 1 and id(b.param) not in unsplit}
+        vectors = {b.joint for b in branches} - matrices
+        unsplit |= {id(b.param) for b in branches if b.joint in vectors}
+        self._at_once = list({id(b.param): b.param for b in branches if id(b.param) in unsplit}.values())
+        at_once = {b.joint for b in branches if id(b.param) in unsplit}
         joints: dict[Node, list[nn.Parameter]] = {}
-        for joint, param in branches:
-            if joint is not None and id(param) not in unsplit:
-                joints.setdefault(joint, []).append(param)
+        for branch in branches:
+            if branch.joint is not None and id(branch.param) not in unsplit:
+                joints.setdefault(branch.joint, []).append(branch.param)
+        # W goes through them backwards: tables last, when the rest of what is kept has gone.
         self._parts: list[_Linear | _Joint] = [
-            _linear(joint, params, leaves) or _Joint(joint, params, has_halves=joint not in at_once)
+            _Joint(entry, [param], runs_in_b=False, has_halves=False) for entry, param in entries.items()
+        ]
+        self._parts += [
+            _linear(joint, params, leaves) or _Joint(joint, params, runs_in_b=True, has_halves=joint not in at_once)
             for joint, params in joints.items()
         ]
-        self._edges = [GradientEdge(joint, 0) for joint in joints]
+        self._edges = [GradientEdge(node, 0) for node in (*entries, *joints)]
         self._caught: list[Tensor | None] = []
 
     def inputs(self, grad: Tensor | None, stage_input: Tensor | None) -> Tensor | None:
@@ -78,7 +89,7 @@ class SplitBackward:
             [output],
             wanted,  # type: ignore[arg-type]  # torch takes both kinds in one list
             None if grad is None else [grad],
-            retain_graph=any(isinstance(part, _Joint) for part in self._parts),
+            retain_graph=any(isinstance(part, _Joint) and part.runs_in_b for part in self._parts),
             allow_unused=True,
         )
         self._caught = list(found[: len(self._edges)])
@@ -98,10 +109,15 @@ class SplitBackward:
 
 
 class _Joint:
-    """Any joint: autograd runs it again, for its parameters alone."""
+    """Any joint: autograd runs it, in W, for its parameters alone.
 
-    def __init__(self, node: Node, params: list[nn.Parameter], *, has_halves: bool) -> None:
-        self.node, self.params = node, params
+    Args:
+        runs_in_b: it is run a second time then, so that B must leave what it has saved.
+        has_halves: what B wants of it leaves the parameters alone.
+    """
+
+    def __init__(self, node: Node, params: list[nn.Parameter], *, runs_in_b: bool, has_halves: bool) -> None:
+        self.node, self.params, self.runs_in_b = node, params, runs_in_b
         self._has_halves = has_halves and hasattr(node, "half")
         if self._has_halves:
             node.half = "inputs"  # type: ignore[attr-defined]
@@ -165,32 +181,76 @@ def _accumulate(param: nn.Parameter, grad: Tensor) -> None:
             param.grad += grad
 
 
-def _branches(root: GradientEdge, leaves: Leaves) -> Iterator[tuple[Node | None, nn.Parameter]]:
-    """Every way to a parameter as (joint, parameter); joint None: it cannot be split off."""
+class _Branch(NamedTuple):
+    """A way to a parameter.
+
+    Attributes:
+        joint: where it leaves the rest of the graph; None: it cannot be split off.
+        entry: its first node, from which nothing but ``param`` is reached.
+    """
+
+    joint: Node | None
+    entry: Node
+    param: nn.Parameter
+
+
+def _common_entries(branches: Sequence[_Branch], leaves: Leaves) -> dict[Node, nn.Parameter]:
+    """Where all ways to a matrix meet before they reach it, or enter it from a sum."""
+    ways: dict[int, list[_Branch]] = {}
+    for branch in branches:
+        ways.setdefault(id(branch.param), []).append(branch)
+    found = {}
+    for first, *others in ways.values():
+        if first.param.ndim < 2 or any(way.joint is None for way in (first, *others)):
+            continue
+        if not others and (first.joint is None or first.joint.name() not in _SUMS):
+            continue
+        chains = [_chain(way.entry, leaves) for way in (first, *others)]
+        meet = next((node for node in chains[0] if all(node in chain for chain in chains)), None)
+        if meet is not None and meet not in leaves:
+            found[meet] = first.param
+    return found
+
+
+def _chain(entry: Node, leaves: Leaves) -> list[Node]:
+    """From a branch's entry to its parameter; nothing if it passes an output of several."""
+    chain = [entry]
+    while chain[-1] not in leaves:
+        following, output_nr = next(pair for pair in chain[-1].next_functions if pair[0] is not None)
+        if output_nr or following is None:
+            return []
+        chain.append(following)
+    return chain
+
+
+def _branches(root: GradientEdge, leaves: Leaves) -> Iterator[_Branch]:
+    """Every way to a parameter."""
     ends: dict[Node, nn.Parameter | None] = {}
     alone = _end_of_chain(root.node, leaves, ends)
     if alone is not None:
-        yield None, alone
+        yield _Branch(None, root.node, alone)
         return
     seen = {root.node}
     todo = [root.node]
     several_outputs = {root.node} if root.output_nr else set()
-    found: list[tuple[Node, nn.Parameter]] = []
+    found: list[_Branch] = []
     while todo:
         node = todo.pop()
         for following, output_nr in node.next_functions:
             if following is None:
                 continue
-            param = _end_of_chain(following, leaves, ends)
-            if param is not None:
-                found.append((node, param))
-                continue
             if output_nr:
                 several_outputs.add(following)
+            param = _end_of_chain(following, leaves, ends)
+            if param is not None:
+                found.append(_Branch(node, following, param))
+                continue
             if following not in seen:
                 seen.add(following)
                 todo.append(following)
-    yield from ((None if node in several_outputs else node, param) for node, param in found)
+    for branch in found:
+        whole = branch.joint not in several_outputs and branch.entry not in several_outputs
+        yield branch if whole else branch._replace(joint=None)
 
 
 def _end_of_chain(node: Node, leaves: Leaves, known: dict[Node, nn.Parameter | None]) -> nn.Parameter | None:

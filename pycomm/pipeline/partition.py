@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-__all__ = ["measure_layers", "parameter_costs", "partition"]
+__all__ = ["measure_layers", "measure_memory", "parameter_costs", "partition"]
 
 
 def partition(costs: Sequence[float], num_stages: int) -> list[range]:
@@ -89,3 +89,40 @@ def measure_layers(
                 seconds[index].append(time.perf_counter() - start)
             x = output
     return [median(times) for times in seconds]
+
+
+def measure_memory(
+    layers: Sequence[nn.Module], sample: Tensor, *, loss_of: Callable[[Tensor], Tensor] | None = None
+) -> list[int]:
+    """Bytes that autograd keeps of one micro-batch for each layer's backward, parameters and buffers excepted.
+
+    Memory that several layers keep counts for the first of them. A stage's is the sum over its layers, for
+    ``build("zb_h1", ..., stage_memory=...)``.
+
+    Args:
+        layers: each takes what the one before returned.
+        sample: a micro-batch, the input of the first.
+        loss_of: put on top of the last layer and counted with it.
+    """
+    owned = {_where(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    kept: list[dict[int, int]] = [{} for _ in layers]
+    seen: dict[int, Tensor] = {}  # the tensors too, so that no address is used twice
+    x = sample
+    for index, layer in enumerate(layers):
+
+        def pack(tensor: Tensor, mine: dict[int, int] = kept[index]) -> Tensor:
+            where = _where(tensor)
+            if where not in owned and where not in seen:
+                seen[where] = tensor
+                mine[where] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            x = layer(x)
+            if loss_of is not None and index == len(layers) - 1:
+                x = loss_of(x)
+    return [sum(sizes.values()) for sizes in kept]
+
+
+def _where(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

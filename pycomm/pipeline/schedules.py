@@ -9,7 +9,7 @@ cannot deadlock if the longer one does not. Where an order is regular only for l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -21,7 +21,18 @@ __all__ = ["NAMES", "build"]
 Order = list[list[Action]]
 
 
-def build(name: str, num_ranks: int, num_microbatches: int, chunks_per_rank: int = 1) -> Schedule:
+# What zb_h1 may exceed the largest memory of 1F1B by, where stages are of unequal size.
+_MEMORY_TOLERANCE = 1.05
+
+
+def build(
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    chunks_per_rank: int = 1,
+    *,
+    stage_memory: Sequence[float] | None = None,
+) -> Schedule:
     """A lowered schedule, transfers included.
 
     Args:
@@ -30,6 +41,9 @@ def build(name: str, num_ranks: int, num_microbatches: int, chunks_per_rank: int
         num_microbatches: parts of the batch; any number.
         chunks_per_rank: stages a rank. Any number for "interleaved_1f1b"; "zb_v" has two whatever is said here; the
             others have one.
+        stage_memory: for "zb_h1": what each stage keeps of a micro-batch between forward and backward, in any unit
+            (:func:`pycomm.pipeline.measure_memory`). A rank then holds as many micro-batches as fit into what 1F1B
+            needs on the rank where it needs most, with 5 % to spare. Without it, stages count as equal.
 
     Raises:
         ValueError: an unknown name, or numbers that do not fit.
@@ -42,6 +56,10 @@ def build(name: str, num_ranks: int, num_microbatches: int, chunks_per_rank: int
     allowed = {"interleaved_1f1b": chunks_per_rank >= 1, "zb_v": chunks_per_rank in (1, 2)}
     if not allowed.get(name, chunks_per_rank == 1):
         raise ValueError(f"{name} cannot have chunks_per_rank={chunks_per_rank}; interleaved_1f1b takes any number")
+    if stage_memory is not None:
+        if name != "zb_h1":
+            raise ValueError(f"stage_memory is for zb_h1: {name} does not depend on it")
+        return lower(_zb_h1(num_ranks, num_microbatches, 1, stage_memory))
     return lower(_BUILDERS[name](num_ranks, num_microbatches, chunks_per_rank))
 
 
@@ -61,7 +79,11 @@ def _one_f_one_b(p: int, m: int, _chunks: int) -> Schedule:
         forwards = [Action("F", rank, i) for i in range(m)]
         backwards = [Action("BW", rank, i) for i in range(m)]
         order.append(_alternate(forwards, backwards, p - 1 - rank))
-    return Schedule(order, list(range(p)), m, [min(m, p - rank) for rank in range(p)])
+    return Schedule(order, list(range(p)), m, _one_f_one_b_held(p, m))
+
+
+def _one_f_one_b_held(p: int, m: int) -> list[int]:
+    return [min(m, p - rank) for rank in range(p)]
 
 
 def _interleaved(p: int, m: int, v: int) -> Schedule:
@@ -87,8 +109,11 @@ def _interleaved(p: int, m: int, v: int) -> Schedule:
     return Schedule(order, [stage % p for stage in range(v * p)], m, bound)
 
 
-def _zb_h1(p: int, m: int, _chunks: int) -> Schedule:
+def _zb_h1(p: int, m: int, _chunks: int, stage_memory: Sequence[float] | None = None) -> Schedule:
     """1F1B's order with backward split; weight gradients wait for a bubble as long as 1F1B's memory allows.
+
+    That is what 1F1B's first rank holds, p micro-batches, on all ranks where all stages are equal. Else no rank holds
+    more than fits into the most that 1F1B needs on any.
 
     Ref: "Zero Bubble Pipeline Parallelism" (2023), section 2.3.
     """
@@ -97,7 +122,13 @@ def _zb_h1(p: int, m: int, _chunks: int) -> Schedule:
         forwards = [Action("F", rank, i) for i in range(m)]
         backwards = [Action("B", rank, i) for i in range(m)]
         order.append(_alternate(forwards, backwards, p - 1 - rank))
-    return place_weight_gradients(Schedule(order, list(range(p)), m, [min(m, p)] * p))
+    held = _one_f_one_b_held(p, m)
+    memory = [1.0] * p if stage_memory is None else list(stage_memory)
+    if len(memory) != p or min(memory) <= 0:
+        raise ValueError(f"stage_memory is {memory}: a positive number for each of {p} stages")
+    limit = _MEMORY_TOLERANCE * max(n * size for n, size in zip(held, memory, strict=True))
+    bound = [max(n, min(m, p, int(limit / size))) for n, size in zip(held, memory, strict=True)]
+    return place_weight_gradients(Schedule(order, list(range(p)), m, bound))
 
 
 def _zb_v(p: int, m: int, _chunks: int) -> Schedule:

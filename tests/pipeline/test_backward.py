@@ -59,6 +59,19 @@ class Odd(nn.Module):
         return self.after(F.gelu(product)) @ self.frozen + total + self.shift
 
 
+class Tables(nn.Module):
+    """One table is added to the input, which is a sum; the other is looked up once and used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.kinds = nn.Embedding(7, 8), nn.Embedding(4, 8)
+        self.linear = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kinds = self.kinds(torch.arange(15).view(3, 5) % 3)
+        return torch.tanh(self.linear(x + self.positions.weight[:5] + kinds)) * kinds.sin()
+
+
 MODULES = {
     "linear": lambda: nn.Linear(8, 8),
     "mlp": lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 8, bias=False)),
@@ -67,6 +80,7 @@ MODULES = {
     "tied": Tied,
     "odd": Odd,
     "only a parameter": lambda: Returned(),
+    "tables": Tables,
     "recurrent": lambda: First(nn.LSTM(8, 8, batch_first=True)),
 }
 UNSPLIT = {  # vectors, and what cannot be split off
@@ -171,7 +185,7 @@ def test_a_first_stage_has_no_input_gradient_and_still_splits() -> None:
 
 
 def test_b_of_a_first_stage_keeps_no_graph() -> None:
-    """Its first norm leads to nothing but its own scale and the embedding, both of which get their gradients in B."""
+    """Its first norm leads to nothing but its own scale and the embedding, whose table is left to W at its end."""
     config = GPTConfig(vocab_size=11, hidden=8, num_heads=2, num_layers=2, max_seq=5, tie_embeddings=False)
     stage = GPTStage(GPT(config), range(3))
     output = stage(torch.arange(10).view(2, 5))
@@ -180,6 +194,7 @@ def test_b_of_a_first_stage_keeps_no_graph() -> None:
     split.inputs(torch.ones_like(output), None)
     with pytest.raises(RuntimeError, match="already been freed"):
         _ = norm._saved_input
+    assert stage.token_embedding.weight.grad is None
     split.weights()
     assert all(param.grad is not None for param in stage.parameters())
 

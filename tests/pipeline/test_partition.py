@@ -12,7 +12,7 @@ from torch import nn
 
 import pycomm
 from pycomm.models import GPT, GPTConfig, GPTStage, gpt_layers, gpt_stages, next_token_loss, split_gpt
-from pycomm.pipeline import measure_layers, parameter_costs, partition
+from pycomm.pipeline import measure_layers, measure_memory, parameter_costs, partition
 
 
 @settings(max_examples=100, deadline=None)
@@ -57,6 +57,17 @@ def test_a_gpt_is_cut_by_estimated_measured_or_given_costs() -> None:
         split_gpt(MODEL, 7)
     with pytest.raises(ValueError, match="6 costs are needed"):
         split_gpt(MODEL, 2, [1.0])
+
+
+def test_memory_counts_every_storage_once_and_no_parameter() -> None:
+    layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Identity()]
+    # The sample for the first product, ReLU's output for itself and for the second product; in float32.
+    assert measure_memory(layers, torch.ones(3, 4)) == [3 * 4 * 4, 3 * 8 * 4, 0, 0]
+    assert measure_memory(layers, torch.ones(3, 4), loss_of=lambda x: x.square().sum()) == [48, 96, 0, 3 * 2 * 4]
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    kept = measure_memory(gpt_layers(MODEL), tokens, loss_of=lambda x: next_token_loss(x, tokens))
+    assert kept[-1] >= 2 * 8 * 400 * 4  # log-probabilities
+    assert len(set(kept[1:5])) == 1
 
 
 def test_stages_have_the_names_and_the_outputs_of_the_whole() -> None:

@@ -60,6 +60,36 @@ def test_zero_bubble_schedules_idle_less_with_the_memory_of_1f1b(p: int, m: int)
     assert timelines["zb_v"].makespan == 6 * m + p - 1
 
 
+@pytest.mark.parametrize(
+    ("memory", "bound"), [((1, 1), [2, 2]), ((1, 1.04), [2, 2]), ((1, 1.3), [2, 1]), ((3, 1), [2, 2])]
+)
+def test_zb_h1_of_unequal_stages_keeps_to_the_memory_of_1f1b(memory: tuple[float, float], bound: list[int]) -> None:
+    schedule = build("zb_h1", 2, 8, stage_memory=memory)
+    verify(schedule)
+    assert schedule.memory_bound == bound
+    weighed = {
+        name: max(peak * size for peak, size in zip(simulate(order).peak_activations, memory, strict=True))
+        for name, order in (("1f1b", build("1f1b", 2, 8)), ("zb_h1", schedule))
+    }
+    assert weighed["zb_h1"] <= 1.05 * weighed["1f1b"]
+    # Even where every W follows its B at once, the gradient has left before it.
+    assert simulate(schedule).makespan < simulate(build("1f1b", 2, 8)).makespan
+
+
+@settings(max_examples=30, deadline=None)
+@given(memory=st.lists(st.floats(0.1, 10), min_size=1, max_size=6), m=st.integers(1, 12))
+def test_zb_h1_is_sound_for_any_memory_of_stages(memory: list[float], m: int) -> None:
+    verify(build("zb_h1", len(memory), m, stage_memory=memory))
+
+
+def test_memory_of_stages_fits_the_schedule() -> None:
+    for memory in ([1.0], [1.0, 0.0], []):
+        with pytest.raises(ValueError, match="a positive number for each of 2 stages"):
+            build("zb_h1", 2, 4, stage_memory=memory)
+    with pytest.raises(ValueError, match="stage_memory is for zb_h1: gpipe"):
+        build("gpipe", 2, 4, stage_memory=[1.0, 1.0])
+
+
 def test_no_schedule_holds_more_than_it_promises_and_some_rank_holds_that() -> None:
     for name in NAMES:
         schedule = build(name, 4, 8, 2 if name == "interleaved_1f1b" else 1)
