@@ -11,8 +11,9 @@ namespace py = pybind11;
 namespace pycomm::bindings {
 namespace {
 
-void reduce(const std::string& dtype_name, const std::string& op_name, const std::vector<std::uintptr_t>& sources,
-            const std::vector<std::uintptr_t>& destinations, std::size_t count) {
+void reduce_addresses(const std::string& dtype_name, const std::string& op_name,
+                      const std::vector<std::uintptr_t>& sources, const std::vector<std::uintptr_t>& destinations,
+                      std::size_t count) {
   const DType dtype = parse_dtype(dtype_name);
   const ReduceOp op = parse_op(op_name);
   const host::ReduceFn kernel = host::reduce_kernel(dtype, op);
@@ -30,7 +31,7 @@ void reduce(const std::string& dtype_name, const std::string& op_name, const std
 }  // namespace
 
 void bind_reduce(py::module_& module) {
-  module.def("reduce", &reduce, py::arg("dtype"), py::arg("op"), py::arg("sources"), py::arg("destinations"),
+  module.def("reduce", &reduce_addresses, py::arg("dtype"), py::arg("op"), py::arg("sources"), py::arg("destinations"),
              py::arg("count"),
              "Reduce `count` elements of `dtype` over the buffers at the addresses `sources`, in order, into each of\n"
              "`destinations`. A destination is a source or overlaps none. Addresses need no alignment.\n\n"
