@@ -6,6 +6,10 @@ for a tensor that is larger than its slot, they are messages: a token (``tokens.
 Messages do not block their sender and wait in the transport, so the order in which a rank wants them is free. With
 ``ordered`` everything is a message, and blocks: each send returns when it is matched, and a group is one batch, as on
 one stream of NCCL.
+
+On NCCL itself, messages are always in order. Tokens would make the host wait for the GPU, so the first step and the
+first evaluation alone have them. From then on micro-batches keep their shapes, and transfers run on the communicator's
+stream beside the computation, which waits for a tensor where it uses it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ __all__ = ["Links"]
 
 _TOKENS, _DATA, _NUM_PURPOSES = 0, 1, 2
 
+Key = tuple[str, int, int]
+Outgoing = tuple[Action, Tensor, int]  # the SEND, what it sends, the micro-batch's rows
+
 
 class Links:
     """This rank's ends of all links of a schedule.
@@ -32,13 +39,20 @@ class Links:
         comm: the pipeline's ranks.
         rank_of: stage -> rank.
         slots: link -> slots that it gets.
-        ordered: see the module.
+        ordered: see the module; so it is on NCCL, whatever is said here.
+
+    Attributes:
+        is_ordered: what came of it.
     """
 
     def __init__(self, comm: Communicator, rank_of: Sequence[int], slots: Mapping[Link, int], ordered: bool) -> None:
         self._comm = comm
         self._rank_of = rank_of
         self._counts = slots
+        self._fixes_shapes = comm.backend == "nccl"
+        self.is_ordered = ordered or self._fixes_shapes
+        # What each transfer of a step, and of an evaluation, was the first time.
+        self._known: dict[tuple[bool, Key], Token] = {}
         self._wants_slots = bool(slots) and not ordered and comm.backend == "shm"
         self._slots: Slots | None = None
         self._works: list[Work] = []
@@ -71,25 +85,57 @@ class Links:
             self._comm.recv(tensor, peer, _tag(link, _DATA))
         return Arrived(tensor, token, link)
 
-    def exchange(self, sends: Sequence[tuple[Action, Tensor, int]], receives: Sequence[Action]) -> list[Arrived]:
-        """Send and receive what a step of the schedule says, and return when all of it is done."""
-        outgoing = [(*self._route(action), tensor.contiguous(), rows) for action, tensor, rows in sends]
-        incoming = [self._route(action) for action in receives]
+    def exchange(self, sends: Sequence[Outgoing], receives: Sequence[Action]) -> list[Arrived]:
+        """Send and receive what a step of the schedule says, and return when all of it is done, or enqueued.
+
+        Raises:
+            ValueError: on NCCL a tensor is not what it was the first time.
+        """
+        if not self._fixes_shapes:
+            return self._transfer(sends, receives, self._negotiate(sends, receives))
+        is_training = torch.is_grad_enabled()
+        if not all((is_training, action.key) in self._known for action in (*receives, *(send[0] for send in sends))):
+            tokens = self._negotiate(sends, receives)
+            given = [unpack(pack(tensor, rows)) for _, tensor, rows in sends]
+            for action, token in zip((*receives, *(send[0] for send in sends)), (*tokens, *given), strict=True):
+                self._known[is_training, action.key] = token
+        for action, tensor, rows in sends:
+            before, now = self._known[is_training, action.key], unpack(pack(tensor, rows))
+            if now != before:
+                raise ValueError(
+                    f"{action} is {now.dtype} {list(now.shape)} of {now.rows} rows, the first time it was "
+                    f"{before.dtype} {list(before.shape)} of {before.rows}: on NCCL batches keep their shape; make "
+                    f"another Pipeline for another one"
+                )
+        return self._transfer(sends, receives, [self._known[is_training, action.key] for action in receives])
+
+    def _negotiate(self, sends: Sequence[Outgoing], receives: Sequence[Action]) -> list[Token]:
+        """What the receives will be."""
         numbers = [torch.empty(TOKEN, dtype=torch.int64, device=self._comm.device) for _ in receives]
         with self._comm.batch() as batch:
-            for peer, link, tensor, rows in outgoing:
+            for action, tensor, rows in sends:
+                peer, link = self._route(action)
                 batch.send(self._token(link, tensor, rows), peer, _tag(link, _TOKENS))
-            for (peer, link), token in zip(incoming, numbers, strict=True):
+            for action, token in zip(receives, numbers, strict=True):
+                peer, link = self._route(action)
                 batch.recv(token, peer, _tag(link, _TOKENS))
-        tokens = [unpack(token.tolist()) for token in numbers]
+        return [unpack(token.tolist()) for token in numbers]
+
+    def _transfer(
+        self, sends: Sequence[Outgoing], receives: Sequence[Action], tokens: Sequence[Token]
+    ) -> list[Arrived]:
         rooms = [self._room(token) for token in tokens]
-        with self._comm.batch() as batch:
-            for peer, link, tensor, _ in outgoing:
-                batch.send(tensor, peer, _tag(link, _DATA))
-            for (peer, link), room in zip(incoming, rooms, strict=True):
+        links = [self._route(action)[1] for action in receives]
+        with self._comm.batch(async_op=self._fixes_shapes) as batch:
+            for action, tensor, _ in sends:
+                peer, link = self._route(action)
+                batch.send(tensor.contiguous(), peer, _tag(link, _DATA))
+            for action, room in zip(receives, rooms, strict=True):
+                peer, link = self._route(action)
                 batch.recv(room, peer, _tag(link, _DATA))
-        arrived = zip(rooms, tokens, incoming, strict=True)
-        return [Arrived(room, token, link) for room, token, (_, link) in arrived]
+        if batch.work is not None:
+            self._works.append(batch.work)
+        return [Arrived(room, token, link, batch.work) for room, token, link in zip(rooms, tokens, links, strict=True)]
 
     def release(self, arrived: Arrived) -> None:
         """The tensor's memory is not needed here any more."""

@@ -37,8 +37,9 @@ class Pipeline:
         stages: this rank's, a PipelineStage or several.
         schedule: verified here; the same on all ranks.
         loss_fn: (output, target) -> the mean over its micro-batch, a scalar. Used where the last stage is.
-        ordered: let transfers block at their place in the schedule, as they do on one stream of NCCL. False: they
-            wait beside the computation, which is faster where costs are not as even as the schedule assumes.
+        ordered: let transfers block at their place in the schedule, as they do on one stream of NCCL (where they always
+            do). False: they wait beside the computation, which is faster where costs are not as even as the schedule
+            assumes.
 
     Raises:
         ScheduleError: the schedule is not sound.
@@ -67,7 +68,6 @@ class Pipeline:
             stage: stage + 1 < schedule.num_stages and not schedule.crosses(stage) for stage in range(self._num_stages)
         }
         self._loss_fn = loss_fn
-        self._ordered = ordered
         self._release = last_uses(schedule.ranks[rank])
         last = {action.stage: action.key for action in schedule.ranks[rank] if action.kind in ("BW", "W")}
         self._last_backward = {(stage, key[2]) for stage, key in last.items()}
@@ -164,7 +164,7 @@ class _Run:
     def do(self, step: tuple[Action, ...]) -> None:
         if step[0].kind in COMPUTE:
             self._compute(step[0])
-        elif self._pipe._ordered:
+        elif self._links.is_ordered:
             receives = [action for action in step if action.kind.startswith("RECV")]
             sends = [self._outgoing(action) for action in step if action.kind.startswith("SEND")]
             for action, arrived in zip(receives, self._links.exchange(sends, receives), strict=True):
@@ -216,6 +216,8 @@ class _Run:
         if key not in self._arrived:
             self._arrived[key] = self._links.recv(Action(*key))
         arrived = self._arrived[key]
+        if arrived.work is not None:
+            arrived.work.wait()
         self._rows[i] = arrived.token.rows
         return arrived.tensor
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pycomm.arguments import MOVED
+from pycomm.communicator import Work
 
 __all__ = ["TOKEN", "Arrived", "Link", "Token", "check_sendable", "pack", "receiving_stage", "sending_stage", "unpack"]
 
@@ -30,11 +31,15 @@ class Token(NamedTuple):
 
 @dataclass
 class Arrived:
-    """A tensor that came over ``link``; its memory may be a slot of the sender's."""
+    """A tensor that came over ``link``; its memory may be a slot of the sender's.
+
+    With ``work`` it comes on another stream, and ``work.wait()`` stands before its use.
+    """
 
     tensor: Tensor
     token: Token
     link: Link
+    work: Work | None = None
 
 
 def pack(tensor: Tensor, rows: int, *, slot: int = 0, is_apart: bool = True) -> list[int]:
