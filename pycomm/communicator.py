@@ -22,14 +22,14 @@ from pycomm.arguments import checked_timeout, tensor_on
 from pycomm.backends import Backend, choose
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.nccl import NcclBackend, Offer, offer
-from pycomm.backends.shm import ShmBackend
+from pycomm.backends.shm import Flag, ShmBackend
 from pycomm.calls import InFlight, Work
 from pycomm.errors import BackendUnavailableError
 from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
 
-__all__ = ["Communicator", "Work", "init"]
+__all__ = ["Communicator", "Flag", "Work", "init"]
 
 _log = logging.getLogger("pycomm")
 _EXIT_DRAIN_S = 10.0  # at interpreter exit, operations that no peer joins may hold the process back so long
@@ -83,42 +83,24 @@ class Communicator(FusedCalls, Messages):
         """
         return self._backend.peers(tensor_on(self.device, tensor))
 
-    def post(self, flag: torch.Tensor, value: int) -> None:
-        """Say that this rank has come so far: a barrier in two halves, of which the other is :meth:`wait_posted`.
+    def flag(self, tensor: torch.Tensor) -> Flag:
+        """A barrier in two halves, :meth:`Flag.post` and :meth:`Flag.wait`: how far each rank has come.
 
-        For operations that read peers' memory while they compute. Host transport only. Does not wait.
+        For operations that read peers' memory while they compute. Host transport only. Not collective.
 
         Args:
-            flag: one int64 of symmetric memory, zero on all ranks before the first post; nothing else writes it.
-            value: not below the last one. What this rank wrote before is seen by whoever has waited for it.
+            tensor: one int64 of symmetric memory, zero on all ranks before the first post; nothing else writes it.
 
         Raises:
-            ValueError: ``flag`` is not one int64 of symmetric memory.
+            ValueError: ``tensor`` is not one int64 of symmetric memory.
+            BackendUnavailableError: another back end.
         """
-        self._shared_memory().post(self._flag(flag), value)
-
-    def wait_posted(
-        self, flag: torch.Tensor, value: int, *, rank: int | None = None, timeout_s: float | None = None
-    ) -> None:
-        """Return once every rank, or ``rank`` alone, has posted ``value``, or more, to its part of ``flag``.
-
-        Raises:
-            PeerTimeoutError, PeerLostError: as a collective's.
-            ValueError: ``flag`` is not one int64 of symmetric memory.
-        """
-        wait_s = self.timeout_s if timeout_s is None else checked_timeout(timeout_s)
-        self._shared_memory().wait_posted(self._flag(flag), value, rank, wait_s)
-
-    def _flag(self, flag: torch.Tensor) -> torch.Tensor:
-        tensor = tensor_on(self.device, flag, "flag")
+        if not isinstance(self._backend, ShmBackend):
+            raise BackendUnavailableError(f"flags need the host transport; this communicator is {self.backend}")
+        tensor = tensor_on(self.device, tensor, "flag")
         if tensor.dtype != torch.int64 or tensor.numel() != 1:
             raise ValueError(f"flag is {tensor.dtype} {list(tensor.shape)}: it must be one torch.int64")
-        return tensor
-
-    def _shared_memory(self) -> ShmBackend:
-        if not isinstance(self._backend, ShmBackend):
-            raise BackendUnavailableError(f"posted flags need the host transport; this communicator is {self.backend}")
-        return self._backend
+        return self._backend.flag(tensor, self.timeout_s)
 
     def split(self, color: int | None, key: int | None = None) -> Communicator | None:
         """Divide the group: collective; ranks of equal ``color`` form a new communicator, ordered by (key, rank).

@@ -7,12 +7,44 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C, env
+from pycomm.arguments import checked_timeout
 from pycomm.backends import Calls
 from pycomm.rendezvous import Rendezvous
 
-__all__ = ["ShmBackend", "tuning_here"]
+__all__ = ["Flag", "ShmBackend", "tuning_here"]
 
 _OF_GPUS = "gpu_"  # thresholds that are not this back end's
+
+
+class Flag:
+    """How far each rank has come: a number in symmetric memory that only counts up. Made by Communicator.flag.
+
+    Args:
+        tensor: one int64.
+        timeout_s: of a wait that names none.
+    """
+
+    def __init__(self, core: _C.HostCommunicator, tensor: torch.Tensor, timeout_s: float) -> None:
+        self._tensor = tensor
+        self._address = tensor.data_ptr()
+        self._timeout_s = timeout_s
+        self._post, self._wait = core.post, core.wait_posted
+
+    def post(self, value: int) -> None:
+        """Say that this rank has come to ``value``, not below the last one. Does not wait.
+
+        What this rank wrote before is seen by whoever has waited for it.
+        """
+        self._post(self._address, value)
+
+    def wait(self, value: int, *, rank: int | None = None, timeout_s: float | None = None) -> None:
+        """Return once every rank, or ``rank`` alone, has posted ``value`` or more.
+
+        Raises:
+            PeerTimeoutError, PeerLostError: as a collective's.
+            ValueError: there is no such rank, or ``timeout_s`` is not positive.
+        """
+        self._wait(self._address, value, rank, self._timeout_s if timeout_s is None else checked_timeout(timeout_s))
 
 
 class ShmBackend:
@@ -71,11 +103,10 @@ class ShmBackend:
             for rank in range(self.world_size)
         ]
 
-    def post(self, flag: torch.Tensor, value: int) -> None:
-        self._core.post(flag.data_ptr(), value)
-
-    def wait_posted(self, flag: torch.Tensor, value: int, rank: int | None, timeout_s: float) -> None:
-        self._core.wait_posted(flag.data_ptr(), value, rank, timeout_s)
+    def flag(self, tensor: torch.Tensor, timeout_s: float) -> Flag:
+        if not self._core.is_symmetric(tensor.data_ptr(), tensor.element_size()):
+            raise ValueError("the flag is not symmetric memory")
+        return Flag(self._core, tensor, timeout_s)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> ShmBackend | None:
         core = self._core.split(color, key, timeout_s)

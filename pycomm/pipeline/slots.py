@@ -8,7 +8,7 @@ own and counts up ``freed``. There are no messages, and nobody waits but for a t
 Rings have one place a slot. The sender overwrites a token only when a slot was freed whose tensor came no earlier than
 the token's; the receiver reads tokens in order, so it has read that one. The receiver overwrites the number of a freed
 slot only when as many others were freed since, which needs that the sender has used that slot again. Flags are written
-after what they announce, and whoever has waited for one sees all of that (:meth:`Communicator.wait_posted`).
+after what they announce, and whoever has waited for one sees all of that (:meth:`pycomm.communicator.Flag.wait`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pycomm.communicator import Communicator
+from pycomm.communicator import Communicator, Flag
 from pycomm.pipeline.tokens import TOKEN, Arrived, Link, Token, pack, receiving_stage, sending_stage, unpack
 
 __all__ = ["Slots"]
@@ -33,8 +33,8 @@ class _End:
     """This rank's end of a link."""
 
     peer: int
-    sent: Tensor  # the flags' places in this rank's memory, whichever end it is
-    freed: Tensor
+    sent: Flag
+    freed: Flag
     tokens: list[Tensor]  # of the sender, mapped
     freed_slots: Tensor  # of the receiver, mapped
     slots: list[Tensor]  # of the sender, mapped: [bytes]
@@ -65,7 +65,6 @@ class Slots:
     def __init__(
         self, comm: Communicator, rank_of: Sequence[int], counts: Mapping[Link, int], bytes_of: Mapping[Link, int]
     ) -> None:
-        self._comm = comm
         links = sorted(counts)
         sizes = torch.tensor([bytes_of.get(link, 0) for link in links])
         comm.all_reduce(sizes, op="max")
@@ -92,8 +91,8 @@ class Slots:
             if comm.rank in (sender, receiver):
                 self._ends[link] = _End(
                     peer=receiver if comm.rank == sender else sender,
-                    sent=flags[number, 0, :1],
-                    freed=flags[number, 1, :1],
+                    sent=comm.flag(flags[number, 0, :1]),
+                    freed=comm.flag(flags[number, 1, :1]),
                     tokens=[mapped[0][sender][row] for row in rows],
                     freed_slots=mapped[1][receiver][rows.start : rows.stop, 0],
                     slots=[mapped[2][sender][start : start + aligned[link]] for start in starts],
@@ -106,7 +105,7 @@ class Slots:
         """Hand ``tensor`` over, which may be changed at once. False: it is too large, and follows as a message."""
         end = self._ends[link]
         while not end.free:
-            self._comm.wait_posted(end.freed, end.num_freed + 1, rank=end.peer)
+            end.freed.wait(end.num_freed + 1, rank=end.peer)
             end.free.append(int(end.freed_slots[end.num_freed % len(end.slots)]))
             end.num_freed += 1
         slot = end.free.pop()
@@ -119,13 +118,13 @@ class Slots:
         if fits:
             end.view(slot, tensor.dtype, tensor.shape).copy_(tensor)
         end.num_sent += 1
-        self._comm.post(end.sent, end.num_sent)
+        end.sent.post(end.num_sent)
         return fits
 
     def recv(self, link: Link) -> tuple[Tensor | None, Token]:
         """Wait for the next tensor; None: it follows as a message."""
         end = self._ends[link]
-        self._comm.wait_posted(end.sent, end.num_sent + 1, rank=end.peer)
+        end.sent.wait(end.num_sent + 1, rank=end.peer)
         token = unpack(end.tokens[end.num_sent % len(end.slots)].tolist())
         end.num_sent += 1
         return None if token.is_apart else end.view(token.slot, token.dtype, token.shape), token
@@ -135,4 +134,4 @@ class Slots:
         end = self._ends[arrived.link]
         end.freed_slots[end.num_freed % len(end.slots)] = arrived.token.slot
         end.num_freed += 1
-        self._comm.post(end.freed, end.num_freed)
+        end.freed.post(end.num_freed)

@@ -45,7 +45,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def describe(words: Sequence[int]) -> str:
     """The call that a descriptor stands for."""
-    kind, dtype, batch, rows, width = words
+    kind, dtype, batch, rows, width, *_ = words
     return f"{_CALLS[kind]}({str(_DTYPES[dtype]).removeprefix('torch.')}[{batch}, {rows}, {width}])"
 
 

@@ -16,6 +16,7 @@ last that used the same memory.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,8 +31,9 @@ from pycomm.tensor_parallel.products import shown
 __all__ = ["Turn", "Workspace"]
 
 _NUM_SLOTS = 3
+_ZEROS = (0,) * 8
 _LINE = 8  # int64 words of a cache line: flags of different turns' phases do not share one
-_DESCRIPTOR = 8  # words
+_DESCRIPTOR = struct.Struct("=8q")  # one line
 _PHASE_BITS = 20  # posts of one turn
 _PAGE = 4096
 _MAX_LAYOUTS = 256  # a buffer's; more shapes than that are rare, and then all are made again
@@ -55,10 +57,10 @@ class Workspace:
         pad = comm.empty((2 + _NUM_SLOTS) * _LINE, dtype=torch.int64)
         pad.zero_()
         comm.barrier()  # no peer posts before everyone has cleared its flags
-        self.flags = [pad[i * _LINE : i * _LINE + 1] for i in range(2)]
-        self._descriptors = [
-            [peer[(2 + slot) * _LINE :][:_DESCRIPTOR].numpy() for peer in comm.peers(pad)] for slot in range(_NUM_SLOTS)
-        ]
+        self.flags = [comm.flag(pad[i * _LINE : i * _LINE + 1]) for i in range(2)]
+        lines = [peer.numpy().data.cast("B") for peer in comm.peers(pad)]
+        places = [slice((2 + slot) * _LINE * 8, (3 + slot) * _LINE * 8) for slot in range(_NUM_SLOTS)]
+        self._descriptors = [[line[place] for line in lines] for place in places]  # [slot][rank]
         self._buffers: list[_Buffer | None] = [None] * _NUM_SLOTS
         self._layouts: list[dict[Hashable, object]] = [{} for _ in range(_NUM_SLOTS)]
         self._num_turns = 0
@@ -73,13 +75,16 @@ class Workspace:
         """
         self._num_turns += 1
         slot = self._num_turns % _NUM_SLOTS
-        self._descriptors[slot][comm.rank][: len(descriptor)] = descriptor
-        turn = Turn(self, comm, describe, len(descriptor), self._num_turns)
+        _DESCRIPTOR.pack_into(self._descriptors[slot][comm.rank], 0, *descriptor, *_ZEROS[len(descriptor) :])
+        turn = Turn(self, comm, describe, self._num_turns)
         turn.post()
         return turn
 
-    def descriptors(self, turn: int, length: int) -> list[list[int]]:
-        return [words[:length].tolist() for words in self._descriptors[turn % _NUM_SLOTS]]
+    def descriptors(self, turn: int) -> list[tuple[int, ...]]:
+        lines = self._descriptors[turn % _NUM_SLOTS]
+        if all(line == lines[0] for line in lines):
+            return [_DESCRIPTOR.unpack(lines[0])] * len(lines)
+        return [_DESCRIPTOR.unpack(line) for line in lines]
 
     def capacity(self, turn: int) -> int:
         buffer = self._buffers[turn % _NUM_SLOTS]
@@ -107,9 +112,9 @@ class Turn:
     """
 
     def __init__(
-        self, workspace: Workspace, comm: Communicator, describe: Callable[[Sequence[int]], str], length: int, turn: int
+        self, workspace: Workspace, comm: Communicator, describe: Callable[[Sequence[int]], str], turn: int
     ) -> None:
-        self._workspace, self._comm, self._describe, self._length, self._turn = workspace, comm, describe, length, turn
+        self._workspace, self._comm, self._describe, self._turn = workspace, comm, describe, turn
         self._base = turn << _PHASE_BITS
         self._posted = [0, 0]
 
@@ -120,27 +125,23 @@ class Turn:
     def post_until(self, count: int, flag: int = 0) -> None:
         """This rank has come as far as with ``count`` posts."""
         self._posted[flag] = count
-        self._comm.post(self._workspace.flags[flag], self._base + count)
+        self._workspace.flags[flag].post(self._base + count)
 
     def wait(self, count: int, flag: int = 0) -> None:
         """Wait until every rank has posted ``count`` times in this turn."""
         with shown("pycomm::wait"):
-            self._comm.wait_posted(self._workspace.flags[flag], self._base + count)
+            self._workspace.flags[flag].wait(self._base + count)
 
-    def descriptors(self) -> list[list[int]]:
-        """What every rank has called, by rank. Waits for them to begin."""
-        self.wait(1)
-        return self._workspace.descriptors(self._turn, self._length)
-
-    def check_equal(self, *, ignore: int | None = None) -> list[list[int]]:
-        """The descriptors, which may differ in the word ``ignore`` only.
+    def check_equal(self, *, ignore: int | None = None) -> list[tuple[int, ...]]:
+        """Every rank's descriptor, by rank, which may differ in the word ``ignore`` only. Waits for them to begin.
 
         Raises:
             MismatchError: they differ otherwise; on every rank, and the communicator stays usable.
         """
-        found = self.descriptors()
-        keys = [[word for i, word in enumerate(words) if i != ignore] for words in found]
-        if any(key != keys[0] for key in keys):
+        self.wait(1)
+        found = self._workspace.descriptors(self._turn)
+        keys = {words if ignore is None else words[:ignore] + words[ignore + 1 :] for words in found}
+        if len(keys) > 1:
             calls = {rank: self._describe(words) for rank, words in enumerate(found)}
             text = "; ".join(f"rank {rank} {call}" for rank, call in calls.items())
             raise MismatchError(f"ranks of group {self._comm.name!r} called different things: {text}", calls=calls)

@@ -1,4 +1,4 @@
-"""post and wait_posted: a barrier in two halves, on flags in symmetric memory."""
+"""Flags in symmetric memory: a barrier in two halves, post and wait."""
 
 import os
 
@@ -14,7 +14,7 @@ def flag_of(comm):
     flag = comm.empty(1, dtype=torch.int64)
     flag.zero_()
     comm.barrier()
-    return flag
+    return comm.flag(flag)
 
 
 def exchange_rounds(comm):
@@ -25,8 +25,8 @@ def exchange_rounds(comm):
     wrong = 0
     for k in range(1, NUM_ROUNDS + 1):
         buffers[k % 2].fill_(1000 * k + comm.rank)
-        comm.post(flag, k)
-        comm.wait_posted(flag, k)
+        flag.post(k)
+        flag.wait(k)
         wrong += sum(int((peer != 1000 * k + r).sum()) for r, peer in enumerate(peers[k % 2]))
     return wrong
 
@@ -39,13 +39,13 @@ def test_what_was_written_before_a_post_is_read_after_the_wait(pool, world_size)
 def wait_for_nobody(comm):
     own = comm.split(0)
     flag = flag_of(own)
-    own.post(flag, 1)
-    own.wait_posted(flag, 1)
+    flag.post(1)
+    flag.wait(1)
     outcome = None
     if own.rank == 0:
-        own.post(flag, 2)
+        flag.post(2)
         try:
-            own.wait_posted(flag, 2, timeout_s=0.2)
+            flag.wait(2, timeout_s=0.2)
         except PeerTimeoutError as error:
             outcome = error.op, error.missing_ranks
         comm.send(torch.ones(1), 1)
@@ -68,11 +68,11 @@ def wait_for_one(comm):
     """A chain: each rank waits for the one before it alone, and the last rank never posts."""
     flag = flag_of(comm)
     if comm.rank:
-        comm.wait_posted(flag, 1, rank=comm.rank - 1)
+        flag.wait(1, rank=comm.rank - 1)
     if comm.rank + 1 < comm.world_size:
-        comm.post(flag, 1)
+        flag.post(1)
     try:
-        comm.wait_posted(flag, 1, rank=comm.world_size)
+        flag.wait(1, rank=comm.world_size)
     except ValueError as error:
         return str(error)
     return None
@@ -82,15 +82,10 @@ def test_one_rank_can_be_waited_for_alone(pool):
     assert all("rank is 3" in message for message in pool.run(3, wait_for_one))
 
 
-def refusals(comm, make_flag):
-    flag = make_flag(comm)
-    messages = []
-    for call in (lambda: comm.post(flag, 1), lambda: comm.wait_posted(flag, 1)):
-        try:
-            call()
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
+def refusal(comm, make_flag):
+    with pytest.raises(ValueError) as caught:
+        comm.flag(make_flag(comm))
+    return str(caught.value)
 
 
 def ordinary_flag(comm):
@@ -114,4 +109,4 @@ def two_flags(comm):
     ],
 )
 def test_what_is_no_flag_is_refused(pool, make_flag, message):
-    assert pool.run(1, refusals, make_flag) == [[message] * 2]
+    assert pool.run(1, refusal, make_flag) == [message]
