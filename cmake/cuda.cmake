@@ -42,6 +42,10 @@ if(PYCOMM_WITH_CUDA)
     set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 100-virtual)  # PTX for what comes later
   endif()
   enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know that nvcc has it
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   message(STATUS "pycomm: CUDA code by nvcc ${nvcc_version} for ${CMAKE_CUDA_ARCHITECTURES}")
