@@ -9,6 +9,7 @@
 
 #include "bindings/addresses.hpp"
 #include "bindings/bindings.hpp"
+#include "bindings/exported.hpp"
 #include "cuda/kernels/all_gather.hpp"
 #include "cuda/kernels/all_reduce.hpp"
 #include "cuda/kernels/bucket.hpp"
@@ -219,6 +220,15 @@ void bind_rank_group(py::module_& module) {
       .def_property_readonly("provider", &SymmetricMemory::provider)
       .def_property_readonly("world_size", &SymmetricMemory::world_size)
       .def_property_readonly("bytes", &SymmetricMemory::bytes)
+      .def(
+          "dlpack",
+          [](const py::object& self, int rank, int device) {
+            const auto& memory = self.cast<const SymmetricMemory&>();
+            const dlpack::Device where =
+                device < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, device};
+            return exported(memory.part(rank), static_cast<std::int64_t>(memory.bytes()), where, self);
+          },
+          py::arg("rank"), py::arg("device"))
       .def("part",
            [](const SymmetricMemory& memory, int rank) { return reinterpret_cast<Address>(memory.part(rank)); });
 

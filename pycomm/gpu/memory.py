@@ -13,25 +13,16 @@ from pycomm import _C
 __all__ = ["dtype_name", "tensors_of"]
 
 
-class _Part:
-    """One rank's part, as ``torch.as_tensor`` takes it: the tensor keeps this object, and so the memory."""
-
-    def __init__(self, memory: _C.GpuMemory, rank: int) -> None:
-        self.memory = memory
-        self.__cuda_array_interface__ = {
-            "shape": (memory.bytes,),
-            "typestr": "|u1",
-            "data": (memory.part(rank), False),
-            "version": 3,
-        }
-
-
 def tensors_of(
     memory: _C.GpuMemory, device: torch.device, shape: Sequence[int], dtype: torch.dtype, offset: int = 0
 ) -> list[Tensor]:
-    """Every rank's part, by rank, from byte ``offset`` on, as tensors of ``shape``."""
+    """Every rank's part, by rank, from byte ``offset`` on, as tensors of ``shape`` that keep ``memory``.
+
+    All are tensors on ``device``, which maps them, whichever GPU they lie on.
+    """
     end = offset + prod(shape) * dtype.itemsize
-    parts = (torch.as_tensor(_Part(memory, rank), device=device) for rank in range(memory.world_size))
+    index = -1 if device.type == "cpu" else device.index
+    parts = (torch.from_dlpack(memory.dlpack(rank, index)) for rank in range(memory.world_size))
     return [part[offset:end].view(dtype).view(*shape) for part in parts]
 
 

@@ -92,7 +92,11 @@ class NcclBackend:
         self._watchdog = Watchdog(core, control, gpu.driver, group, timeout_s)
         self._watchdog.start()
         self._mapper = None if desk is None or world_size == 1 else Mapper(core, library, gpu, desk, self._table)
-        self._symmetric, self.own_kernels = self._mapped_peers()
+        try:
+            self._symmetric, self.own_kernels = self._mapped_peers()
+        except PycommError:
+            self._watchdog.leave(rank)
+            raise
 
     @classmethod
     def connect(cls, rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> NcclBackend:
