@@ -61,8 +61,9 @@ class Communicator(FusedCalls, Messages):
         """Allocate symmetric memory: collective, the same bytes on every rank, contents undefined.
 
         Returns:
-            A tensor of ``shape`` whose memory every rank maps. Freeing it is local; the memory is used again once every
-            rank has freed its part.
+            A tensor of ``shape`` on ``comm.device`` whose memory every rank maps (on GPUs: where they can, else memory
+            of this one; docs/nccl.md). Freeing it is local; the memory is used again once every rank has freed its
+            part.
 
         Raises:
             MemoryError: a rank cannot have its memory; on every rank, nothing was allocated.

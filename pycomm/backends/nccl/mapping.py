@@ -93,7 +93,7 @@ class Mapper:
         except MemoryError as error:
             problem = f"{_MEMORY}{error}"
         except PycommError as error:
-            problem = str(error)
+            problem = str(error) or type(error).__name__
         problems = [_text(row) for row in self.table(call, _cut(problem), timeout_s)]
         if not any(problems):
             return result
