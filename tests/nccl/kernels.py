@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pycomm import _C
+from pycomm.errors import BackendUnavailableError
 
 TYPES = {"int8": 0, "uint8": 1, "int32": 2, "int64": 4, "float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
@@ -78,6 +79,8 @@ class KernelMemory:
     Attributes:
         obstacle: why there are no kernels here.
         budget_bytes: an allocation above it fails here; None: none does.
+        name: of the GPU.
+        unreachable: the name of a GPU that this one cannot access.
         kernel_timeout_s: of kernels' waits; None: the communicator's.
     """
 
@@ -85,6 +88,8 @@ class KernelMemory:
         self.obstacle = "the stand-in was asked for no kernels"
         self.budget_bytes: int | None = None
         self.kernel_timeout_s: float | None = None
+        self.name = "a GPU"
+        self.unreachable: str | None = None
         self._library = library
 
     def kernel_obstacle(self) -> str:
@@ -92,6 +97,13 @@ class KernelMemory:
 
     def num_multiprocessors(self) -> int:
         return 132
+
+    def uuid(self) -> str:
+        return self.name
+
+    def check_reaches(self, uuids: Sequence[str]) -> None:
+        if self.unreachable in uuids:
+            raise BackendUnavailableError(f"{self.name} cannot access the memory of {self.unreachable}")
 
     def kernel_memory_bytes(self, one_shot_bytes: int, num_multiprocessors: int) -> int:
         return STAGING_AT + one_shot_bytes

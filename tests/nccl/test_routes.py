@@ -161,6 +161,12 @@ def rank_1_has_no_memory(gpu: StandInGpu, rank: int) -> None:
     gpu.memory.budget_bytes = 10 if rank == 1 else None
 
 
+def rank_1_is_far(gpu: StandInGpu, rank: int) -> None:
+    kernels(gpu, rank)
+    gpu.memory.name = f"GPU {rank}"
+    gpu.memory.unreachable = "GPU 1" if rank == 0 else None
+
+
 def nccl_does_all(comm: Communicator, reason: str) -> None:
     assert backend_of(comm).own_kernels == f"not used: {reason}"
     tensor = comm.empty(100)
@@ -168,23 +174,21 @@ def nccl_does_all(comm: Communicator, reason: str) -> None:
     comm.all_reduce(tensor)
     comm.synchronize()
     assert (tensor == 2).all()
-    with pytest.raises(BackendUnavailableError, match=r"peers: .* \(rank 1\)"):
+    with pytest.raises(BackendUnavailableError, match=r"peers: .* \(rank [01]\)"):
         comm.peers(tensor)
 
 
-def test_one_rank_without_kernels_or_memory_is_nccl_for_all(pool: Pool, standin: Path, tmp_path: Path) -> None:
-    run(
-        pool,
-        2,
-        standin,
-        tmp_path,
-        nccl_does_all,
-        "the stand-in was asked for no kernels (rank 1)",
-        setup=rank_1_has_none,
-    )
-    (again := tmp_path / "again").mkdir()
-    reason = f"{64 + ONE_SHOT} bytes are too many (rank 1)"
-    run(pool, 2, standin, again, nccl_does_all, reason, setup=rank_1_has_no_memory)
+NOT_ON_ALL = (
+    (rank_1_has_none, "the stand-in was asked for no kernels (rank 1)"),
+    (rank_1_has_no_memory, f"{64 + ONE_SHOT} bytes are too many (rank 1)"),
+    (rank_1_is_far, "GPU 0 cannot access the memory of GPU 1 (rank 0)"),
+)
+
+
+def test_one_rank_that_cannot_map_another_is_nccl_for_all(pool: Pool, standin: Path, tmp_path: Path) -> None:
+    for index, (setup, reason) in enumerate(NOT_ON_ALL):
+        (folder := tmp_path / str(index)).mkdir()
+        run(pool, 2, standin, folder, nccl_does_all, reason, setup=setup)
 
 
 def too_much(comm: Communicator) -> None:

@@ -87,16 +87,21 @@ class NcclBackend:
         self._max_ctas = 0
         self._closed = False
         self._process = os.getpid()
-        self.thresholds = self._agreed_thresholds()
+        self.thresholds = Thresholds.agreed(desk, world_size, timeout_s)
         self._byte = torch.zeros(1, dtype=torch.uint8, device=gpu.device)  # what barriers reduce
         self._watchdog = Watchdog(core, control, gpu.driver, group, timeout_s)
         self._watchdog.start()
         self._mapper = None if desk is None or world_size == 1 else Mapper(core, library, gpu, desk, self._table)
-        try:
-            self._symmetric, self.own_kernels = self._mapped_peers()
-        except PycommError:
-            self._watchdog.leave(rank)
-            raise
+        self._symmetric: Symmetric | None = None
+        self.own_kernels = "not used: a world of one"
+        if self._mapper is not None:
+            try:
+                self._symmetric, self.own_kernels = self._mapper.agreed(self.thresholds, timeout_s)
+            except PycommError:
+                self._watchdog.leave(rank)
+                raise
+            if rank == 0:
+                _log.info("group %s: own kernels on GPUs: %s", group, self.own_kernels)
 
     @classmethod
     def connect(cls, rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> NcclBackend:
@@ -299,29 +304,6 @@ class NcclBackend:
         for group in (self._desk, self._control):
             if group is not None:
                 group.close(0.0)
-
-    def _mapped_peers(self) -> tuple[Symmetric | None, str]:
-        """What there is where ranks map each other's memory, and a sentence about it. Collective."""
-        symmetric = None
-        if self._mapper is None:
-            text = "not used: a world of one"
-        else:
-            try:
-                symmetric = self._mapper.symmetric(self.thresholds, self._timeout_s)
-                text = f"all-reduces {self.thresholds}"
-            except (BackendUnavailableError, MemoryError) as error:
-                text = f"not used: {error}"
-            if self.rank == 0:
-                _log.info("group %s: own kernels on GPUs: %s", self.group, text)
-        return symmetric, text
-
-    def _agreed_thresholds(self) -> Thresholds:
-        mine = Thresholds.of_this_process(self.world_size)
-        if self._desk is None:
-            return mine
-        row = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
-        self._desk.calls.broadcast(row, 0, False, self._timeout_s)
-        return Thresholds.unpack(row.numpy().tobytes())
 
     def _collective(self, call: Call, async_op: bool, timeout_s: float) -> _C.Work | None:
         operation = self._enqueue(call, async_op, timeout_s, True)

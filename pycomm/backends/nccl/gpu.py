@@ -10,6 +10,7 @@ from pycomm import _C, env
 from pycomm.backends.nccl.kernels import Kernels
 from pycomm.backends.nccl.library import load_driver
 from pycomm.backends.nccl.symmetric import AllReduceKernel
+from pycomm.errors import BackendUnavailableError
 from pycomm.gpu.memory import tensors_of
 
 __all__ = ["Gpu", "index_of_this_rank"]
@@ -50,6 +51,20 @@ class Gpu:
 
     def num_multiprocessors(self) -> int:
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
+
+    def uuid(self) -> str:
+        return self.driver.device_uuid(self.device.index)
+
+    def check_reaches(self, uuids: Sequence[str]) -> None:
+        """Of other ranks' GPUs. Those that this process does not see it cannot ask about: mapping them says it.
+
+        Raises:
+            BackendUnavailableError: this GPU cannot access one of them.
+        """
+        for index in range(torch.cuda.device_count()):
+            is_other = index != self.device.index and self.driver.device_uuid(index) in uuids
+            if is_other and not torch.cuda.can_device_access_peer(self.device, index):
+                raise BackendUnavailableError(f"{self.device} cannot access the memory of cuda:{index}")
 
     def shared_memory(self, host: _C.HostCommunicator, num_bytes: int, timeout_s: float) -> _C.GpuMemory:
         """Of every rank of one host: collective."""

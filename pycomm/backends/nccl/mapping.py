@@ -23,7 +23,7 @@ __all__ = ["Mapper"]
 
 _MOST_RANKS = 16  # csrc/cuda/device/signal_pad.hpp
 _TEXT_BYTES = 240
-_ABILITIES = struct.Struct(f"<i?{_TEXT_BYTES}s")  # multiprocessors, windows, obstacle
+_ABILITIES = struct.Struct(f"<i?40s{_TEXT_BYTES}s")  # multiprocessors, windows, the GPU's UUID, obstacle
 _MEMORY = "memory: "  # how a text of MemoryError begins
 
 Result = TypeVar("Result")
@@ -44,7 +44,14 @@ class Mapper:
     desk: Backend
     table: Callable[[str, bytes, float], list[bytes]]
 
-    def symmetric(self, thresholds: Thresholds, timeout_s: float) -> Symmetric:
+    def agreed(self, thresholds: Thresholds, timeout_s: float) -> tuple[Symmetric | None, str]:
+        """What there is where ranks map each other's memory, and a sentence about it, the same on all. Collective."""
+        try:
+            return self._symmetric(thresholds, timeout_s), f"all-reduces {thresholds}"
+        except (BackendUnavailableError, MemoryError) as error:
+            return None, f"not used: {error}"
+
+    def _symmetric(self, thresholds: Thresholds, timeout_s: float) -> Symmetric:
         """Pads, staging and kernels of this group. Collective.
 
         Raises:
@@ -53,18 +60,19 @@ class Mapper:
         if self.desk.world_size > _MOST_RANKS:
             raise BackendUnavailableError(f"{self.desk.world_size} ranks: kernels serve {_MOST_RANKS} at most")
         obstacle = self.gpu.kernel_obstacle()
-        mine = 0 if obstacle else self.gpu.num_multiprocessors()
-        rows = self.table("init()", _ABILITIES.pack(mine, self.library.has_windows, _cut(obstacle)), timeout_s)
-        abilities = [_ABILITIES.unpack(row) for row in rows]
-        obstacles = [_text(text) for _, _, text in abilities]
+        num, uuid = (0, "") if obstacle else (self.gpu.num_multiprocessors(), self.gpu.uuid())
+        row = _ABILITIES.pack(num, self.library.has_windows, uuid.encode(), _cut(obstacle))
+        nums, windows, uuids, obstacles = zip(
+            *map(_ABILITIES.unpack, self.table("init()", row, timeout_s)), strict=True
+        )
+        texts = [_text(text) for text in obstacles]
         if not isinstance(self.desk, ShmBackend):
-            obstacles = [
-                text or ("" if windows else "several hosts need NCCL 2.29 for it")
-                for text, (_, windows, _) in zip(obstacles, abilities, strict=True)
-            ]
-        if any(obstacles):
-            raise BackendUnavailableError(by_reason(obstacles))
-        num = min(num for num, _, _ in abilities)
+            no_windows = "several hosts need windows, which NCCL has from 2.29 on"
+            texts = [text or ("" if has else no_windows) for text, has in zip(texts, windows, strict=True)]
+        if any(texts):
+            raise BackendUnavailableError(by_reason(texts))
+        num = min(nums)
+        self._all_or_none("init()", lambda: self.gpu.check_reaches([_text(uuid) for uuid in uuids]), timeout_s)
         memory = self.memory(self.gpu.kernel_memory_bytes(thresholds.one_shot_bytes, num), "init()", timeout_s)
         rank = self.desk.rank
         kernels = self._all_or_none("init()", lambda: self.gpu.kernels(memory, rank, num, timeout_s), timeout_s)

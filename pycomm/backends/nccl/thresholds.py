@@ -15,7 +15,10 @@ import struct
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import torch
+
 from pycomm import env
+from pycomm.backends import Backend
 
 __all__ = ["Route", "Thresholds"]
 
@@ -63,6 +66,16 @@ class Thresholds:
                 raise ValueError(f"PYCOMM_TUNE: {name}={value} is not in 0 … {_MOST_BYTES}")
             chosen = replace(chosen, **{short: value})
         return chosen
+
+    @classmethod
+    def agreed(cls, desk: Backend | None, world_size: int, timeout_s: float) -> Thresholds:
+        """Rank 0's. Collective over ``desk``, a group of the same ranks on the host; None: a world of one."""
+        mine = cls.of_this_process(world_size)
+        if desk is None:
+            return mine
+        row = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
+        desk.calls.broadcast(row, 0, False, timeout_s)
+        return cls.unpack(row.numpy().tobytes())
 
     def route(self, num_bytes: int, *, symmetric: bool) -> Route:
         """Who does an all-reduce of ``num_bytes`` a rank, where ranks map each other's memory."""
