@@ -449,6 +449,9 @@ class NcclWindow:
 # BackendUnavailableError. A grid is (blocks, threads); dtypes and operators are names.
 SIGNAL_PAD_BYTES: int
 
+def dlpack(address: int, bytes: int, device: int, owner: object) -> Any:
+    """A capsule for torch.from_dlpack: uint8 on a CUDA device (-1: on the host). What is made of it keeps ``owner``."""
+
 class GpuMemory:
     """Symmetric memory: one allocation of every rank, all mapped here, zero when made."""
 
@@ -473,9 +476,6 @@ class GpuMemory:
     @property
     def bytes(self) -> int: ...
     def part(self, rank: int, /) -> int: ...
-    def dlpack(self, rank: int, device: int) -> Any:
-        """A capsule for torch.from_dlpack: a rank's part as uint8 on this rank's CUDA device (-1: on the host), which
-        keeps the memory. It is the part's device for torch, whichever GPU has the memory."""
 
 class RankGroup:
     """The ranks of a group whose kernels this process launches, on a stream each; csrc/cuda/runtime/rank_group.hpp."""

@@ -31,7 +31,7 @@ def test_parts_of_memory_are_tensors_that_keep_it():
     memory = _C.GpuMemory.borrowed([row.data_ptr() for row in numbers], 6 * 4)
     alive = weakref.ref(memory)
     tensors = tensors_of(memory, torch.device("cpu"), (2, 2), torch.int32, 8)
-    memory.dlpack(0, -1)  # a capsule that nobody takes
+    _C.dlpack(memory.part(0), 24, -1, memory)  # a capsule that nobody takes
     del memory
     tensors[1][1, 1] = 77
     assert [tensor.tolist() for tensor in tensors] == [[[2, 3], [4, 5]], [[8, 9], [10, 77]]]

@@ -220,15 +220,6 @@ void bind_rank_group(py::module_& module) {
       .def_property_readonly("provider", &SymmetricMemory::provider)
       .def_property_readonly("world_size", &SymmetricMemory::world_size)
       .def_property_readonly("bytes", &SymmetricMemory::bytes)
-      .def(
-          "dlpack",
-          [](const py::object& self, int rank, int device) {
-            const auto& memory = self.cast<const SymmetricMemory&>();
-            const dlpack::Device where =
-                device < 0 ? dlpack::Device{dlpack::kCpu, 0} : dlpack::Device{dlpack::kCuda, device};
-            return exported(memory.part(rank), static_cast<std::int64_t>(memory.bytes()), where, self);
-          },
-          py::arg("rank"), py::arg("device"))
       .def("part",
            [](const SymmetricMemory& memory, int rank) { return reinterpret_cast<Address>(memory.part(rank)); });
 
@@ -276,6 +267,13 @@ void bind_rank_group(py::module_& module) {
       .def("sharded_adamw", &sharded_adamw, py::arg("rank"), py::arg("grad_dtype"), py::arg("param_dtype"),
            py::arg("count"), py::arg("grads"), py::arg("average"), py::arg("state"), py::arg("parameters"),
            py::arg("options"), py::arg("clip"), py::arg("grid"));
+  module.def(
+      "dlpack",
+      [](Address address, std::int64_t bytes, int device, py::object owner) {
+        const auto type = device < 0 ? dlpack::kCpu : dlpack::kCuda;
+        return exported(pointer<void>(address), bytes, {type, std::max(device, 0)}, std::move(owner));
+      },
+      py::arg("address"), py::arg("bytes"), py::arg("device"), py::arg("owner"));
   module.attr("SIGNAL_PAD_BYTES") = sizeof(SignalPad);
 }
 

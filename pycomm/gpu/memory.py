@@ -10,7 +10,13 @@ from torch import Tensor
 
 from pycomm import _C
 
-__all__ = ["dtype_name", "tensors_of"]
+__all__ = ["dtype_name", "tensor_at", "tensors_of"]
+
+
+def tensor_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
+    """Memory that ``device`` maps, on whatever GPU it lies, as uint8 [num_bytes] on ``device``. It keeps ``owner``."""
+    index = -1 if device.type == "cpu" else device.index
+    return torch.from_dlpack(_C.dlpack(address, num_bytes, index, owner))
 
 
 def tensors_of(
@@ -21,8 +27,7 @@ def tensors_of(
     All are tensors on ``device``, which maps them, whichever GPU they lie on.
     """
     end = offset + prod(shape) * dtype.itemsize
-    index = -1 if device.type == "cpu" else device.index
-    parts = (torch.from_dlpack(memory.dlpack(rank, index)) for rank in range(memory.world_size))
+    parts = (tensor_at(memory.part(rank), memory.bytes, device, memory) for rank in range(memory.world_size))
     return [part[offset:end].view(dtype).view(*shape) for part in parts]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from pycomm import _C
 from pycomm.errors import BackendUnavailableError
+from pycomm.gpu.memory import tensors_of
 
 TYPES = {"int8": 0, "uint8": 1, "int32": 2, "int64": 4, "float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
 OPS = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
@@ -26,15 +26,6 @@ class HostMemory:
 
     def part(self, rank: int) -> int:
         return self._parts[rank]
-
-
-class Part:
-    """One rank's part, as NumPy takes it: the array keeps this object, and so the memory."""
-
-    def __init__(self, memory: HostMemory, rank: int) -> None:
-        self.memory = memory
-        data = (memory.part(rank), False)
-        self.__array_interface__ = {"shape": (memory.bytes,), "typestr": "|u1", "data": data, "version": 3}
 
 
 class HostKernels:
@@ -124,6 +115,4 @@ class KernelMemory:
         return HostKernels(self._library, memory, rank, self.kernel_timeout_s or timeout_s)
 
     def tensors(self, memory: HostMemory, shape: Sequence[int], dtype: torch.dtype, offset: int) -> list[torch.Tensor]:
-        end = offset + prod(shape) * dtype.itemsize
-        parts = [torch.from_numpy(np.asarray(Part(memory, rank))) for rank in range(memory.world_size)]
-        return [part[offset:end].view(dtype).view(*shape) for part in parts]
+        return tensors_of(memory, torch.device("cpu"), shape, dtype, offset)  # type: ignore[arg-type]
