@@ -6,7 +6,7 @@ namespace pycomm::nccl {
 
 namespace {
 
-constexpr double kPatienceS = 5;  // with giving a window back
+constexpr double kWindowPatienceS = 5;  // with giving one back
 
 }  // namespace
 
@@ -56,7 +56,7 @@ void Communicator::drop_retired_windows() {
   }
   for (const auto& [window, memory] : retired) {
     if (window != nullptr && !aborted()) {
-      invoke("ncclCommWindowDeregister", Deadline::after(kPatienceS),
+      invoke("ncclCommWindowDeregister", Deadline::after(kWindowPatienceS),
              [&, window = window](abi::Comm* comm) { return library_->comm_window_deregister(comm, window); });
     }
     library_->mem_free(memory);

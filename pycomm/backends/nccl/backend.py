@@ -21,7 +21,7 @@ from pycomm import _C
 from pycomm.arguments import Checked, Message
 from pycomm.backends import Backend, Calls
 from pycomm.backends.causes import Cause
-from pycomm.backends.gloo import HostsBackend
+from pycomm.backends.nccl.control import groups_on_the_host
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.library import load_nccl
 from pycomm.backends.nccl.mapping import Mapper
@@ -29,7 +29,6 @@ from pycomm.backends.nccl.symmetric import Symmetric
 from pycomm.backends.nccl.thresholds import Thresholds
 from pycomm.backends.nccl.watchdog import Watchdog
 from pycomm.backends.nccl.work import NcclWork
-from pycomm.backends.shm import ShmBackend
 from pycomm.errors import BackendUnavailableError, MismatchError, PycommError, StrictOrderError
 from pycomm.rendezvous import Rendezvous
 
@@ -112,8 +111,7 @@ class NcclBackend:
         """
         library, gpu = load_nccl(), Gpu.of_this_rank()
         rank, world_size, timeout_s = rendezvous.rank, rendezvous.world_size, rendezvous.timeout_s
-        control = _control_group(rendezvous, hosts, group)
-        desk = None if control is None else control.split(0, rank, timeout_s)
+        control, desk = groups_on_the_host(rendezvous, hosts, group)
         if rank == 0:
             unique_id = library.unique_id()
             rendezvous.put("nccl/id", unique_id.hex())
@@ -385,15 +383,6 @@ class NcclBackend:
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise PycommError("this is a forked process: the communicator belongs to its parent")
-
-
-def _control_group(rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> Backend | None:
-    if rendezvous.world_size == 1:
-        return None
-    name = f"{group} (watchdog)"
-    if len(set(hosts)) == 1:
-        return ShmBackend.connect(rendezvous, name, False)
-    return HostsBackend.connect("gloo+shm", rendezvous, hosts, name, False)
 
 
 def _parts(tensor: torch.Tensor) -> tuple[int, int, str]:
