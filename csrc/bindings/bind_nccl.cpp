@@ -112,6 +112,17 @@ void bind_operation(py::module_& module) {
 
 using Class = py::class_<Communicator, Holder>;
 
+/// The call has been logged: what its launcher refuses is no wrong argument any more, and ends the group.
+void launched(const py::function& launch, nccl::driver::abi::Stream stream) {
+  const py::gil_scoped_acquire gil;
+  try {
+    launch(reinterpret_cast<Address>(stream));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_ValueError)) throw;
+    throw Error(ErrorKind::kGeneral, error.what());
+  }
+}
+
 void bind_calls(Class& communicator) {
   communicator
       .def("all_reduce",
@@ -127,12 +138,10 @@ void bind_calls(Class& communicator) {
              const Route route = one_shot ? Route::kOneShot : Route::kTwoShot;
              const DType element = dtype_of(dtype);
              const ReduceOp reduce_op = op_of(op);
+             const nccl::Launch put = [&](nccl::driver::abi::Stream stream) { launched(launch, stream); };
              return without_gil([&] {
                return self.all_reduce_by_kernel(route, Location(memory, offset), element, count, reduce_op, options,
-                                                [&](nccl::driver::abi::Stream stream) {
-                                                  const py::gil_scoped_acquire gil;
-                                                  launch(reinterpret_cast<Address>(stream));
-                                                });
+                                                put);
              });
            })
       .def("broadcast",

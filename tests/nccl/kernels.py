@@ -37,6 +37,7 @@ class HostKernels:
         self.abort_word = memory.part(rank) + 4
         self.status = self._status.data_ptr()
         self.launched: list[str] = []
+        self.refuses = False
 
     def one_shot(self, data: int, count: int, dtype: str, op: str, stream: int) -> None:
         self._launch("one_shot", [data], count, dtype, op, stream)
@@ -45,6 +46,8 @@ class HostKernels:
         self._launch("two_shot", data, count, dtype, op, stream)
 
     def _launch(self, name: str, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
+        if self.refuses:
+            raise ValueError(f"{name}: no such grid")
         self.launched.append(name)
         size = self._memory.world_size
         parts = (ctypes.c_void_p * size)(*(self._memory.part(rank) for rank in range(size)))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from pycomm import Communicator
 from pycomm.arguments import REDUCED
 from pycomm.backends.nccl import NcclBackend
-from pycomm.errors import BackendUnavailableError, MismatchError, PeerLostError, PeerTimeoutError
+from pycomm.errors import BackendUnavailableError, MismatchError, PeerLostError, PeerTimeoutError, PycommError
 from tests.nccl.helpers import SOON_S, StandInGpu, gpu_of, ranks, ranks_on_hosts, run, with_kernels
 from tests.nccl.test_collectives import reduced, values
 from tests.nccl.test_faults import until_it_fails
@@ -277,8 +277,24 @@ def given_up(comm: Communicator, connection: Any) -> None:
     assert caught.value.missing_ranks == [1]
 
 
+def refused(comm: Communicator, connection: Any) -> None:
+    comm.barrier()
+    symmetric = backend_of(comm)._symmetric
+    assert symmetric is not None
+    symmetric._kernels.refuses = comm.rank == 1  # type: ignore[attr-defined]
+    with pytest.raises(PycommError, match="one_shot: no such grid"):
+        comm.all_reduce(torch.ones(4))
+        until_it_fails(comm)
+    gpu_of(comm).synchronize()
+
+
 def test_kernels_end_with_the_communicator(standin: Path, tmp_path: Path) -> None:
-    bodies = ((2, aborted, kernels), (2, missing, kernels), (3, given_up, kernels_of_little_patience))
+    bodies = (
+        (2, aborted, kernels),
+        (2, missing, kernels),
+        (2, refused, kernels),
+        (3, given_up, kernels_of_little_patience),
+    )
     for index, (size, body, setup) in enumerate(bodies):
         (folder := tmp_path / str(index)).mkdir()
         with ranks(size, standin, folder, body, timeout_s=TIMEOUT_S, setup=setup) as group:
@@ -309,6 +325,12 @@ def without_nvlink(gpu: StandInGpu, rank: int) -> None:
         os.environ["STANDIN_NO_NVLINK"] = "1"
 
 
+def without_memory(gpu: StandInGpu, rank: int) -> None:
+    kernels(gpu, rank)
+    if rank == 1:
+        os.environ["STANDIN_NO_MEMORY"] = "1"
+
+
 def no_windows(comm: Communicator, connection: Any) -> str:
     comm.barrier()
     return backend_of(comm).own_kernels
@@ -320,8 +342,14 @@ def test_several_hosts_map_each_other_by_windows(standin: Path, tmp_path: Path) 
         group.results()
 
 
-def test_windows_that_one_rank_cannot_map_are_used_by_none(standin: Path, tmp_path: Path) -> None:
+NO_WINDOWS = {
+    without_nvlink: "NCCL's window of rank 0 is not mapped here: the two GPUs are not in one NVLink domain (rank 1)",
+    without_memory: f"ncclMemAlloc of {64 + ONE_SHOT} bytes: an error of the stand-in (rank 1)",
+}
+
+
+@pytest.mark.parametrize("setup", NO_WINDOWS)
+def test_windows_that_one_rank_cannot_have_are_used_by_none(standin: Path, tmp_path: Path, setup: Any) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with ranks_on_hosts("ab", store.port, standin, tmp_path, no_windows, without_nvlink) as group:
-        reason = "NCCL's window of rank 0 is not mapped here: the two GPUs are not in one NVLink domain (rank 1)"
-        assert group.results() == [f"not used: {reason}"] * 2
+    with ranks_on_hosts("ab", store.port, standin, tmp_path, no_windows, setup) as group:
+        assert group.results() == [f"not used: {NO_WINDOWS[setup]}"] * 2
