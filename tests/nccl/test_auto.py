@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pycomm
 from pycomm import _C, Communicator, doctor
 from pycomm.backends import choose
 from pycomm.backends.nccl import Offer, offer
+from pycomm.backends.nccl.gpu import Gpu
 from pycomm.errors import BackendUnavailableError
 from tests.nccl.helpers import standing_in
 from tests.pool import TIMEOUT_S, Pool, file_store
@@ -83,6 +85,18 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch, standin: Path) ->
     for name, value in {"RANK": 2, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     assert "LOCAL_RANK=2, but torch sees 2 GPU(s)" in offer(asked_for=False).obstacle
+
+
+def test_gpus_that_do_not_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of those that this process sees, by their UUIDs, whatever numbers they have elsewhere."""
+    gpu = object.__new__(Gpu)
+    gpu.device = torch.device("cuda", 0)
+    gpu.driver = SimpleNamespace(device_uuid=lambda index: f"GPU {index}")  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: peer != 2)
+    gpu.check_reaches(["GPU 0", "GPU 1", "a GPU that is not visible here"])
+    with pytest.raises(BackendUnavailableError, match="cuda:0 cannot access the memory of cuda:2"):
+        gpu.check_reaches(["GPU 2", "GPU 0"])
 
 
 def initialised(host: Communicator, path: str, folder: str, gpus: list[str | None], rank_without: int | None) -> Any:
