@@ -214,7 +214,7 @@ def worker(task: str, names: list[str], bucket_mb: float, turns: int, steps: int
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    comm = pycomm.init()
+    comm = pycomm.init("host")
     if task == "time":
         contenders = {name: training.build(name, comm, training.CONFIG, bucket_mb) for name in names}
         found = training.time_turns(contenders, comm, turns, steps)

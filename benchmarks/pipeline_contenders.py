@@ -93,7 +93,7 @@ class Rank:
         timeout = datetime.timedelta(seconds=120)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=settings.ranks, timeout=timeout)
         self.comm = pycomm.init(
-            store=dist.PrefixStore("pycomm", store), rank=rank, world_size=settings.ranks, timeout_s=120
+            "host", store=dist.PrefixStore("pycomm", store), rank=rank, world_size=settings.ranks, timeout_s=120
         )
         self.settings = settings
         shape = settings.microbatches * settings.micro_batch, settings.seq + 1

@@ -140,7 +140,7 @@ def _ratio(times: Sequence[float], own: Sequence[float]) -> float:
 
 def worker(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    comm = pycomm.init()
+    comm = pycomm.init("host")
     dist.init_process_group("gloo")
     groups = {name: dist.new_group(backend=name) for name in ("gloo", "pycomm")}
     rows = rows_of(comm, groups, options)

@@ -10,7 +10,7 @@ import torch
 
 import pycomm
 
-with pycomm.init() as comm:
+with pycomm.init("host") as comm:
     # Any contiguous tensor works. Sums are taken in rank order, so every rank gets the same bits.
     tensor = torch.full((4,), float(comm.rank + 1))
     comm.all_reduce(tensor)

@@ -20,6 +20,7 @@ def main() -> None:
         # Seeds differ on purpose: DataParallel gives every rank the parameters of rank 0.
         torch.manual_seed(comm.rank)
         model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+        model.to(comm.device)  # a GPU where every rank has one, else the CPU
         ddp = pycomm.DataParallel(model, comm, bucket_mb=0.01)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
         if comm.rank == 0:
@@ -45,7 +46,7 @@ def main() -> None:
 
 def loss_of_new_rows(model: nn.Module) -> torch.Tensor:
     """Rows of this rank: y = tanh(sum of x). The generator was seeded by rank, so no two ranks see the same."""
-    x = torch.randn(ROWS, 8)
+    x = torch.randn(ROWS, 8, device=next(model.parameters()).device)
     return nn.functional.mse_loss(model(x), x.sum(dim=1, keepdim=True).tanh()) / NUM_MICRO_BATCHES
 
 

@@ -19,7 +19,7 @@ BATCH, SEQ, STEPS = 8, 128, 100
 
 
 def main() -> None:
-    comm = pycomm.init()
+    comm = pycomm.init("host")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in sources)), dtype=torch.uint8)
 

@@ -8,7 +8,7 @@ import torch
 
 import pycomm
 
-with pycomm.init() as comm:
+with pycomm.init("host") as comm:
     # Everyone sends to the right and receives from the left. In one batch nobody has to mind whose turn it is.
     left, right = (comm.rank - 1) % comm.world_size, (comm.rank + 1) % comm.world_size
     mine, theirs = torch.full((100_000,), float(comm.rank)), torch.empty(100_000)

@@ -16,7 +16,7 @@ CONFIG = GPTConfig(vocab_size=64, max_seq=32, num_layers=4, num_heads=2, hidden=
 
 
 def main() -> None:
-    with pycomm.init() as comm:
+    with pycomm.init("host") as comm:
         schedule = build("1f1b", num_ranks=comm.world_size, num_microbatches=4)
         if comm.rank == 0:
             print(draw.text(simulate(schedule)))

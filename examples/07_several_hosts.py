@@ -10,7 +10,7 @@ import os
 
 import pycomm
 
-with pycomm.init() as comm:
+with pycomm.init("host") as comm:
     total = comm.empty(1000)  # symmetric inside each host
     total.fill_(comm.rank + 1)
     comm.all_reduce(total)

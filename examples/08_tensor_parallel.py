@@ -15,7 +15,7 @@ NUM_STEPS = 40
 
 
 def main() -> None:
-    with pycomm.init() as comm:
+    with pycomm.init("host") as comm:
         model = GPT(GPTConfig(vocab_size=60, max_seq=32, num_heads=5, hidden=40))  # the same weights on every rank
         # The plan that pycomm has for this model, but with logits left where they are computed.
         plan = auto_plan(model) | {"unembedding": "colwise"}

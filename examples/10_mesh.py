@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2), help="stage of ShardedAdamW")
     parser.add_argument("--schedule", default="1f1b")
     args = parser.parse_args()
-    with pycomm.init() as comm, pycomm.Mesh(comm, dp=args.dp, pp=args.pp, tp=args.tp) as mesh:
+    with pycomm.init("host") as comm, pycomm.Mesh(comm, dp=args.dp, pp=args.pp, tp=args.tp) as mesh:
         schedule = build(args.schedule, num_ranks=args.pp, num_microbatches=MICROBATCHES)
         model = GPT(CONFIG, seed=0)
         # Cut the layers first, with the logits left where they are computed; then take this rank's stages of them, and

@@ -20,7 +20,7 @@ ROWS = 16  # of one rank's batch
 
 
 def main() -> None:
-    with pycomm.init() as comm:
+    with pycomm.init("host") as comm:
         weights = {}
         for stage in (0, 1, 2):
             ddp, optimizer = train(comm, stage)

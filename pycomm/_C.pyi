@@ -1,6 +1,6 @@
 """The compiled extension. It reads tensors through DLPack's C exchange interface, so its build needs no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -263,6 +263,10 @@ class NcclLibrary:
     def has_call_config(self) -> bool:
         """Whether single calls take a number of CTAs."""
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether ranks of an NVLink domain can have each other's addresses."""
+
     def unique_id(self) -> bytes: ...
 
 def nccl_version_text(code: int, /) -> str:
@@ -283,6 +287,9 @@ class CudaDriver:
         """13000: CUDA 13.0, the newest that it serves."""
 
     def device_names(self) -> list[str]: ...
+    def device_uuid(self, index: int) -> str:
+        """In hexadecimal; of a GPU or of the part of one that the process is given."""
+
     def allow_queries_during_capture(self) -> None:
         """This thread may look at events while another one captures a graph."""
 
@@ -339,6 +346,21 @@ class NcclCommunicator:
     def connect(self, unique_id: bytes, timeout_s: float, /) -> None: ...
     def split(self, color: int | None, rank: int, world_size: int, timeout_s: float, /) -> NcclCommunicator | None: ...
     def all_reduce(self, data: int, count: int, dtype: str, op: str, options: NcclOptions, /) -> NcclOperation: ...
+    def all_reduce_by_kernel(
+        self,
+        one_shot: bool,
+        memory: int,
+        offset: int,
+        count: int,
+        dtype: str,
+        op: str,
+        launch: Callable[[int], None],
+        options: NcclOptions,
+        /,
+    ) -> NcclOperation:
+        """By a kernel that ``launch`` puts on the stream that it is given. Two-shot: of a tensor that lies ``offset``
+        bytes into symmetric memory number ``memory``, from 1; one-shot: 0, 0."""
+
     def broadcast(self, data: int, count: int, dtype: str, root: int, options: NcclOptions, /) -> NcclOperation: ...
     def reduce(
         self, data: int, count: int, dtype: str, root: int, op: str, options: NcclOptions, /
@@ -388,9 +410,9 @@ class NcclCommunicator:
     def take_messages(self, most: int, /) -> bytes:
         """Messages that have not been taken: number (uint64) and packed call each."""
 
-    def watch_kernels(self, abort_word: int, status: int, /) -> None:
+    def watch_kernels(self, abort_word: int, status: int, owner: object = None) -> None:
         """A group of pycomm's kernels: the device address of its abort word, which is set when this communicator fails,
-        and the host address of its status, which is looked at until ``forget_kernels``."""
+        and the host address of its status, which is looked at until ``forget_kernels``. ``owner`` of both is kept."""
 
     def forget_kernels(self, abort_word: int, /) -> None: ...
     def kernel_failures(self) -> list[tuple[int, int, int, int, int]]:
@@ -401,9 +423,34 @@ class NcclCommunicator:
     def close(self, timeout_s: float, /) -> bool:
         """Wait for what is under way and leave; False: it had to be aborted."""
 
+class NcclWindow:
+    """Memory of this rank that NCCL maps on all ranks; csrc/nccl/window.hpp. Making one is not collective.
+
+    Raises:
+        BackendUnavailableError: this NCCL has no windows.
+        MemoryError: there is not so much memory.
+    """
+
+    def __init__(self, communicator: NcclCommunicator, bytes: int) -> None: ...
+    def open(self, timeout_s: float, /) -> None:
+        """Collective.
+
+        Raises:
+            BackendUnavailableError: a peer's memory is not mapped here.
+        """
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def parts(self) -> list[int]:
+        """By rank, once open."""
+
 # GPUs; pycomm/gpu. Addresses are the device's. Without CUDA code in the build, what makes an object raises
 # BackendUnavailableError. A grid is (blocks, threads); dtypes and operators are names.
 SIGNAL_PAD_BYTES: int
+
+def dlpack(address: int, bytes: int, device: int, owner: object) -> Any:
+    """A capsule for torch.from_dlpack: uint8 on a CUDA device (-1: on the host). What is made of it keeps ``owner``."""
 
 class GpuMemory:
     """Symmetric memory: one allocation of every rank, all mapped here, zero when made."""
@@ -413,6 +460,10 @@ class GpuMemory:
     @staticmethod
     def processes(communicator: HostCommunicator, device: int, bytes: int, timeout_s: float) -> GpuMemory:
         """Collective; passes CUDA's handles over the communicator's sockets."""
+
+    @staticmethod
+    def window(window: NcclWindow, device: int) -> GpuMemory:
+        """What an open window has; clears this rank's part. No rank may use it before all have come back."""
 
     @staticmethod
     def borrowed(parts: Sequence[int], bytes: int) -> GpuMemory:
@@ -440,7 +491,13 @@ class RankGroup:
     def check(self) -> None: ...
     def wait(self, timeout_s: float) -> None: ...
     def abort(self) -> None: ...
-    def staging_bytes(self, wire: str, count: int, chunk: int, grid: tuple[int, int]) -> int: ...
+    def abort_word(self, rank: int, /) -> int: ...
+    def status(self, rank: int, /) -> int: ...
+    @staticmethod
+    def staging_bytes(wire: str, count: int, chunk: int, grid: tuple[int, int]) -> int:
+        """Of each rank, for a one-shot all-reduce."""
+
+    # ``stream`` None: the rank's own.
     def all_reduce_one_shot(
         self,
         rank: int,
@@ -454,6 +511,7 @@ class RankGroup:
         staging: Sequence[int],
         staging_bytes: int,
         grid: tuple[int, int],
+        stream: int | None = None,
     ) -> None: ...
     def all_reduce_two_shot(
         self,
@@ -464,6 +522,7 @@ class RankGroup:
         data: Sequence[int],
         squares: Sequence[int],
         grid: tuple[int, int],
+        stream: int | None = None,
     ) -> None: ...
     def reduce_scatter(
         self,

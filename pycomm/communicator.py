@@ -61,8 +61,9 @@ class Communicator(FusedCalls, Messages):
         """Allocate symmetric memory: collective, the same bytes on every rank, contents undefined.
 
         Returns:
-            A tensor of ``shape`` whose memory every rank maps. Freeing it is local; the memory is used again once every
-            rank has freed its part.
+            A tensor of ``shape`` on ``comm.device`` whose memory every rank maps (on GPUs: where they can, else memory
+            of this one; docs/nccl.md). Freeing it is local; the memory is used again once every rank has freed its
+            part.
 
         Raises:
             MemoryError: a rank cannot have its memory; on every rank, nothing was allocated.
@@ -176,9 +177,10 @@ def init(
     of one.
 
     Args:
-        backend: "auto"; "shm": processes of one host; "gloo": sockets alone, between any processes; "nccl": GPUs, one
-            a rank. "auto" takes shared memory on one host, and on several shared memory inside each and gloo between
-            them.
+        backend: "auto": "nccl" where every rank can use it on a GPU of its own, else "host"; "nccl": GPUs, one a
+            rank; "host": tensors on the CPU, whatever GPUs there are, through shared memory on one host, and on
+            several through shared memory inside each and gloo between them; "shm": processes of one host; "gloo":
+            sockets alone, between any processes. ``comm.device`` is where its tensors are.
         timeout_s: seconds that any wait for another rank may take, here and in later calls.
         store: where the ranks meet, with ``rank`` and ``world_size``.
         strict: reject what hangs on NCCL: calls on several communicators that ranks issue in different orders, and
@@ -197,9 +199,14 @@ def init(
     if level is not None:
         _C.set_simd_level(level)
     rendezvous = Rendezvous(store, rank, world_size, timeout_s)
-    mine = offer() if backend == "nccl" else Offer("", "")
-    greetings = rendezvous.greet(backend, strict, mine.version, mine.obstacle)
-    choice = choose(backend, [greeting.host for greeting in greetings], [greeting.obstacle for greeting in greetings])
+    mine = offer(asked_for=backend == "nccl") if backend in ("nccl", "auto") else Offer()
+    greetings = rendezvous.greet(backend, strict, mine.version, mine.obstacle, mine.gpu)
+    choice = choose(
+        backend,
+        [greeting.host for greeting in greetings],
+        [greeting.obstacle for greeting in greetings],
+        [greeting.gpu for greeting in greetings],
+    )
     if rendezvous.rank == 0:
         _log.info("back end %s: %s", choice.name, choice.reason)
     if choice.name == "shm":

@@ -27,9 +27,9 @@ _POLL_S = 0.01
 
 @dataclass(frozen=True)
 class Greeting:
-    """What every rank shows to all before anything is built. All fields but ``host`` and ``obstacle`` must be equal.
+    """What every rank shows to all before anything is built. All fields but the host's and the GPU's must be equal.
 
-    ``nccl`` and ``obstacle``, of ``backend="nccl"``: the version of NCCL, and why it cannot work on this rank.
+    ``nccl``, ``obstacle`` and ``gpu`` are what :class:`pycomm.backends.nccl.Offer` has.
     """
 
     version: str
@@ -41,10 +41,11 @@ class Greeting:
     host: str
     nccl: str = ""
     obstacle: str = ""
+    gpu: str = ""
 
     @classmethod
     def of_this_process(
-        cls, world_size: int, backend: str, strict: bool = False, nccl: str = "", obstacle: str = ""
+        cls, world_size: int, backend: str, strict: bool = False, nccl: str = "", obstacle: str = "", gpu: str = ""
     ) -> Greeting:
         return cls(
             version=_C.version(),
@@ -56,6 +57,7 @@ class Greeting:
             host=host_identity(),
             nccl=nccl,
             obstacle=obstacle,
+            gpu=gpu,
         )
 
 
@@ -143,14 +145,14 @@ class Rendezvous:
         self._wait({rank: key})
         return str(self._store.get(key), "utf-8")
 
-    def greet(self, backend: str, strict: bool, nccl: str = "", obstacle: str = "") -> list[Greeting]:
+    def greet(self, backend: str, strict: bool, nccl: str = "", obstacle: str = "", gpu: str = "") -> list[Greeting]:
         """Exchange greetings; returns everyone's, by rank. The arguments are those of :class:`Greeting`.
 
         Raises:
             MismatchError: versions, builds, protocols, world sizes or back ends differ; names both sides.
             PeerTimeoutError: ranks did not come; names them.
         """
-        mine = Greeting.of_this_process(self.world_size, backend, strict, nccl, obstacle)
+        mine = Greeting.of_this_process(self.world_size, backend, strict, nccl, obstacle, gpu)
         if self._store is None:
             return [mine]
         self.put(f"greeting/{self.rank}", json.dumps(asdict(mine)))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.pool import Pool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of the CPU see no GPU, which "auto" would take; those of GPUs are run alone (``make gpu``)."""
+    if not any("tests/gpu" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

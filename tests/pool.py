@@ -48,7 +48,12 @@ def _serve(connection: Connection, rank: int, world_size: int, store_path: str) 
     torch.set_num_threads(1)
     os.environ["PYCOMM_TUNE"] = TUNE
     comm = pycomm.init(
-        store=file_store(store_path, world_size), rank=rank, world_size=world_size, timeout_s=TIMEOUT_S, strict=True
+        "host",
+        store=file_store(store_path, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout_s=TIMEOUT_S,
+        strict=True,
     )
     connection.send(None)
     while True:

@@ -107,7 +107,9 @@ class Ranks(Processes):
 
 
 def connect_rank(store: str, rank: int, world_size: int, timeout_s: float) -> Communicator:
-    return pycomm.init(store=file_store(store, world_size), rank=rank, world_size=world_size, timeout_s=timeout_s)
+    return pycomm.init(
+        "host", store=file_store(store, world_size), rank=rank, world_size=world_size, timeout_s=timeout_s
+    )
 
 
 def is_error(result: Any) -> bool:

@@ -153,10 +153,10 @@ def greet_as(path: str, rank: int, **changes: object) -> None:
 )
 def test_ranks_that_differ_are_both_named(tmp_path: Path, field: str, value: object) -> None:
     path = str(tmp_path / "store")
-    greet_as(path, 1, **{field: value})
-    mine = str(getattr(Greeting.of_this_process(2, "auto"), field))
+    greet_as(path, 1, **{"backend": "host", field: value})
+    mine = str(getattr(Greeting.of_this_process(2, "host"), field))
     with pytest.raises(MismatchError, match=f"rank 0 has {mine}, rank 1 has {value}") as caught:
-        pycomm.init(store=file_store(path, 2), rank=0, world_size=2, timeout_s=10)
+        pycomm.init("host", store=file_store(path, 2), rank=0, world_size=2, timeout_s=10)
     assert caught.value.calls[1] == f"init({field}={value})"
 
 

@@ -11,6 +11,7 @@
 #include "cuda/device/signal_pad.hpp"
 #include "host/parts.hpp"
 #include "nccl/communicator.hpp"
+#include "nccl/window.hpp"
 
 namespace py = pybind11;
 
@@ -28,13 +29,9 @@ using Address = std::uintptr_t;
 static_assert(sizeof(nccl::KernelStatus) == sizeof(cuda::Status));
 static_assert(offsetof(nccl::KernelStatus, seen) == offsetof(cuda::Status, seen));
 
-struct ReleaseGilOfNccl {
-  void operator()(Communicator* communicator) const {
-    const py::gil_scoped_release nogil;
-    delete communicator;
-  }
-};
-using Holder = std::unique_ptr<Communicator, ReleaseGilOfNccl>;
+using Holder = std::shared_ptr<Communicator>;  // windows keep theirs
+
+Holder held(std::unique_ptr<Communicator> communicator) { return {communicator.release(), WithoutGil{}}; }
 
 DType dtype_of(std::string_view name) { return parse<DType>(name, kNumDTypes, "dtype"); }
 ReduceOp op_of(std::string_view name) { return parse<ReduceOp>(name, kNumReduceOps, "reduce op"); }
@@ -66,6 +63,7 @@ void bind_libraries(py::module_& module) {
       .def_property_readonly("version_code", &Library::version)
       .def_property_readonly("version", [](const Library& self) { return nccl::version_text(self.version()); })
       .def_property_readonly("has_call_config", &Library::has_call_config)
+      .def_property_readonly("has_windows", &Library::has_windows)
       .def("unique_id", [](const Library& self) {
         nccl::abi::UniqueId id;
         const nccl::abi::Result result = self.get_unique_id(&id);
@@ -81,6 +79,7 @@ void bind_libraries(py::module_& module) {
       .def_property_readonly("file", &Driver::file)
       .def_property_readonly("version", &Driver::version)
       .def("device_names", &Driver::device_names)
+      .def("device_uuid", &Driver::device_uuid, py::arg("index"))
       .def("allow_queries_during_capture", &Driver::allow_queries_during_capture);
 
   py::class_<nccl::Device, std::shared_ptr<nccl::Device>>(module, "CudaDevice")
@@ -113,6 +112,17 @@ void bind_operation(py::module_& module) {
 
 using Class = py::class_<Communicator, Holder>;
 
+/// The call has been logged: what its launcher refuses is no wrong argument any more, and ends the group.
+void launched(const py::function& launch, nccl::driver::abi::Stream stream) {
+  const py::gil_scoped_acquire gil;
+  try {
+    launch(reinterpret_cast<Address>(stream));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_ValueError)) throw;
+    throw Error(ErrorKind::kGeneral, error.what());
+  }
+}
+
 void bind_calls(Class& communicator) {
   communicator
       .def("all_reduce",
@@ -121,6 +131,18 @@ void bind_calls(Class& communicator) {
              const nccl::Buffers buffers = buffers_of(data, data, dtype);
              const ReduceOp reduce_op = op_of(op);
              return without_gil([&] { return self.all_reduce(buffers, count, reduce_op, options); });
+           })
+      .def("all_reduce_by_kernel",
+           [](Communicator& self, bool one_shot, std::uint64_t memory, std::uint64_t offset, std::uint64_t count,
+              std::string_view dtype, std::string_view op, const py::function& launch, const Options& options) {
+             const Route route = one_shot ? Route::kOneShot : Route::kTwoShot;
+             const DType element = dtype_of(dtype);
+             const ReduceOp reduce_op = op_of(op);
+             const nccl::Launch put = [&](nccl::driver::abi::Stream stream) { launched(launch, stream); };
+             return without_gil([&] {
+               return self.all_reduce_by_kernel(route, Location(memory, offset), element, count, reduce_op, options,
+                                                put);
+             });
            })
       .def("broadcast",
            [](Communicator& self, Address data, std::uint64_t count, std::string_view dtype, int root,
@@ -209,10 +231,12 @@ void bind_watch(Class& communicator) {
              const std::vector<nccl::LoggedMessage> taken = self.log().take_messages(most);
              return py::bytes(reinterpret_cast<const char*>(taken.data()), taken.size() * sizeof(taken[0]));
            })
-      .def("watch_kernels",
-           [](Communicator& self, Address abort_word, Address status) {
-             self.kernels().add(abort_word, static_cast<const nccl::KernelStatus*>(pointer(status)));
-           })
+      .def(
+          "watch_kernels",
+          [](Communicator& self, Address abort_word, Address status, const py::object&) {
+            self.kernels().add(abort_word, static_cast<const nccl::KernelStatus*>(pointer(status)));
+          },
+          py::arg("abort_word"), py::arg("status"), py::arg("owner") = py::none(), py::keep_alive<1, 4>())
       .def("forget_kernels", [](Communicator& self, Address abort_word) { self.kernels().remove(abort_word); })
       .def("kernel_failures", [](Communicator& self) {
         std::vector<std::tuple<std::uint32_t, int, int, std::uint32_t, std::uint32_t>> rows;
@@ -247,10 +271,11 @@ void bind_nccl(py::module_& module) {
 
   Class communicator(module, "NcclCommunicator");
   communicator
-      .def(py::init([](std::shared_ptr<Library> library, std::shared_ptr<nccl::Device> device, int rank,
-                       int world_size) {
-             return Holder(new Communicator(std::move(library), std::move(device), rank, world_size, &check_signals));
-           }),
+      .def(py::init(
+               [](std::shared_ptr<Library> library, std::shared_ptr<nccl::Device> device, int rank, int world_size) {
+                 return held(std::make_unique<Communicator>(std::move(library), std::move(device), rank, world_size,
+                                                            &check_signals));
+               }),
            py::arg("library"), py::arg("device"), py::arg("rank"), py::arg("world_size"))
       .def(
           "connect",
@@ -264,7 +289,8 @@ void bind_nccl(py::module_& module) {
       .def(
           "split",
           [](Communicator& self, std::optional<int> color, int rank, int world_size, double timeout_s) {
-            return Holder(self.split(color, rank, world_size, timeout_s).release());
+            auto part = self.split(color, rank, world_size, timeout_s);
+            return part ? held(std::move(part)) : nullptr;
           },
           NoGil())
       .def("aborted", &Communicator::aborted)
@@ -272,6 +298,16 @@ void bind_nccl(py::module_& module) {
       .def("close", &Communicator::close, NoGil());
   bind_calls(communicator);
   bind_watch(communicator);
+
+  py::class_<nccl::Window, std::shared_ptr<nccl::Window>>(module, "NcclWindow")
+      .def(py::init<Holder, std::size_t>(), py::arg("communicator"), py::arg("bytes"), NoGil())
+      .def("open", &nccl::Window::open, NoGil())
+      .def_property_readonly("bytes", &nccl::Window::bytes)
+      .def_property_readonly("parts", [](const nccl::Window& self) {
+        std::vector<Address> addresses;
+        for (const std::byte* part : self.parts()) addresses.push_back(reinterpret_cast<Address>(part));
+        return addresses;
+      });
 }
 
 }  // namespace pycomm::bindings

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "bindings/addresses.hpp"
 #include "bindings/bindings.hpp"
+#include "bindings/exported.hpp"
 #include "cuda/kernels/all_gather.hpp"
 #include "cuda/kernels/all_reduce.hpp"
 #include "cuda/kernels/bucket.hpp"
@@ -15,6 +17,7 @@
 #include "cuda/kernels/reduce_scatter.hpp"
 #include "cuda/kernels/sharded_adamw.hpp"
 #include "cuda/runtime/rank_group.hpp"
+#include "nccl/window.hpp"
 
 namespace py = pybind11;
 
@@ -23,6 +26,7 @@ namespace {
 
 using namespace pycomm::cuda;  // NOLINT: this file is about it
 using Memory = std::shared_ptr<SymmetricMemory>;
+using GroupHolder = std::unique_ptr<RankGroup, WithoutGil>;
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
 /// As many addresses as there are ranks, or none, into a kernel's parameters.
@@ -39,7 +43,14 @@ void fill(Pointer (&to)[kMaxRanks], const Addresses& from, int num_ranks, const 
 /// A kernel's grid, as Python passes it: (blocks, threads).
 using Grid = std::pair<int, int>;
 
-LaunchShape shape_of(const RankGroup& ranks, int rank, Grid grid) { return ranks.shape(rank, grid.first, grid.second); }
+/// The stream that a kernel goes to; none: the rank's own.
+using OnStream = std::optional<Address>;
+
+LaunchShape shape_of(const RankGroup& ranks, int rank, Grid grid, OnStream stream = std::nullopt) {
+  LaunchShape shape = ranks.shape(rank, grid.first, grid.second);
+  if (stream) shape.stream = reinterpret_cast<Stream>(*stream);
+  return shape;
+}
 /// Puts and gets of all ranks wait for each other.
 LaunchShape channel_shape(const RankGroup& ranks, int rank, Grid grid) {
   LaunchShape shape = shape_of(ranks, rank, grid);
@@ -49,7 +60,7 @@ LaunchShape channel_shape(const RankGroup& ranks, int rank, Grid grid) {
 
 void one_shot(const RankGroup& ranks, int rank, const std::string& dtype, const std::string& wire,
               const std::string& op, std::int64_t count, int chunk, Address input, Address output,
-              const Addresses& staging, std::size_t staging_bytes, Grid grid) {
+              const Addresses& staging, std::size_t staging_bytes, Grid grid, OnStream stream) {
   OneShotParams params{ranks.group(rank),
                        parse_dtype(dtype),
                        parse_dtype(wire),
@@ -61,15 +72,15 @@ void one_shot(const RankGroup& ranks, int rank, const std::string& dtype, const 
                        staging_bytes,
                        nullptr};
   fill(params.staging, staging, ranks.world_size(), "staging");
-  launch_all_reduce_one_shot(params, shape_of(ranks, rank, grid));
+  launch_all_reduce_one_shot(params, shape_of(ranks, rank, grid, stream));
 }
 
 void two_shot(const RankGroup& ranks, int rank, const std::string& dtype, const std::string& op, std::int64_t count,
-              const Addresses& data, const Addresses& squares, Grid grid) {
+              const Addresses& data, const Addresses& squares, Grid grid, OnStream stream) {
   TwoShotParams params{ranks.group(rank), parse_dtype(dtype), parse_op(op), flat_layout(count), {}, {}};
   fill(params.data, data, ranks.world_size(), "data");
   fill(params.squares, squares, ranks.world_size(), "squares");
-  launch_all_reduce_two_shot(params, shape_of(ranks, rank, grid));
+  launch_all_reduce_two_shot(params, shape_of(ranks, rank, grid, stream));
 }
 
 void reduce_scatter(const RankGroup& ranks, int rank, const std::string& dtype, const std::string& output_dtype,
@@ -171,12 +182,15 @@ class BorrowedMemory final : public SymmetricMemory {
   }
 };
 
+/// Unmapping waits for the device.
+Memory shared(std::unique_ptr<SymmetricMemory> memory) { return {memory.release(), WithoutGil{}}; }
+
 Memory memory_of_processes(host::Communicator& communicator, int device, std::size_t bytes, double timeout_s) {
-  return shared_handle_memory(device, communicator.rank(), communicator.world_size(), bytes, [&](int fd) {
+  return shared(shared_handle_memory(device, communicator.rank(), communicator.world_size(), bytes, [&](int fd) {
     std::vector<int> fds;
     for (host::UniqueFd& each : communicator.exchange_fds(fd, timeout_s)) fds.push_back(each.release());
     return fds;
-  });
+  }));
 }
 
 }  // namespace
@@ -186,11 +200,17 @@ void bind_rank_group(py::module_& module) {
       .def_static(
           "virtual_ranks",
           [](int device, int world_size, std::size_t bytes) -> Memory {
-            return virtual_rank_memory(device, world_size, bytes);
+            return shared(virtual_rank_memory(device, world_size, bytes));
           },
           py::arg("device"), py::arg("world_size"), py::arg("bytes"), NoGil())
       .def_static("processes", &memory_of_processes, py::arg("communicator"), py::arg("device"), py::arg("bytes"),
                   py::arg("timeout_s"), NoGil())
+      .def_static(
+          "window",
+          [](const std::shared_ptr<nccl::Window>& window, int device) -> Memory {
+            return shared(window_memory(device, window->rank(), window->parts(), window->bytes(), window));
+          },
+          py::arg("window"), py::arg("device"), NoGil())
       .def_static(
           "borrowed",
           [](const Addresses& parts, std::size_t bytes) -> Memory {
@@ -203,9 +223,9 @@ void bind_rank_group(py::module_& module) {
       .def("part",
            [](const SymmetricMemory& memory, int rank) { return reinterpret_cast<Address>(memory.part(rank)); });
 
-  py::class_<RankGroup>(module, "RankGroup")
+  py::class_<RankGroup, GroupHolder>(module, "RankGroup")
       .def(py::init([](Memory pads, int device, std::vector<int> local_ranks, double timeout_s) {
-             return make_rank_group(std::move(pads), device, std::move(local_ranks), timeout_s);
+             return GroupHolder(make_rank_group(std::move(pads), device, std::move(local_ranks), timeout_s).release());
            }),
            py::arg("pads"), py::arg("device"), py::arg("local_ranks"), py::arg("timeout_s"))
       .def_property_readonly("world_size", &RankGroup::world_size)
@@ -216,18 +236,21 @@ void bind_rank_group(py::module_& module) {
       .def("check", &RankGroup::check)
       .def("wait", &RankGroup::wait, py::arg("timeout_s"), NoGil())
       .def("abort", &RankGroup::abort)
-      .def(
+      .def("abort_word",
+           [](const RankGroup& ranks, int rank) { return reinterpret_cast<Address>(ranks.abort_word(rank)); })
+      .def("status", [](const RankGroup& ranks, int rank) { return reinterpret_cast<Address>(ranks.status(rank)); })
+      .def_static(
           "staging_bytes",
-          [](const RankGroup& ranks, const std::string& wire, std::int64_t count, int chunk, Grid grid) {
+          [](const std::string& wire, std::int64_t count, int chunk, Grid grid) {
             return one_shot_staging_bytes(flat_layout(count, chunk), parse_dtype(wire),
-                                          shape_of(ranks, ranks.local_ranks().front(), grid));
+                                          {grid.first, grid.second, nullptr});
           },
           py::arg("wire"), py::arg("count"), py::arg("chunk"), py::arg("grid"))
       .def("all_reduce_one_shot", &one_shot, py::arg("rank"), py::arg("dtype"), py::arg("wire"), py::arg("op"),
            py::arg("count"), py::arg("chunk"), py::arg("input"), py::arg("output"), py::arg("staging"),
-           py::arg("staging_bytes"), py::arg("grid"))
+           py::arg("staging_bytes"), py::arg("grid"), py::arg("stream") = py::none())
       .def("all_reduce_two_shot", &two_shot, py::arg("rank"), py::arg("dtype"), py::arg("op"), py::arg("count"),
-           py::arg("data"), py::arg("squares"), py::arg("grid"))
+           py::arg("data"), py::arg("squares"), py::arg("grid"), py::arg("stream") = py::none())
       .def("reduce_scatter", &reduce_scatter, py::arg("rank"), py::arg("dtype"), py::arg("output_dtype"), py::arg("op"),
            py::arg("count"), py::arg("inputs"), py::arg("output"), py::arg("squares"), py::arg("grid"))
       .def("all_gather", &all_gather, py::arg("rank"), py::arg("input"), py::arg("bytes"), py::arg("outputs"),
@@ -244,6 +267,13 @@ void bind_rank_group(py::module_& module) {
       .def("sharded_adamw", &sharded_adamw, py::arg("rank"), py::arg("grad_dtype"), py::arg("param_dtype"),
            py::arg("count"), py::arg("grads"), py::arg("average"), py::arg("state"), py::arg("parameters"),
            py::arg("options"), py::arg("clip"), py::arg("grid"));
+  module.def(
+      "dlpack",
+      [](Address address, std::int64_t bytes, int device, py::object owner) {
+        const auto type = device < 0 ? dlpack::kCpu : dlpack::kCuda;
+        return exported(pointer<void>(address), bytes, {type, std::max(device, 0)}, std::move(owner));
+      },
+      py::arg("address"), py::arg("bytes"), py::arg("device"), py::arg("owner"));
   module.attr("SIGNAL_PAD_BYTES") = sizeof(SignalPad);
 }
 

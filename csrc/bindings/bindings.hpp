@@ -10,14 +10,19 @@
 
 namespace pycomm::bindings {
 
-/// Owners that must not run their destructor, which may wait, while holding the GIL.
-struct ReleaseGil {
-  void operator()(host::Communicator* communicator) const {
-    const pybind11::gil_scoped_release nogil;
-    delete communicator;
+/// Destroys what may wait for a peer or a device without the GIL, whether this thread holds it or not.
+struct WithoutGil {
+  template <class Object>
+  void operator()(Object* object) const {
+    if (PyGILState_Check() == 0) {
+      delete object;
+    } else {
+      const pybind11::gil_scoped_release nogil;
+      delete object;
+    }
   }
 };
-using CommunicatorHolder = std::unique_ptr<host::Communicator, ReleaseGil>;
+using CommunicatorHolder = std::unique_ptr<host::Communicator, WithoutGil>;
 using CommunicatorClass = pybind11::class_<host::Communicator, CommunicatorHolder>;
 
 /// Seconds as a caller passes them; none: the communicator's.

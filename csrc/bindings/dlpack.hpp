@@ -33,6 +33,15 @@ struct Tensor {
   std::uint64_t byte_offset;
 };
 
+/// What a capsule "dltensor" has, for whoever takes it, renames it, and calls `deleter` in the end.
+struct ManagedTensor {
+  static constexpr const char* kCapsule = "dltensor";
+
+  Tensor tensor;
+  void* owner;
+  void (*deleter)(ManagedTensor* self);
+};
+
 /// In the capsule `__dlpack_c_exchange_api__` of an array's class.
 struct ExchangeApi {
   static constexpr const char* kAttribute = "__dlpack_c_exchange_api__";

@@ -103,8 +103,10 @@ void Tensor::check_device(dlpack::Device device) const {
 
 void Tensor::refuse_device(dlpack::Device device) const {
   const std::string wanted = device.type == dlpack::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
+  const bool wants_cpu = device.type == dlpack::kCpu;
   throw py::value_error(std::string(name_) + " is on " + text(attribute("device")) + ", this communicator works on " +
-                        wanted);
+                        wanted + ": pass tensor.to(comm.device), or make the communicator with init(backend=" +
+                        (wants_cpu ? "'nccl'), whose tensors are on GPUs" : "'host'), whose tensors are on the CPU"));
 }
 
 /// What DLPack has no words for: other kinds of device (meta), layouts (sparse) and dtypes.

@@ -21,8 +21,8 @@ namespace {
 
 std::unique_ptr<SymmetricMemory> virtual_rank_memory(int, int, std::size_t) { refuse(); }
 std::unique_ptr<SymmetricMemory> shared_handle_memory(int, int, int, std::size_t, const ExchangeFds&) { refuse(); }
-std::unique_ptr<SymmetricMemory> nccl_window_memory(int, int, int, std::size_t, const NcclWindows&,
-                                                    const std::function<void()>&) {
+std::unique_ptr<SymmetricMemory> window_memory(int, int, const std::vector<std::byte*>&, std::size_t,
+                                               std::shared_ptr<const void>) {
   refuse();
 }
 std::unique_ptr<RankGroup> make_rank_group(std::shared_ptr<SymmetricMemory>, int, std::vector<int>, double) {

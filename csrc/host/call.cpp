@@ -2,6 +2,25 @@
 
 namespace pycomm {
 
+namespace {
+
+std::string by_route(const Call& call) {
+  switch (call.route) {
+    case Route::kBackend:
+      return "";
+    case Route::kOneShot:
+      return ", one-shot kernel";
+    case Route::kTwoShot: {
+      const Location place = Location::of_bits(call.splits);
+      return ", two-shot kernel, at byte " + std::to_string(place.offset()) + " of symmetric memory " +
+             std::to_string(place.segment());
+    }
+  }
+  return ", unknown route";
+}
+
+}  // namespace
+
 std::string describe(const Call& call) {
   const std::string elements = std::string(name_of(call.dtype)) + "[" + std::to_string(call.count) + "]";
   const std::string root = "root=" + std::to_string(call.root);
@@ -14,7 +33,7 @@ std::string describe(const Call& call) {
     case OpKind::kBarrier:
       return "barrier()";
     case OpKind::kAllReduce:
-      return "all_reduce(" + op + ", " + elements + ")";
+      return "all_reduce(" + op + ", " + elements + by_route(call) + ")";
     case OpKind::kBroadcast:
       return "broadcast(" + root + ", " + elements + ")";
     case OpKind::kReduceScatter:

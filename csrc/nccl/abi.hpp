@@ -13,6 +13,8 @@
 namespace pycomm::nccl::abi {
 
 struct Comm;  // opaque
+struct WindowHandle;
+using Window = WindowHandle*;  // ncclWindow_t
 
 struct UniqueId {
   char internal[128];
@@ -44,6 +46,7 @@ enum RedOp : int { kSum = 0, kProd = 1, kMax = 2, kMin = 3, kAvg = 4 };
 
 inline constexpr int kUndefined = INT_MIN;
 inline constexpr int kNoColor = -1;
+inline constexpr int kWindowCollectiveSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC
 inline constexpr unsigned kMagic = 0xcafebeef;
 
 constexpr int version_code(int major, int minor, int patch) { return major * 10000 + minor * 100 + patch; }
@@ -103,6 +106,11 @@ using BroadcastConfig = Result (*)(const void*, void*, std::size_t, DataType, in
 using ReduceConfig = Result (*)(const void*, void*, std::size_t, DataType, RedOp, int, Comm*, Stream,
                                 const CollConfig*);
 using ReduceScatterConfig = AllReduceConfig;
+using MemAlloc = Result (*)(void**, std::size_t);
+using MemFree = Result (*)(void*);
+using CommWindowRegister = Result (*)(Comm*, void*, std::size_t, Window*, int);
+using CommWindowDeregister = Result (*)(Comm*, Window);
+using GetPeerDevicePointer = Result (*)(Window, std::size_t, int, void**);
 using AllGatherConfig = Result (*)(const void*, void*, std::size_t, DataType, Comm*, Stream, const CollConfig*);
 }
 

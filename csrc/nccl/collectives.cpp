@@ -93,6 +93,18 @@ OperationPtr Communicator::all_reduce(const Buffers& buffers, std::uint64_t coun
   });
 }
 
+OperationPtr Communicator::all_reduce_by_kernel(Route route, Location place, DType dtype, std::uint64_t count,
+                                                ReduceOp op, const CallOptions& options, const Launch& launch) {
+  static_cast<void>(op_of(op, dtype));
+  const Call call{.kind = OpKind::kAllReduce,
+                  .dtype = dtype,
+                  .reduce_op = op,
+                  .route = route,
+                  .count = count,
+                  .splits = place.bits()};
+  return by_kernel(call, options, launch);
+}
+
 OperationPtr Communicator::barrier(void* byte, const CallOptions& options) {
   return enqueue(Call{.kind = OpKind::kBarrier}, options, [&](abi::Comm* comm, abi::Stream stream) {
     return library_->all_reduce(byte, byte, 1, abi::kUint8, abi::kSum, comm, stream);
@@ -245,7 +257,7 @@ OperationPtr Communicator::exchange(std::span<const Message> messages, const Cal
                     .root = message.peer,
                     .count = message.count,
                     .splits = static_cast<std::uint64_t>(message.tag)};
-    if (aborted()) throw Error(ErrorKind::kGeneral, describe(call) + ": the communicator has been aborted");
+    check_not_aborted(call);
     if (first.kind == OpKind::kNone) first = call;
     log_.add_message(call);
   }

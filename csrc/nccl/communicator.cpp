@@ -48,7 +48,9 @@ Communicator::~Communicator() {
   try {
     abort();
     const driver::Context::Current current(device_->context);
+    drop_retired_windows();
     in_flight_.clear();
+    latest_ = {};
     entry_.reset();
     stream_.reset();
   } catch (const Error&) {  // the device has failed: nothing of it can be given back
@@ -84,12 +86,26 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<int> color, int 
 
 OperationPtr Communicator::enqueue(const Call& call, const CallOptions& options, const Body& body) {
   const std::lock_guard issuing(issuing_);
-  if (aborted()) throw Error(ErrorKind::kGeneral, describe(call) + ": the communicator has been aborted");
+  check_not_aborted(call);
   return enqueue_logged(call, log_.add(call), options, body);
 }
 
 OperationPtr Communicator::enqueue_logged(const Call& call, std::uint64_t seq, const CallOptions& options,
                                           const Body& body) {
+  return enqueue_on_stream(call, seq, options, [&](const Operation& operation, driver::abi::Stream stream) {
+    invoke(describe(call), operation.deadline(), [&](abi::Comm* comm) { return body(comm, stream); });
+  });
+}
+
+OperationPtr Communicator::by_kernel(const Call& call, const CallOptions& options, const Launch& launch) {
+  const std::lock_guard issuing(issuing_);
+  check_not_aborted(call);
+  return enqueue_on_stream(call, log_.add(call), options,
+                           [&](const Operation&, driver::abi::Stream stream) { launch(stream); });
+}
+
+OperationPtr Communicator::enqueue_on_stream(const Call& call, std::uint64_t seq, const CallOptions& options,
+                                             const std::function<void(const Operation&, driver::abi::Stream)>& put) {
   const driver::Context::Current current(device_->context);
   auto operation = std::make_shared<Operation>(device_->context, call, seq, options.timeout_s, ended_);
   driver::abi::Stream stream = options.stream;
@@ -98,14 +114,24 @@ OperationPtr Communicator::enqueue_logged(const Call& call, std::uint64_t seq, c
     entry_->record(options.stream);
     entry_->make_wait(stream);
   }
-  invoke(describe(call), operation->deadline(), [&](abi::Comm* comm) { return body(comm, stream); });
-  const bool capturing = device_->driver->is_capturing(stream);
-  operation->enqueued(stream, capturing);
-  if (!capturing) {
+  const std::uint64_t capture = device_->driver->capture_of(stream);
+  const bool by_kernel = call.route != Route::kBackend;
+  // NCCL orders its own calls. Between a graph and what is outside of it only the program can.
+  if (latest_.operation && (by_kernel || latest_.by_kernel) && latest_.stream != stream && latest_.capture == capture) {
+    latest_.operation->make_wait(stream);
+  }
+  put(*operation, stream);
+  operation->enqueued(stream, capture != 0);
+  latest_ = {operation, stream, capture, by_kernel};
+  if (capture == 0) {
     const std::lock_guard flying(flying_);
     in_flight_.push_back(operation);
   }
   return operation;
+}
+
+void Communicator::check_not_aborted(const Call& call) const {
+  if (aborted()) throw Error(ErrorKind::kGeneral, describe(call) + ": the communicator has been aborted");
 }
 
 void Communicator::invoke(const std::string& name, const Deadline& deadline,
@@ -200,6 +226,7 @@ bool Communicator::close(double timeout_s) {
     const std::lock_guard issuing(issuing_);
     const driver::Context::Current current(device_->context);
     const Deadline farewell = Deadline::after(kPatienceS);
+    drop_retired_windows();
     invoke("ncclCommFinalize", farewell, [&](abi::Comm* comm) { return library_->comm_finalize(comm); });
     const std::lock_guard calling(calling_);
     ended_->store(true, std::memory_order_release);

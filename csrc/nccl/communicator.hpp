@@ -3,7 +3,9 @@
 // thread waits for here up to the call's deadline.
 //
 // Synchronous calls go to the caller's stream; asynchronous ones to the communicator's own, behind what the caller's
-// stream holds. NCCL runs the calls of a communicator one after the other whatever their streams are.
+// stream holds. NCCL runs the calls of a communicator one after the other whatever their streams are, and so do
+// pycomm's own kernels, with each other and with NCCL's: each of them may wait for the other ranks, who may be in
+// another call.
 //
 // Addresses are the device's. All methods are thread-safe; none needs Python's lock.
 #pragma once
@@ -17,6 +19,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "nccl/call_log.hpp"
@@ -66,6 +69,7 @@ struct Message {
 };
 
 using OperationPtr = std::shared_ptr<const Operation>;
+using Launch = std::function<void(driver::abi::Stream)>;
 
 class Communicator {
  public:
@@ -88,6 +92,10 @@ class Communicator {
   std::unique_ptr<Communicator> split(std::optional<int> color, int rank, int world_size, double timeout_s);
 
   OperationPtr all_reduce(const Buffers& buffers, std::uint64_t count, ReduceOp op, const CallOptions& options);
+  /// By one of pycomm's own kernels, which `launch` puts on the stream that it is given. `place`: of a tensor in
+  /// symmetric memory, for kTwoShot.
+  OperationPtr all_reduce_by_kernel(Route route, Location place, DType dtype, std::uint64_t count, ReduceOp op,
+                                    const CallOptions& options, const Launch& launch);
   OperationPtr broadcast(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options);
   OperationPtr reduce(const Buffers& buffers, std::uint64_t count, int root, ReduceOp op, const CallOptions& options);
   OperationPtr reduce_scatter(const Buffers& buffers, const Parts& parts, ReduceOp op, const CallOptions& options);
@@ -100,6 +108,17 @@ class Communicator {
   OperationPtr barrier(void* byte, const CallOptions& options);
   /// Messages that progress together.
   OperationPtr exchange(std::span<const Message> messages, const CallOptions& options);
+
+  // Memory that NCCL maps on all ranks; see Window.
+  /// Of this rank. Throws kUnavailable: this NCCL has no windows.
+  void* allocate_for_window(std::size_t bytes);
+  /// Collective. nullptr: registration does nothing in this NCCL.
+  abi::Window register_window(void* memory, std::size_t bytes, double timeout_s);
+  /// nullptr: it is not mapped here.
+  void* peer_address(abi::Window window, int rank);
+  /// Nobody uses them any more; `window` may be nullptr. Waits for nothing: they go with the next registration, or the
+  /// communicator.
+  void retire_window(abi::Window window, void* memory);
 
   /// Empty, or what NCCL or the device says has gone wrong behind calls that had succeeded. Never waits long.
   std::string error();
@@ -114,14 +133,29 @@ class Communicator {
  private:
   using Body = std::function<abi::Result(abi::Comm*, driver::abi::Stream)>;
 
+  /// Where the last call went.
+  struct Latest {
+    OperationPtr operation;
+    driver::abi::Stream stream = nullptr;
+    std::uint64_t capture = 0;  // of a graph; 0: none
+    bool by_kernel = false;
+  };
+
   /// Log a collective, then enqueue it.
   OperationPtr enqueue(const Call& call, const CallOptions& options, const Body& body);
   OperationPtr enqueue_logged(const Call& call, std::uint64_t seq, const CallOptions& options, const Body& body);
+  /// `put` the operation on the stream where `options` want it.
+  OperationPtr enqueue_on_stream(const Call& call, std::uint64_t seq, const CallOptions& options,
+                                 const std::function<void(const Operation&, driver::abi::Stream)>& put);
+  OperationPtr by_kernel(const Call& call, const CallOptions& options, const Launch& launch);
+  void check_not_aborted(const Call& call) const;
   /// Run `call` on the communicator and wait until NCCL has done its part. Throws if that fails, or takes too long, or
   /// the communicator has been aborted.
   void invoke(const std::string& name, const Deadline& deadline, const std::function<abi::Result(abi::Comm*)>& call);
   /// Until `comm` (of this communicator or its child) is no longer in progress.
   void settle(const std::string& name, abi::Result result, const Deadline& deadline, abi::Comm* const& comm);
+  /// Give back what was retired. While nothing else is called here.
+  void drop_retired_windows();
   /// A gather, or a scatter: every rank's `part`, and `all` of them at the root.
   OperationPtr with_root(OpKind kind, const void* part, const void* all, DType dtype, std::uint64_t count, int root,
                          const CallOptions& options);
@@ -143,8 +177,12 @@ class Communicator {
   abi::Comm* child_ = nullptr;  // of the split under way
   std::unique_ptr<driver::Stream> stream_;
   std::unique_ptr<driver::Event> entry_;
+  Latest latest_;
   std::mutex flying_;
   std::deque<OperationPtr> in_flight_;
+  abi::Window opening_ = nullptr;  // of the registration under way
+  std::mutex retiring_;
+  std::vector<std::pair<abi::Window, void*>> retired_;
 };
 
 }  // namespace pycomm::nccl

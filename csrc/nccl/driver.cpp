@@ -12,6 +12,7 @@ Driver::Driver(const std::vector<std::string>& names) : library_("the CUDA drive
   library_.get(get_error_string_, "cuGetErrorString");
   library_.get(device_get_count_, "cuDeviceGetCount");
   library_.get(device_get_name_, "cuDeviceGetName");
+  library_.get(device_get_uuid_, "cuDeviceGetUuid_v2");
   library_.get(device_get, "cuDeviceGet");
   library_.get(primary_ctx_retain, "cuDevicePrimaryCtxRetain");
   library_.get(primary_ctx_release, "cuDevicePrimaryCtxRelease_v2");
@@ -21,7 +22,7 @@ Driver::Driver(const std::vector<std::string>& names) : library_("the CUDA drive
   library_.get(stream_create_with_priority, "cuStreamCreateWithPriority");
   library_.get(stream_destroy, "cuStreamDestroy_v2");
   library_.get(stream_wait_event, "cuStreamWaitEvent");
-  library_.get(stream_is_capturing_, "cuStreamIsCapturing");
+  library_.get(stream_get_capture_info_, "cuStreamGetCaptureInfo_v2");
   library_.get(exchange_capture_mode_, "cuThreadExchangeStreamCaptureMode");
   library_.get(event_create, "cuEventCreate");
   library_.get(event_record, "cuEventRecord");
@@ -54,6 +55,17 @@ std::vector<std::string> Driver::device_names() const {
   return names;
 }
 
+std::string Driver::device_uuid(int index) const {
+  constexpr char kDigits[] = "0123456789abcdef";
+  abi::Device device = 0;
+  abi::Uuid uuid{};
+  check(device_get(&device, index), "cuDeviceGet");
+  check(device_get_uuid_(&uuid, device), "cuDeviceGetUuid");
+  std::string text;
+  for (const unsigned char byte : uuid.bytes) text += {kDigits[byte >> 4], kDigits[byte & 15]};
+  return text;
+}
+
 void Driver::check(abi::Result result, const char* call) const {
   if (result == abi::kSuccess) return;
   const char* text = nullptr;
@@ -62,10 +74,11 @@ void Driver::check(abi::Result result, const char* call) const {
                                        (text == nullptr ? "unknown error" : text));
 }
 
-bool Driver::is_capturing(abi::Stream stream) const {
+std::uint64_t Driver::capture_of(abi::Stream stream) const {
   abi::CaptureStatus status = abi::kNotCapturing;
-  check(stream_is_capturing_(stream, &status), "cuStreamIsCapturing");
-  return status != abi::kNotCapturing;
+  std::uint64_t id = 0;
+  check(stream_get_capture_info_(stream, &status, &id, nullptr, nullptr, nullptr), "cuStreamGetCaptureInfo");
+  return status == abi::kNotCapturing ? 0 : id;
 }
 
 void Driver::allow_queries_during_capture() const {

@@ -18,9 +18,12 @@ class Driver {
   std::string file() const { return library_.file(); }
   int version() const { return version_; }  // 13000: the newest CUDA that it serves
   std::vector<std::string> device_names() const;
+  /// In hexadecimal: of the GPU, or of the part of one (MIG) that the process is given, whatever number it has here.
+  std::string device_uuid(int index) const;
   /// Throws kGeneral unless the call succeeded.
   void check(abi::Result result, const char* call) const;
-  bool is_capturing(abi::Stream stream) const;
+  /// Which capture into a graph the stream is in; 0: none.
+  std::uint64_t capture_of(abi::Stream stream) const;
   /// From now on this thread may look at events while another one captures a graph.
   void allow_queries_during_capture() const;
 
@@ -44,7 +47,8 @@ class Driver {
   int version_ = 0;
   abi::DeviceGetCount device_get_count_;
   abi::DeviceGetName device_get_name_;
-  abi::StreamIsCapturing stream_is_capturing_;
+  abi::DeviceGetUuid device_get_uuid_;
+  abi::StreamGetCaptureInfo stream_get_capture_info_;
   abi::ThreadExchangeStreamCaptureMode exchange_capture_mode_;
   abi::GetErrorString get_error_string_;
 };

@@ -19,6 +19,10 @@ using Context = CUctx_st*;
 using Device = int;
 using DevicePointer = unsigned long long;
 
+struct Uuid {
+  unsigned char bytes[16];
+};
+
 enum Result : int {
   kSuccess = 0,
   kNoDevice = 100,
@@ -37,6 +41,7 @@ using DriverGetVersion = Result (*)(int*);
 using DeviceGetCount = Result (*)(int*);
 using DeviceGet = Result (*)(Device*, int);
 using DeviceGetName = Result (*)(char*, int, Device);
+using DeviceGetUuid = Result (*)(Uuid*, Device);
 using DevicePrimaryCtxRetain = Result (*)(Context*, Device);
 using DevicePrimaryCtxRelease = Result (*)(Device);
 using CtxPushCurrent = Result (*)(Context);
@@ -45,7 +50,8 @@ using CtxGetStreamPriorityRange = Result (*)(int*, int*);
 using StreamCreateWithPriority = Result (*)(Stream*, unsigned, int);
 using StreamDestroy = Result (*)(Stream);
 using StreamWaitEvent = Result (*)(Stream, Event, unsigned);
-using StreamIsCapturing = Result (*)(Stream, CaptureStatus*);
+// Of version 2: the graph, its dependencies and their number may be nullptr.
+using StreamGetCaptureInfo = Result (*)(Stream, CaptureStatus*, std::uint64_t*, void**, const void**, std::size_t*);
 using ThreadExchangeStreamCaptureMode = Result (*)(CaptureMode*);
 using EventCreate = Result (*)(Event*, unsigned);
 using EventRecord = Result (*)(Event, Stream);

@@ -44,6 +44,11 @@ Library::Library(const std::vector<std::string>& names) : library_("NCCL", names
   library_.get_optional(reduce_config, "ncclReduceConfig");
   library_.get_optional(reduce_scatter_config, "ncclReduceScatterConfig");
   library_.get_optional(all_gather_config, "ncclAllGatherConfig");
+  library_.get_optional(mem_alloc, "ncclMemAlloc");
+  library_.get_optional(mem_free, "ncclMemFree");
+  library_.get_optional(comm_window_register, "ncclCommWindowRegister");
+  library_.get_optional(comm_window_deregister, "ncclCommWindowDeregister");
+  library_.get_optional(get_peer_device_pointer, "ncclGetPeerDevicePointer");
 }
 
 std::string Library::describe(abi::Result result, abi::Comm* comm) const {

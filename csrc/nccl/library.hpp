@@ -23,6 +23,11 @@ class Library {
   int version() const { return version_; }
   /// Whether calls take a number of CTAs each (2.31).
   bool has_call_config() const { return version_ >= abi::version_code(2, 31, 0) && all_reduce_config != nullptr; }
+  /// Whether ranks of an NVLink domain can have each other's addresses (2.29).
+  bool has_windows() const {
+    return mem_alloc != nullptr && mem_free != nullptr && comm_window_register != nullptr &&
+           comm_window_deregister != nullptr && get_peer_device_pointer != nullptr;
+  }
   /// "unhandled cuda error (ncclUnhandledCudaError): its last words", for messages.
   std::string describe(abi::Result result, abi::Comm* comm) const;
 
@@ -48,6 +53,12 @@ class Library {
   abi::ReduceConfig reduce_config;
   abi::ReduceScatterConfig reduce_scatter_config;
   abi::AllGatherConfig all_gather_config;
+  // nullptr before 2.19, 2.27 and, the last, 2.29.
+  abi::MemAlloc mem_alloc;
+  abi::MemFree mem_free;
+  abi::CommWindowRegister comm_window_register;
+  abi::CommWindowDeregister comm_window_deregister;
+  abi::GetPeerDevicePointer get_peer_device_pointer;
 
  private:
   SharedLibrary library_;

@@ -12,9 +12,9 @@ from pycomm import _C
 from pycomm.arguments import Message
 from pycomm.errors import BackendUnavailableError
 
-__all__ = ["Backend", "Calls", "Choice", "choose"]
+__all__ = ["Backend", "Calls", "Choice", "by_reason", "choose"]
 
-NAMES = ("auto", "shm", "nccl", "gloo")
+NAMES = ("auto", "host", "shm", "nccl", "gloo")
 
 
 class Calls(Protocol):
@@ -99,13 +99,14 @@ class Choice:
     reason: str
 
 
-def choose(requested: str, hosts: Sequence[str], obstacles: Sequence[str] = ()) -> Choice:
-    """Resolve ``requested`` ("auto" or a name) for ranks on these hosts.
+def choose(requested: str, hosts: Sequence[str], obstacles: Sequence[str] = (), gpus: Sequence[str] = ()) -> Choice:
+    """Resolve ``requested`` (one of ``NAMES``) for ranks on these hosts.
 
     A pure function of what all ranks exchanged, so that all choose the same.
 
     Args:
-        obstacles: by rank, why NCCL cannot work there, or nothing; looked at if it is asked for.
+        obstacles: by rank, why NCCL cannot work there, or nothing; looked at for "nccl" and "auto".
+        gpus: by rank, the GPU that it would use, by any name that is unique on its host, or nothing; for "auto".
 
     Raises:
         ValueError: no such back end.
@@ -116,25 +117,40 @@ def choose(requested: str, hosts: Sequence[str], obstacles: Sequence[str] = ()) 
     num_hosts = len(set(hosts))
     if requested == "nccl":
         if any(obstacles):
-            raise BackendUnavailableError(f"backend='nccl': {_by_reason(obstacles)}")
+            raise BackendUnavailableError(f"backend='nccl': {by_reason(obstacles)}")
         return Choice("nccl", "asked for")
     if requested == "gloo":
         return Choice("gloo", "asked for: every message goes through sockets, inside a host, too")
+    aside = ""
+    if requested == "auto" and any(gpus):
+        why_not = by_reason(obstacles) or _shared_gpus(hosts, gpus)
+        if not why_not:
+            return Choice("nccl", f"each of the {len(hosts)} rank(s) has a GPU of its own")
+        aside = f"; not nccl: {why_not}"
     if num_hosts == 1:
         reason = "asked for" if requested == "shm" else f"all {len(hosts)} rank(s) share this host's memory"
-        return Choice("shm", reason)
+        return Choice("shm", reason + aside)
     if requested == "shm":
         raise BackendUnavailableError(
             f"backend='shm': the {len(hosts)} ranks are on {num_hosts} hosts (or in separate network namespaces), "
-            f"which share no memory; 'auto' takes shared memory inside each host and gloo between them"
+            f"which share no memory; 'host' takes shared memory inside each host and gloo between them"
         )
     return Choice(
-        "gloo+shm", f"the {len(hosts)} ranks are on {num_hosts} hosts: shared memory inside each, gloo between them"
+        "gloo+shm",
+        f"the {len(hosts)} ranks are on {num_hosts} hosts: shared memory inside each, gloo between them{aside}",
     )
 
 
-def _by_reason(obstacles: Sequence[str]) -> str:
-    """ "there is no GPU (rank 0, 1)"."""
+def _shared_gpus(hosts: Sequence[str], gpus: Sequence[str]) -> str:
+    """Which ranks do not have a GPU of their own; empty: all have."""
+    users: dict[tuple[str, str], list[str]] = {}
+    for rank, place in enumerate(zip(hosts, gpus, strict=True)):
+        users.setdefault(place, []).append(str(rank))
+    return "; ".join(f"ranks {', '.join(ranks)} share a GPU" for ranks in users.values() if len(ranks) > 1)
+
+
+def by_reason(obstacles: Sequence[str]) -> str:
+    """ "there is no GPU (rank 0, 1)", of texts by rank; empty: nobody has one."""
     reasons = dict.fromkeys(filter(None, obstacles))
     ranks = {reason: [str(r) for r, text in enumerate(obstacles) if text == reason] for reason in reasons}
     return "; ".join(f"{reason} (rank {', '.join(numbers)})" for reason, numbers in ranks.items())

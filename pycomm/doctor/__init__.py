@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pycomm import _C, env
 from pycomm.backends import choose
+from pycomm.backends.nccl import offer
 from pycomm.doctor import gpu, host, tune
 from pycomm.doctor.checks import Check, Report, Section
 from pycomm.doctor.self_test import self_test
@@ -89,21 +90,25 @@ def versions() -> list[Check]:
 
 
 def auto_backend() -> Check:
-    """What ``pycomm.init("auto")`` takes for two ranks on this host."""
+    """What ``pycomm.init("auto")`` takes on this host: for as many ranks as there are GPUs to use, or for two."""
+    mine = offer(asked_for=False)
+    num_ranks = torch.cuda.device_count() if mine.gpu else 2
+    gpus = [f"GPU {index}" for index in range(num_ranks)] if mine.gpu else []
     try:
-        choice = choose("auto", [host_identity()] * 2)
+        choice = choose("auto", [host_identity()] * num_ranks, [mine.obstacle] * num_ranks, gpus)
     except BackendUnavailableError as error:
         return Check("auto", "failed", str(error))
-    return Check("auto", "ok", f"{choice.name}: {choice.reason}")
+    more = f"; more than {num_ranks} rank(s) share this host's memory (shm)" if choice.name == "nccl" else ""
+    return Check("auto", "ok", f"{choice.name}: {choice.reason}{more}")
 
 
 def several_hosts() -> Check:
-    """What ``pycomm.init("auto")`` takes for ranks on two hosts."""
+    """What ``pycomm.init("host")`` takes for ranks on two hosts; so does "auto" where they have no GPUs."""
     if not torch.distributed.is_gloo_available():
         return Check("several hosts", "absent", "this torch is built without gloo, which connects hosts")
     interface = env.gloo_interface()
     where = "the address that reaches MASTER_ADDR" if interface is None else f"{interface} (GLOO_SOCKET_IFNAME)"
-    return Check("several hosts", "ok", f"{choose('auto', ['a', 'b']).name}: shared memory inside, gloo at {where}")
+    return Check("several hosts", "ok", f"{choose('host', ['a', 'b']).name}: shared memory inside, gloo at {where}")
 
 
 def extension(package: str, compiled: str, build_id: int) -> Check:

@@ -27,7 +27,7 @@ def kernels() -> Check:
     build = _C.cuda_build()
     if not build:
         return Check("CUDA kernels", "absent", "built without them (PYCOMM_CUDA)")
-    return Check("CUDA kernels", "ok", f"built with {build}; tested on the CPU, not yet called by a back end")
+    return Check("CUDA kernels", "ok", f"built with {build}; tested on the CPU, not yet measured on GPUs")
 
 
 def driver() -> Check:
@@ -61,7 +61,7 @@ def nccl() -> Check:
 
 
 def own_kernels(world_sizes: Sequence[int] = (2, 4, 8)) -> Check:
-    """Which all-reduces pycomm's kernels would do, and which NCCL, by the number of ranks."""
+    """Which all-reduces pycomm's kernels do, and which NCCL, by the number of ranks."""
     try:
         tables = [(size, Thresholds.of_this_process(size)) for size in world_sizes]
     except ValueError as error:
@@ -71,4 +71,7 @@ def own_kernels(world_sizes: Sequence[int] = (2, 4, 8)) -> Check:
         f"{format_bytes(table.two_shot_bytes)}, then NCCL"
         for size, table in tables
     )
-    return Check("own kernels or NCCL", "absent", f"NCCL alone, since no memory of GPUs is mapped yet; then {text}")
+    if not _C.cuda_build():
+        text = f"NCCL alone, since this build has no CUDA kernels (PYCOMM_CUDA); with them, {text}"
+        return Check("own kernels or NCCL", "absent", text)
+    return Check("own kernels or NCCL", "ok", f"all-reduces of ranks that map each other's GPUs: {text}")

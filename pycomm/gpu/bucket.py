@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_ELEMENTS", "Bucket"]
+from pycomm.gpu.grids import CHUNK_ELEMENTS
 
-CHUNK_ELEMENTS = 1024  # csrc/cuda/device/layout.hpp
+__all__ = ["Bucket"]
 
 
 class Bucket:

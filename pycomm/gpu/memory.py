@@ -10,28 +10,24 @@ from torch import Tensor
 
 from pycomm import _C
 
-__all__ = ["dtype_name", "tensors_of"]
+__all__ = ["dtype_name", "tensor_at", "tensors_of"]
 
 
-class _Part:
-    """One rank's part, as ``torch.as_tensor`` takes it: the tensor keeps this object, and so the memory."""
-
-    def __init__(self, memory: _C.GpuMemory, rank: int) -> None:
-        self.memory = memory
-        self.__cuda_array_interface__ = {
-            "shape": (memory.bytes,),
-            "typestr": "|u1",
-            "data": (memory.part(rank), False),
-            "version": 3,
-        }
+def tensor_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
+    """Memory that ``device`` maps, on whatever GPU it lies, as uint8 [num_bytes] on ``device``. It keeps ``owner``."""
+    index = -1 if device.type == "cpu" else device.index
+    return torch.from_dlpack(_C.dlpack(address, num_bytes, index, owner))
 
 
 def tensors_of(
     memory: _C.GpuMemory, device: torch.device, shape: Sequence[int], dtype: torch.dtype, offset: int = 0
 ) -> list[Tensor]:
-    """Every rank's part, by rank, from byte ``offset`` on, as tensors of ``shape``."""
+    """Every rank's part, by rank, from byte ``offset`` on, as tensors of ``shape`` that keep ``memory``.
+
+    All are tensors on ``device``, which maps them, whichever GPU they lie on.
+    """
     end = offset + prod(shape) * dtype.itemsize
-    parts = (torch.as_tensor(_Part(memory, rank), device=device) for rank in range(memory.world_size))
+    parts = (tensor_at(memory.part(rank), memory.bytes, device, memory) for rank in range(memory.world_size))
     return [part[offset:end].view(dtype).view(*shape) for part in parts]
 
 

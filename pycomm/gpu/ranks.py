@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pycomm import _C
-from pycomm.communicator import Communicator
 from pycomm.errors import BackendUnavailableError
-from pycomm.gpu.bucket import CHUNK_ELEMENTS, Bucket
+from pycomm.gpu.bucket import Bucket
+from pycomm.gpu.grids import CHUNK_ELEMENTS, MAX_BLOCKS, NUM_THREADS, ONE_SHOT_CHUNK, Grid, grid_of, one_shot_grid
 from pycomm.gpu.memory import dtype_name, tensors_of
 
 __all__ = ["KernelRanks"]
 
-_NUM_THREADS = 512  # csrc/cuda/kernels/launch.hpp, kMaxThreads
-_MAX_BLOCKS = 128  # csrc/cuda/device/signal_pad.hpp: of a kernel that waits for other ranks
-_ONE_SHOT_BLOCKS = 32  # csrc/cuda/kernels/all_reduce.hpp
-_ONE_SHOT_CHUNK = 256  # elements of a warp: small tensors over many warps
-
 AdamWOptions = tuple[float, float, float, float, float, int]  # lr, beta1, beta2, eps, weight_decay, step
+
+
+class HostRanks(Protocol):
+    """A :class:`pycomm.Communicator` of the host transport, which this layer lies below."""
+
+    rank: int
+
+    @property
+    def timeout_s(self) -> float: ...
+    @property
+    def _host(self) -> _C.HostCommunicator: ...
 
 
 class KernelRanks:
@@ -41,7 +48,7 @@ class KernelRanks:
         self.num_ranks = pads.world_size
         self.local_ranks = list(local_ranks)
         self._group = _C.RankGroup(pads, device.index, self.local_ranks, timeout_s)
-        self._communicator: Communicator | None = None
+        self._communicator: HostRanks | None = None
         self._staging: _C.GpuMemory | None = None
         self._num_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -61,7 +68,7 @@ class KernelRanks:
         return cls(pads, torch.device("cuda", index), range(num_ranks), timeout_s)
 
     @classmethod
-    def processes(cls, comm: Communicator, *, device: int | None = None, timeout_s: float = 10.0) -> KernelRanks:
+    def processes(cls, comm: HostRanks, *, device: int | None = None, timeout_s: float = 10.0) -> KernelRanks:
         """This process's rank; the others' memory comes as CUDA handles over ``comm``'s sockets. Collective.
 
         Args:
@@ -130,10 +137,7 @@ class KernelRanks:
         self._same(outputs, len(self.local_ranks))
         dtype = inputs[0].dtype
         wire = wire_dtype or dtype
-        warps = -(-count // _ONE_SHOT_CHUNK)
-        limit = min(_ONE_SHOT_BLOCKS, self._num_multiprocessors // len(self.local_ranks))
-        blocks = num_blocks or max(1, min(limit, -(-warps * 32 // _NUM_THREADS)))
-        grid = (blocks, min(_NUM_THREADS, max(32, 32 * -(-warps // blocks))))
+        grid = one_shot_grid(count, self._num_multiprocessors // len(self.local_ranks), num_blocks)
         staging = self._one_shot_staging(dtype_name(wire), count, grid)
         parts = [staging.part(rank) for rank in range(self.num_ranks)]
         with self._launching():
@@ -141,7 +145,7 @@ class KernelRanks:
                 names = (dtype_name(dtype), dtype_name(wire), op)
                 source, target = input.data_ptr(), output.data_ptr()
                 self._group.all_reduce_one_shot(
-                    rank, *names, count, _ONE_SHOT_CHUNK, source, target, parts, staging.bytes, grid
+                    rank, *names, count, ONE_SHOT_CHUNK, source, target, parts, staging.bytes, grid
                 )
 
     def reduce_scatter(
@@ -284,23 +288,21 @@ class KernelRanks:
         self, bucket: Bucket, gather: bool, scale: float, accumulate: bool, squares: int, non_finite: int
     ) -> None:
         names = (dtype_name(bucket.tensors[0].dtype), dtype_name(bucket.memory.dtype))
-        grid = (max(1, min(16 * self._num_multiprocessors, -(-bucket.num_chunks * 32 // _NUM_THREADS))), _NUM_THREADS)
+        grid = (max(1, min(16 * self._num_multiprocessors, -(-bucket.num_chunks * 32 // NUM_THREADS))), NUM_THREADS)
         memory = bucket.memory.data_ptr()
         with self._launching():
             rank = self.local_ranks[0]
             self._group.bucket(rank, gather, *names, bucket.table, memory, scale, accumulate, squares, non_finite, grid)
 
-    def _grid(self, count: int, num_blocks: int | None, per_rank: int = 1) -> tuple[int, int]:
+    def _grid(self, count: int, num_blocks: int | None, per_rank: int = 1) -> Grid:
         """Blocks that this GPU's multiprocessors can all hold at a time, no more than there are chunks for."""
         if num_blocks is not None:
-            return num_blocks, _NUM_THREADS
-        chunks = -(-count // CHUNK_ELEMENTS)
+            return num_blocks, NUM_THREADS
         most = self._num_multiprocessors // (len(self.local_ranks) * per_rank)
-        most = 16 * self._num_multiprocessors if self.num_ranks == 1 else min(most, _MAX_BLOCKS)
-        return max(1, min(most, -(-chunks * 32 // _NUM_THREADS))), _NUM_THREADS
+        return grid_of(count, 16 * self._num_multiprocessors if self.num_ranks == 1 else min(most, MAX_BLOCKS))
 
-    def _one_shot_staging(self, wire: str, count: int, grid: tuple[int, int]) -> _C.GpuMemory:
-        needed = self._group.staging_bytes(wire, count, _ONE_SHOT_CHUNK, grid)
+    def _one_shot_staging(self, wire: str, count: int, grid: Grid) -> _C.GpuMemory:
+        needed = self._group.staging_bytes(wire, count, ONE_SHOT_CHUNK, grid)
         if self._staging is None or self._staging.bytes < needed:
             if self._communicator is None:
                 torch.cuda.synchronize(self.device)  # kernels may be using the old one

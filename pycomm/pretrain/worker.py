@@ -55,7 +55,7 @@ def main(config: PretrainConfig, command: str) -> int:
         if launched is not None:
             end_with_parent(parent)
         config.validate(1 if launched is None else launched.world_size)
-        with pycomm.init(timeout_s=config.run.timeout_s) as comm, AbortOnError(comm), OrderlyFailure(signals):
+        with pycomm.init("host", timeout_s=config.run.timeout_s) as comm, AbortOnError(comm), OrderlyFailure(signals):
             finished = pretrain(comm, config, command, signals)
     except KeyboardInterrupt:
         if is_lead:

@@ -44,7 +44,7 @@ class PycommProcessGroup(Collectives):
         self._timeout_s = timeout_s
         self._collected: list[PycommWork] | None = None  # between _start_coalescing and _end_coalescing
         self._comm = communicator.init(
-            timeout_s=timeout_s, store=store, rank=rank, world_size=world_size, name=f"torch.distributed {name}"
+            "host", timeout_s=timeout_s, store=store, rank=rank, world_size=world_size, name=f"torch.distributed {name}"
         )
 
     # Names. The camel-cased ones are what C++ looks for.

@@ -17,37 +17,6 @@ struct Launched {  // the ranks of one group, and a stream of the one who calls
   Stream caller = cuda_on_cpu::make_stream();
 };
 
-// A stand-in for NCCL's windows: every rank's memory is known to all.
-std::byte* window_memory[kMaxRanks];
-int window_rank = 0;
-int num_windows = 0;
-
-int mem_alloc(void** memory, std::size_t bytes) {
-  *memory = std::malloc(bytes);
-  std::memset(*memory, 0x5A, bytes);
-  return 0;
-}
-int mem_free(void* memory) {
-  std::free(memory);
-  return 0;
-}
-int window_register(void* communicator, void* memory, std::size_t, void** window, int flags) {
-  if (communicator == nullptr || flags != 1) return 4;
-  window_memory[window_rank] = static_cast<std::byte*>(memory);
-  *window = &window_memory[window_rank];
-  ++num_windows;
-  return 0;
-}
-int window_deregister(void*, void*) {
-  --num_windows;
-  return 0;
-}
-int peer_pointer(void*, std::size_t offset, int rank, void** address) {
-  *address = window_memory[rank] == nullptr ? nullptr : window_memory[rank] + offset;
-  return 0;
-}
-const char* error_string(int) { return "invalid argument"; }
-
 }  // namespace
 
 extern "C" {
@@ -94,21 +63,18 @@ const char* group_abort(Launched* group) {
   return guarded([&] { group->ranks->abort(); });
 }
 
-/// NCCL windows of the second of two ranks, whose peer's memory is `peer`. Returns in `first` the first byte of each.
-const char* windows(std::byte* peer, int has_pointers, unsigned char* first, int* num_left) {
-  window_memory[0] = peer;
-  window_rank = 1;
-  NcclWindows nccl{&window_rank,    mem_alloc,         mem_free,
-                   window_register, window_deregister, has_pointers != 0 ? peer_pointer : nullptr,
-                   error_string};
-  const char* const message = guarded([&] {
-    bool met = false;
-    const auto memory = nccl_window_memory(0, 2, 1, 64, nccl, [&] { met = true; });
-    if (!met || std::strcmp(memory->provider(), "windows") != 0) throw std::logic_error("no barrier");
-    for (int rank = 0; rank < 2; ++rank) first[rank] = static_cast<unsigned char>(*memory->part(rank));
+/// A window of two ranks, `parts` by rank, as the second one takes it; in `kept`: who owns it while it is used, and
+/// after.
+const char* window(std::byte* const* parts, std::size_t bytes, int* kept) {
+  return guarded([&] {
+    const auto owner = std::make_shared<int>(0);
+    {
+      const auto memory = window_memory(0, 1, {parts[0], parts[1]}, bytes, owner);
+      if (std::strcmp(memory->provider(), "windows") != 0) throw std::logic_error("another provider");
+      kept[0] = static_cast<int>(owner.use_count());
+    }
+    kept[1] = static_cast<int>(owner.use_count());
   });
-  *num_left = num_windows;
-  return message;
 }
 
 }  // extern "C"

@@ -90,23 +90,11 @@ def test_numbers_of_ranks_that_are_not_served(library: ctypes.CDLL, world: int) 
         Group(library, world, 1.0)
 
 
-def windows(library: ctypes.CDLL, peer: int | None, has_pointers: bool) -> tuple[str | None, list[int], int]:
-    library.windows.restype = ctypes.c_char_p
-    first, left = (ctypes.c_ubyte * 2)(), ctypes.c_int()
-    message = library.windows(ctypes.c_void_p(peer), int(has_pointers), first, ctypes.byref(left))
-    return None if message is None else message.decode(), list(first), left.value
-
-
-def test_nccl_windows_are_cleared_and_given_back(library: ctypes.CDLL) -> None:
-    peer = np.full(64, 7, np.uint8)
-    assert windows(library, peer.ctypes.data, True) == (None, [7, 0], 0)
-
-
-def test_nccl_windows_that_cannot_be_had(library: ctypes.CDLL) -> None:
-    message, _, left = windows(library, None, True)
-    assert message is not None
-    assert "rank 0 is not mapped here" in message
-    assert left == 0
-    message, _, _ = windows(library, None, False)
-    assert message is not None
-    assert "2.29 or newer" in message
+def test_a_window_clears_this_ranks_part_and_keeps_its_owner(library: ctypes.CDLL) -> None:
+    library.window.restype = ctypes.c_char_p
+    parts = np.full((2, 64), 7, np.uint8)
+    addresses, kept = (ctypes.c_void_p * 2)(*(part.ctypes.data for part in parts)), (ctypes.c_int * 2)()
+    assert library.window(addresses, ctypes.c_size_t(48), kept) is None
+    assert parts[0].tolist() == [7] * 64
+    assert parts[1].tolist() == [0] * 48 + [7] * 16
+    assert list(kept) == [2, 1]

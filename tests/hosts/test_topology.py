@@ -51,9 +51,10 @@ def test_hosts_come_in_the_order_of_their_lowest_rank() -> None:
 
 
 def test_the_choice_says_why() -> None:
-    assert choose("auto", ["a", "a"]).name == "shm"
+    assert choose("auto", ["a", "a"]).name == choose("host", ["a", "a"]).name == "shm"
     several = choose("auto", ["a", "b", "a"])
+    assert choose("host", ["a", "b", "a"]) == several
     assert (several.name, "3 ranks are on 2 hosts" in several.reason) == ("gloo+shm", True)
     assert choose("gloo", ["a", "a"]).name == choose("gloo", ["a", "b"]).name == "gloo"
-    with pytest.raises(BackendUnavailableError, match="2 hosts.*'auto'"):
+    with pytest.raises(BackendUnavailableError, match="2 hosts.*'host'"):
         choose("shm", ["a", "b"])

@@ -21,6 +21,7 @@ from pycomm import _C, Communicator
 from pycomm.arguments import Checked
 from pycomm.backends.nccl import NcclBackend, Offer
 from tests.hosts.helpers import connect_rank
+from tests.nccl.kernels import KernelMemory
 from tests.pool import TIMEOUT_S, Pool, file_store
 from tests.processes import Processes
 
@@ -45,6 +46,12 @@ class StandInGpu:
         self.stream = self.new_stream()
         self.holds = True
         self._held: list[torch.Tensor] = []
+        self.memory = KernelMemory(self.library)
+        self.closing = contextlib.ExitStack()  # what is to be undone when this process stands in no longer
+
+    def __getattr__(self, name: str) -> Any:
+        """Memory that ranks map, and kernels."""
+        return getattr(self.memory, name)
 
     def new_stream(self) -> int:
         return int(self.library.standin_stream())
@@ -89,51 +96,92 @@ def gpu_of(comm: Communicator) -> StandInGpu:
 
 
 @contextlib.contextmanager
-def standing_in(path: str, folder: str) -> Iterator[None]:
+def standing_in(path: str, folder: str) -> Iterator[StandInGpu]:
     """``init("nccl")`` of this process takes the stand-in at ``path``, whose ranks meet in ``folder``."""
     gpu = StandInGpu(path)
     moved, reduced = Checked._moved, Checked._reduced
     with (
         patch.dict(os.environ, {"PYCOMM_NCCL_SO": path, "STANDIN_FOLDER": folder}),
         patch("pycomm.backends.nccl.gpu.Gpu.of_this_rank", lambda: gpu),
-        patch("pycomm.communicator.offer", lambda: Offer("2.32.3", "")),
+        patch("pycomm.communicator.offer", lambda asked_for: Offer("2.32.3", "", gpu.driver.device_uuid(0))),
         patch.object(Checked, "_moved", lambda *args: gpu.hold(moved(*args))),
         patch.object(Checked, "_reduced", lambda *args: gpu.hold(reduced(*args))),
     ):
-        yield
+        yield gpu
 
 
-def run(pool: Pool, size: int, standin: Path, folder: Path, body: Callable[..., Any], *args: Any) -> list[Any]:
-    """``body(comm, *args)`` on persistent ranks."""
-    return pool.run(size, _with_comm, str(standin), str(folder), body, args)
+Setup = Callable[[StandInGpu, int], None]
 
 
-def _with_comm(host: Communicator, path: str, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    with standing_in(path, folder), _init(folder, host.rank, host.world_size, TIMEOUT_S) as comm:
+def with_kernels(gpu: StandInGpu, rank: int) -> None:
+    """A ``setup``: this build has pycomm's kernels, and ranks map each other's memory."""
+    gpu.memory.obstacle = ""
+
+
+def run(
+    pool: Pool,
+    size: int,
+    standin: Path,
+    folder: Path,
+    body: Callable[..., Any],
+    *args: Any,
+    setup: Setup | None = None,
+) -> list[Any]:
+    """``body(comm, *args)`` on persistent ranks. ``setup(gpu, rank)`` comes before they meet."""
+    return pool.run(size, _with_comm, str(standin), str(folder), body, args, setup)
+
+
+def _with_comm(
+    host: Communicator, path: str, folder: str, body: Callable[..., Any], args: tuple[Any, ...], setup: Setup | None
+) -> Any:
+    with standing_in(path, folder) as gpu, gpu.closing:
+        if setup is not None:
+            setup(gpu, host.rank)
+        return _run_with_comm(host, folder, body, args)
+
+
+def _run_with_comm(host: Communicator, folder: str, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    with _init(folder, host.rank, host.world_size, TIMEOUT_S) as comm:
         result = body(comm, *args)
         comm.barrier()
         return result
 
 
-def ranks(size: int, standin: Path, folder: Path, body: Callable[..., Any], *args: Any, timeout_s: float) -> Processes:
+def ranks(
+    size: int,
+    standin: Path,
+    folder: Path,
+    body: Callable[..., Any],
+    *args: Any,
+    timeout_s: float,
+    setup: Setup | None = None,
+) -> Processes:
     """Processes of their own, which may end."""
-    connects = [partial(_connect, str(standin), str(folder), rank, size, timeout_s) for rank in range(size)]
+    connects = [partial(_connect, str(standin), str(folder), rank, size, timeout_s, setup) for rank in range(size)]
     return Processes(connects, body, *args)
 
 
-def ranks_on_hosts(layout: str, port: int, standin: Path, folder: Path, body: Callable[..., Any]) -> Processes:
+def ranks_on_hosts(
+    layout: str, port: int, standin: Path, folder: Path, body: Callable[..., Any], setup: Setup | None = None
+) -> Processes:
     """A letter a rank: its host. ``port``: of a store."""
-    connects = [partial(_connect_on, layout, port, str(standin), str(folder), rank) for rank in range(len(layout))]
-    return Processes(connects, body)
+    places = [(layout, port, str(standin), str(folder), rank, setup) for rank in range(len(layout))]
+    return Processes([partial(_connect_on, *place) for place in places], body)
 
 
-def _connect(path: str, folder: str, rank: int, size: int, timeout_s: float) -> Communicator:
-    _process.enter_context(standing_in(path, folder))
+def _stand_in(path: str, folder: str, rank: int, setup: Setup | None) -> None:
+    gpu = _process.enter_context(standing_in(path, folder))
+    if setup is not None:
+        setup(gpu, rank)
+
+
+def _connect(path: str, folder: str, rank: int, size: int, timeout_s: float, setup: Setup | None) -> Communicator:
+    _stand_in(path, folder, rank, setup)
     return _init(folder, rank, size, timeout_s)
 
 
-def _connect_on(layout: str, port: int, path: str, folder: str, rank: int) -> Communicator:
-    _process.enter_context(standing_in(path, folder))
+def _connect_on(layout: str, port: int, path: str, folder: str, rank: int, setup: Setup | None) -> Communicator:
+    _stand_in(path, folder, rank, setup)
     return connect_rank(port, layout, rank, "nccl", TIMEOUT_S, False)
 
 

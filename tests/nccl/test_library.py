@@ -41,6 +41,7 @@ def test_the_wheel_is_found_and_its_version_read() -> None:
     check = gpu.nccl()
     assert check.status == "ok"
     assert found.version in check.detail
+    assert found.has_windows == (found.version_code >= 22900)
     assert found.file in check.detail
 
 
@@ -133,6 +134,19 @@ SAME_PLACE_OF_CALL(profiler_tag, userProfilerTag);
 static_assert(sizeof(ours::CollConfig) <= sizeof(ncclCollConfig_t));
 #endif
 
+#if NCCL_VERSION_CODE >= 22900
+#include <nccl_device/host.h>
+SAME_VALUE(ours::kWindowCollectiveSymmetric, NCCL_WIN_COLL_SYMMETRIC);
+#define SAME_TYPE(function, type) static_assert(std::is_same_v<decltype(&function), type>)
+SAME_TYPE(ncclMemAlloc, ncclResult_t (*)(void**, size_t));
+SAME_TYPE(ncclMemFree, ncclResult_t (*)(void*));
+SAME_TYPE(ncclCommWindowRegister, ncclResult_t (*)(ncclComm_t, void*, size_t, ncclWindow_t*, int));
+SAME_TYPE(ncclCommWindowDeregister, ncclResult_t (*)(ncclComm_t, ncclWindow_t));
+SAME_TYPE(ncclGetPeerDevicePointer, ncclResult_t (*)(ncclWindow_t, size_t, int, void**));
+static_assert(std::is_pointer_v<ncclWindow_t>);
+#endif
+
+static_assert(sizeof(driver::Uuid) == sizeof(CUuuid));
 SAME_VALUE(driver::kSuccess, CUDA_SUCCESS);
 SAME_VALUE(driver::kNoDevice, CUDA_ERROR_NO_DEVICE);
 SAME_VALUE(driver::kNotReady, CUDA_ERROR_NOT_READY);

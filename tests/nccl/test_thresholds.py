@@ -17,14 +17,10 @@ from tests.pool import Pool
 
 def test_routes() -> None:
     table = Thresholds(one_shot_bytes=100, two_shot_bytes=1000)
-    assert [table.route(n, mapped=True) for n in (0, 100, 101, 1000, 1001)] == [
-        "one_shot",
-        "one_shot",
-        "two_shot",
-        "two_shot",
-        "nccl",
-    ]
-    assert table.route(10, mapped=False) == "nccl"
+    sizes = (0, 100, 101, 1000, 1001)
+    symmetric = ["one_shot", "one_shot", "two_shot", "two_shot", "nccl"]
+    assert [table.route(n, symmetric=True) for n in sizes] == symmetric
+    assert [table.route(n, symmetric=False) for n in sizes] == ["one_shot", "one_shot", "nccl", "nccl", "nccl"]
     assert Thresholds.unpack(table.pack()) == table
 
 

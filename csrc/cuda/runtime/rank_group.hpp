@@ -44,8 +44,10 @@ class RankGroup {
   /// Kernels of this group do nothing from now on, here and on all ranks that are mapped.
   virtual void abort() = 0;
 
-  /// In device memory: the word that makes this rank's kernels stop, and the status of a rank, for a watchdog.
+  /// For a watchdog: the word in device memory that makes a rank's kernels stop, and the host's view of the status of a
+  /// local rank.
   virtual std::uint32_t* abort_word(int rank) const = 0;
+  virtual const Status* status(int rank) const = 0;
 };
 
 /// `pads`: at least sizeof(SignalPad) bytes a rank, for this group alone. `timeout_s`: of each wait of a kernel.

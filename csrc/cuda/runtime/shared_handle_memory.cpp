@@ -1,9 +1,12 @@
 // CUDA's virtual memory between processes of one host: each rank creates its part, exports it as a file descriptor, and
 // maps the descriptors of all. Each process and device has its own addresses.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <utility>
 
 #include "cuda/device/signal_pad.hpp"
 #include "cuda/runtime/driver.hpp"
@@ -57,7 +60,8 @@ class Handle {
 
 class SharedHandleMemory final : public SymmetricMemory {
  public:
-  SharedHandleMemory(int device, int rank, int world_size, std::size_t bytes, const ExchangeFds& exchange)
+  /// This rank's part alone, cleared.
+  SharedHandleMemory(int device, int rank, int world_size, std::size_t bytes)
       : SymmetricMemory("handles", world_size, bytes) {
     CUmemAllocationProp properties{};
     properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
@@ -74,17 +78,22 @@ class SharedHandleMemory final : public SymmetricMemory {
       map(rank, own);
       PYCOMM_CUDA_CHECK(cudaMemset(part(rank), 0, mapped_bytes_));
       PYCOMM_CUDA_CHECK(cudaDeviceSynchronize());  // before anyone can map it
-      const Fds mine({own.exported()});
-      const Fds all(exchange(mine[0]));
-      for (int peer = 0; peer < world_size; ++peer) {
-        if (peer != rank) map(peer, Handle(all[peer]));
-      }
+      fd_ = own.exported();
     } catch (...) {
       unmap();
       throw;
     }
   }
   ~SharedHandleMemory() override { unmap(); }
+
+  /// This rank's descriptor, once.
+  int take_fd() { return std::exchange(fd_, -1); }
+
+  void map_peers(int rank, const Fds& fds) {
+    for (int peer = 0; peer < world_size(); ++peer) {
+      if (peer != rank) map(peer, Handle(fds[peer]));
+    }
+  }
 
  private:
   void map(int rank, const Handle& handle) {
@@ -110,6 +119,7 @@ class SharedHandleMemory final : public SymmetricMemory {
 
   CUmemAccessDesc access_{};
   std::size_t mapped_bytes_ = 0;
+  int fd_ = -1;
 };
 
 }  // namespace
@@ -120,9 +130,24 @@ std::unique_ptr<SymmetricMemory> shared_handle_memory(int device, int rank, int 
     throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(world_size) + ": 1 to " +
                                 std::to_string(kMaxRanks) + " ranks can share memory");
   }
+  std::unique_ptr<SharedHandleMemory> memory;
+  std::exception_ptr failure;
+  int fd = -1;
+  try {
+    const DeviceScope scope(device);
+    PYCOMM_CUDA_CHECK(cudaFree(nullptr));  // makes the device's context, which the driver's functions need
+    memory = std::make_unique<SharedHandleMemory>(device, rank, world_size, bytes);
+    fd = memory->take_fd();
+  } catch (const Error&) {
+    failure = std::current_exception();
+    fd = ::open("/dev/null", O_RDONLY | O_CLOEXEC);  // the others wait for a descriptor; this one nobody can map
+  }
+  const Fds mine({fd});
+  const Fds all(exchange(fd));
+  if (failure) std::rethrow_exception(failure);
   const DeviceScope scope(device);
-  PYCOMM_CUDA_CHECK(cudaFree(nullptr));  // makes the device's context, which the driver's functions need
-  return std::make_unique<SharedHandleMemory>(device, rank, world_size, bytes, exchange);
+  memory->map_peers(rank, all);
+  return memory;
 }
 
 }  // namespace pycomm::cuda

@@ -3,7 +3,7 @@
 //
 //   virtual_rank_memory    all ranks are this process's and share one GPU: tests and measurements
 //   shared_handle_memory   ranks are processes of one host: CUDA's virtual memory, passed as file descriptors
-//   nccl_window_memory     ranks of an NVLink domain, on one or several hosts: NCCL's windows
+//   window_memory          ranks of an NVLink domain, on one or several hosts: NCCL's windows
 //
 // Kernels see addresses only and do not know which one made them. Needs no header of CUDA, so that bindings are the
 // same in every build; without CUDA code the functions throw kUnavailable (csrc/cuda/absent.cpp).
@@ -45,25 +45,14 @@ std::unique_ptr<SymmetricMemory> virtual_rank_memory(int device, int world_size,
 /// by rank, for the caller to close. Collective, and a barrier.
 using ExchangeFds = std::function<std::vector<int>(int fd)>;
 
-/// Collective: all ranks give the same `bytes`.
+/// Collective: all ranks give the same `bytes`. A rank that cannot have its memory takes part in the exchange all the
+/// same, and then throws, as do those that cannot map another's: whoever calls this lets the ranks tell each other.
 std::unique_ptr<SymmetricMemory> shared_handle_memory(int device, int rank, int world_size, std::size_t bytes,
                                                       const ExchangeFds& exchange);
 
-/// NCCL's functions, as csrc/nccl has loaded them; handles are its own (ncclComm_t, ncclWindow_t), results
-/// ncclResult_t.
-struct NcclWindows {
-  void* communicator;
-  int (*mem_alloc)(void** memory, std::size_t bytes);                                               // ncclMemAlloc
-  int (*mem_free)(void* memory);                                                                    // ncclMemFree
-  int (*window_register)(void* communicator, void* memory, std::size_t, void** window, int flags);  // 2.27
-  int (*window_deregister)(void* communicator, void* window);                                       // 2.27
-  int (*peer_pointer)(void* window, std::size_t offset, int rank, void** address);  // ncclGetPeerDevicePointer: 2.29
-  const char* (*error_string)(int result);                                          // ncclGetErrorString
-};
-
-/// Collective, as ncclCommWindowRegister is. Throws kUnavailable if a peer cannot be mapped. `barrier` returns when all
-/// ranks have called it: no rank uses memory before all have cleared theirs.
-std::unique_ptr<SymmetricMemory> nccl_window_memory(int device, int world_size, int rank, std::size_t bytes,
-                                                    const NcclWindows& nccl, const std::function<void()>& barrier);
+/// Collective, as the last step of opening a window of NCCL's (csrc/nccl/window.hpp), whose `parts` these are, by rank:
+/// clears this rank's. No rank may use the memory before all have come back. `keep`: what owns the window.
+std::unique_ptr<SymmetricMemory> window_memory(int device, int rank, const std::vector<std::byte*>& parts,
+                                               std::size_t bytes, std::shared_ptr<const void> keep);
 
 }  // namespace pycomm::cuda

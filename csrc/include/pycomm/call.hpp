@@ -30,14 +30,18 @@ enum class OpKind : std::uint8_t {
   kAwait = 17,  // no matched call: a wait for what peers have posted, `count` the epoch
 };
 
+/// Who does a collective on GPUs, where ranks choose by what each knows and compare afterwards.
+enum class Route : std::uint8_t { kBackend = 0, kOneShot = 1, kTwoShot = 2 };
+
 struct Call {
   OpKind kind = OpKind::kNone;
   DType dtype = DType::kUInt8;
   ReduceOp reduce_op = ReduceOp::kSum;
-  std::uint8_t reserved = 0;
+  Route route = Route::kBackend;
   std::int32_t root = 0;
   std::uint64_t count = 0;   // elements
-  std::uint64_t splits = 0;  // a hash of the ranks' parts where they differ, else 0; all_to_all: 1 if by splits
+  std::uint64_t splits = 0;  // a hash of the ranks' parts where they differ, else 0; all_to_all: 1 if by splits;
+                             // kTwoShot: the tensor's Location, of a segment that is numbered from 1
 
   bool operator==(const Call&) const = default;
   std::uint64_t bytes() const { return count * size_of(dtype); }
@@ -54,6 +58,9 @@ class Location {
   Location() = default;  // ordinary memory
   /// `offset` bytes into this rank's part of segment `segment`, 1 to kMaxSegments - 1.
   Location(std::uint64_t segment, std::uint64_t offset) : bits_(segment << kOffsetBits | offset) {}
+
+  static Location of_bits(std::uint64_t bits) { return {bits >> kOffsetBits, bits & kMaxOffset}; }
+  std::uint64_t bits() const { return bits_; }
 
   bool symmetric() const { return bits_ != 0; }
   std::uint64_t segment() const { return bits_ >> kOffsetBits; }

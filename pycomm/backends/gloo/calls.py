@@ -12,7 +12,7 @@ import torch
 
 __all__ = ["DTYPES", "Call", "call_of", "describe_message", "dtype_name", "hash_of_counts"]
 
-_STRUCT = struct.Struct("<QBBBBiQQ")  # seq, kind, dtype, op, reserved, root, count, splits
+_STRUCT = struct.Struct("<QBBBBiQQ")  # seq, kind, dtype, op, route, root, count, splits
 _OPS = ("sum", "avg", "min", "max", "prod")
 _KINDS = (
     "barrier",

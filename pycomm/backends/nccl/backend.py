@@ -1,12 +1,14 @@
 """NCCL between GPUs. See docs/nccl.md.
 
 Calls are enqueued and return at once: synchronous ones on the caller's current stream, asynchronous ones on the
-communicator's own. NCCL does the sums, in an order of its own. What goes wrong surfaces at the next call or in
+communicator's own. NCCL does the sums, in an order of its own, but for the all-reduces that pycomm's own kernels do
+where ranks map each other's memory (``symmetric.py``). What goes wrong surfaces at the next call or in
 ``synchronize``; :class:`pycomm.backends.nccl.watchdog.Watchdog` finds it out.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -19,18 +21,20 @@ from pycomm import _C
 from pycomm.arguments import Checked, Message
 from pycomm.backends import Backend, Calls
 from pycomm.backends.causes import Cause
-from pycomm.backends.gloo import HostsBackend
+from pycomm.backends.nccl.control import groups_on_the_host
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.library import load_nccl
+from pycomm.backends.nccl.mapping import Mapper
+from pycomm.backends.nccl.symmetric import Symmetric
 from pycomm.backends.nccl.thresholds import Thresholds
 from pycomm.backends.nccl.watchdog import Watchdog
 from pycomm.backends.nccl.work import NcclWork
-from pycomm.backends.shm import ShmBackend
 from pycomm.errors import BackendUnavailableError, MismatchError, PycommError, StrictOrderError
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["NcclBackend"]
 
+_log = logging.getLogger("pycomm")
 _SPLIT = struct.Struct("<?qq")
 _MOST_TAG = 2**63 - 1
 _NO_BOUND_S = 1e9  # an operation's own deadline ends it
@@ -48,6 +52,9 @@ class NcclBackend:
     Args:
         control: a group of the same ranks on the host, for the watchdog; None: a world of one.
         desk: another, for what all ranks agree on in calls.
+
+    Attributes:
+        own_kernels: which all-reduces pycomm's kernels do, or why none.
     """
 
     name = "nccl"
@@ -79,11 +86,21 @@ class NcclBackend:
         self._max_ctas = 0
         self._closed = False
         self._process = os.getpid()
-        # Rank 0's. Consulted where peers map each other's memory, which no provider offers to this back end yet.
-        self.thresholds = self._agreed_thresholds()
+        self.thresholds = Thresholds.agreed(desk, world_size, timeout_s)
         self._byte = torch.zeros(1, dtype=torch.uint8, device=gpu.device)  # what barriers reduce
         self._watchdog = Watchdog(core, control, gpu.driver, group, timeout_s)
         self._watchdog.start()
+        self._mapper = None if desk is None or world_size == 1 else Mapper(core, library, gpu, desk, self._table)
+        self._symmetric: Symmetric | None = None
+        self.own_kernels = "not used: a world of one"
+        if self._mapper is not None:
+            try:
+                self._symmetric, self.own_kernels = self._mapper.agreed(self.thresholds, timeout_s)
+            except PycommError:
+                self._watchdog.leave(rank)
+                raise
+            if rank == 0:
+                _log.info("group %s: own kernels on GPUs: %s", group, self.own_kernels)
 
     @classmethod
     def connect(cls, rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> NcclBackend:
@@ -94,8 +111,7 @@ class NcclBackend:
         """
         library, gpu = load_nccl(), Gpu.of_this_rank()
         rank, world_size, timeout_s = rendezvous.rank, rendezvous.world_size, rendezvous.timeout_s
-        control = _control_group(rendezvous, hosts, group)
-        desk = None if control is None else control.split(0, rank, timeout_s)
+        control, desk = groups_on_the_host(rendezvous, hosts, group)
         if rank == 0:
             unique_id = library.unique_id()
             rendezvous.put("nccl/id", unique_id.hex())
@@ -107,7 +123,17 @@ class NcclBackend:
 
     def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
         where, count, dtype = _parts(tensor)
-        return self._collective(lambda o: self._core.all_reduce(where, count, dtype, op, o), async_op, timeout_s)
+        kernel = None
+        if self._symmetric is not None and self._max_ctas == 0:  # a budget is for NCCL to keep
+            kernel = self._symmetric.all_reduce(where, count, tensor.element_size(), dtype, op)
+        if kernel is None:
+            return self._collective(lambda o: self._core.all_reduce(where, count, dtype, op, o), async_op, timeout_s)
+        one_shot, memory, offset, launch = kernel
+        return self._collective(
+            lambda o: self._core.all_reduce_by_kernel(one_shot, memory, offset, count, dtype, op, launch, o),
+            async_op,
+            timeout_s,
+        )
 
     def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None:
         where, count, dtype = _parts(tensor)
@@ -200,17 +226,21 @@ class NcclBackend:
         return self._work(operation) if async_op else [cast(int, peer) for _, _, peer, _ in messages]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
-        """Memory of this GPU, which peers do not map."""
+        """Memory of this GPU, which peers map where all can; then it is zero."""
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         sizes = [struct.unpack("<q", row)[0] for row in self._table("empty()", struct.pack("<q", num_bytes), timeout_s)]
         if len(set(sizes)) > 1:
             calls = {rank: f"empty({size} bytes)" for rank, size in enumerate(sizes)}
             text = ", ".join(f"rank {rank} called {call}" for rank, call in calls.items())
             raise MismatchError(f"group {self.group!r}: {text}", calls=calls)
-        return torch.empty(*shape, dtype=dtype, device=self.device)
+        if self._symmetric is None or self._mapper is None or num_bytes == 0:
+            return torch.empty(*shape, dtype=dtype, device=self.device)
+        return self._symmetric.add(self._mapper.memory(num_bytes, "empty()", timeout_s), shape, dtype)
 
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        raise BackendUnavailableError("peers: ranks on NCCL do not map each other's memory: use backend='shm'")
+        if self._symmetric is None:
+            raise BackendUnavailableError(f"peers: ranks do not map each other's memory: {self.own_kernels}")
+        return self._symmetric.peers(tensor)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> NcclBackend | None:
         rows = self._table("split()", _SPLIT.pack(color is not None, color or 0, key), timeout_s)
@@ -272,14 +302,6 @@ class NcclBackend:
         for group in (self._desk, self._control):
             if group is not None:
                 group.close(0.0)
-
-    def _agreed_thresholds(self) -> Thresholds:
-        mine = Thresholds.of_this_process(self.world_size)
-        if self._desk is None:
-            return mine
-        row = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
-        self._desk.calls.broadcast(row, 0, False, self._timeout_s)
-        return Thresholds.unpack(row.numpy().tobytes())
 
     def _collective(self, call: Call, async_op: bool, timeout_s: float) -> _C.Work | None:
         operation = self._enqueue(call, async_op, timeout_s, True)
@@ -361,15 +383,6 @@ class NcclBackend:
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise PycommError("this is a forked process: the communicator belongs to its parent")
-
-
-def _control_group(rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> Backend | None:
-    if rendezvous.world_size == 1:
-        return None
-    name = f"{group} (watchdog)"
-    if len(set(hosts)) == 1:
-        return ShmBackend.connect(rendezvous, name, False)
-    return HostsBackend.connect("gloo+shm", rendezvous, hosts, name, False)
 
 
 def _parts(tensor: torch.Tensor) -> tuple[int, int, str]:

@@ -22,7 +22,7 @@ __all__ = ["Comparison", "Round", "Row"]
 # calls, hash, number of the hash, messages to show, latest call
 _ROW = struct.Struct("<QQQQ24s")
 _MESSAGE = struct.Struct("<Q24s")
-_CALL = struct.Struct("<BBBBiQQ")  # csrc/include/pycomm/call.hpp: kind, dtype, op, reserved, root, count, splits
+_CALL = struct.Struct("<BBBBiQQ")  # csrc/include/pycomm/call.hpp: kind, dtype, op, route, root, count, splits
 _SEND, _RECV = 13, 14
 MOST_MESSAGES = 64  # a rank shows in a round
 _MOST_CALLS = 1 << 16  # compared in a round

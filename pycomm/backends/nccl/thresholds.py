@@ -1,8 +1,9 @@
 """Up to which sizes pycomm's own kernels do a call, where NCCL could, too: one table, rank 0's on every rank.
 
-Own kernels work only where every rank's memory is mapped by all: in one NVLink domain, in symmetric memory. There the
-smallest all-reduces take one step (everyone reads everyone), middle ones two, and the largest are NCCL's. The defaults
-are those of vLLM's kernels of the same two kinds on H100; pycomm's own are not measured yet (docs/gpu_results.md).
+Own kernels work only where every rank's memory is mapped by all. There the smallest all-reduces take one step (everyone
+reads everyone), middle ones two, in symmetric memory, and the largest are NCCL's. The defaults are those of vLLM's
+kernels of the same two kinds on H100, but that for two ranks one step ends at 8 MiB, since twice as much is staged.
+pycomm's own are not measured yet (docs/gpu_results.md).
 
 Ref: vLLM, csrc/custom_all_reduce.cuh and vllm/distributed/device_communicators/all_reduce_utils.py.
 """
@@ -14,14 +15,17 @@ import struct
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import torch
+
 from pycomm import env
+from pycomm.backends import Backend
 
 __all__ = ["Route", "Thresholds"]
 
 _PREFIX = "gpu_"  # of their names in PYCOMM_TUNE
 _MOST_BYTES = 1 << 30
 _DEFAULTS = (  # up to so many ranks: one_shot_bytes, two_shot_bytes
-    (2, 64 << 20, 64 << 20),
+    (2, 8 << 20, 64 << 20),
     (4, 512 << 10, 32 << 20),
     (6, 256 << 10, 512 << 10),
     (math.inf, 256 << 10, 256 << 10),
@@ -63,13 +67,27 @@ class Thresholds:
             chosen = replace(chosen, **{short: value})
         return chosen
 
-    def route(self, num_bytes: int, *, mapped: bool) -> Route:
-        """Who does an all-reduce of ``num_bytes`` a rank. ``mapped``: all ranks map each other's tensor."""
-        if not mapped:
-            return "nccl"
+    @classmethod
+    def agreed(cls, desk: Backend | None, world_size: int, timeout_s: float) -> Thresholds:
+        """Rank 0's. Collective over ``desk``, a group of the same ranks on the host; None: a world of one."""
+        mine = cls.of_this_process(world_size)
+        if desk is None:
+            return mine
+        row = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
+        desk.calls.broadcast(row, 0, False, timeout_s)
+        return cls.unpack(row.numpy().tobytes())
+
+    def route(self, num_bytes: int, *, symmetric: bool) -> Route:
+        """Who does an all-reduce of ``num_bytes`` a rank, where ranks map each other's memory."""
         if num_bytes <= self.one_shot_bytes:
             return "one_shot"
-        return "two_shot" if num_bytes <= self.two_shot_bytes else "nccl"
+        return "two_shot" if symmetric and num_bytes <= self.two_shot_bytes else "nccl"
+
+    def __str__(self) -> str:
+        return (
+            f"in one step up to {self.one_shot_bytes} bytes; in two, in symmetric memory, up to "
+            f"{self.two_shot_bytes}; above by NCCL"
+        )
 
     def pack(self) -> bytes:
         return struct.pack("<qq", self.one_shot_bytes, self.two_shot_bytes)

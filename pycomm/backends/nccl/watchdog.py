@@ -27,6 +27,7 @@ __all__ = ["Watchdog"]
 _LOOK_S = 0.05
 _GRACE_S = 1.0  # for news of the reason, before a rank names what it saw itself
 _ROUND_S = 1e9  # a round waits as long as it takes: calls have their own deadlines
+_EXPIRED = 1  # csrc/cuda/device/signal_pad.hpp, StatusCode; 2: stopped by a rank that gave up, or has failed
 _BOARD = struct.Struct("<Q24s")  # calls, latest call: on the host's symmetric memory, of each rank
 
 
@@ -53,7 +54,7 @@ class Watchdog:
         self._round: Round | None = None
         self._exchange: tuple[_C.Work | None, torch.Tensor, torch.Tensor] | None = None  # keeps its tensors
         self._gone: Cause | None = None  # a peer has left: nobody compares any more
-        self._suspected = 0.0  # when NCCL's own error was seen first
+        self._suspected = 0.0  # when an error that a peer may explain was seen first
         self._board = self._shared_board(timeout_s)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="pycomm-nccl", daemon=True)
@@ -118,16 +119,19 @@ class Watchdog:
     def _look(self) -> None:
         """At deadlines, at what NCCL and the device say, and at pycomm's own kernels."""
         self._show()
+        failures = self._core.kernel_failures()
+        for code, rank, block, expected, seen in failures:
+            if code == _EXPIRED:
+                where = f"(block {block}, expected {expected}, seen {seen})"
+                text = f"a kernel gave up: {ranks_text([rank])} did not come in time {where}"
+                self.settle(Cause("expired", (rank,), text))
+                return
         error = self._core.error()
-        if error:
+        suspicion = f"NCCL: {error}" if error else "another rank's kernels stopped this rank's" if failures else ""
+        if suspicion:
             self._suspected = self._suspected or time.monotonic()
             if time.monotonic() - self._suspected > _GRACE_S:
-                self.settle(Cause("failed", (), f"NCCL: {error}"))
-            return
-        for code, rank, block, expected, seen in self._core.kernel_failures():
-            why = "did not come in time" if code == 1 else "was waited for when the group was aborted"
-            text = f"a kernel gave up: rank {rank} {why} (block {block}, expected {expected}, seen {seen})"
-            self.settle(Cause("expired" if code == 1 else "lost", (rank,), text))
+                self.settle(Cause("failed", (), suspicion))
             return
         unfinished = self._core.unfinished()
         for operation in unfinished:
@@ -190,7 +194,8 @@ class Watchdog:
         late = [rank for rank, (num_calls, _) in enumerate(shown) if num_calls < seq]
         missing = late if peer is None else [peer]
         if not missing:
-            text = f"all ranks have called it, but NCCL did not finish within {timeout_s:g} s"
+            who = "its kernel" if "kernel" in call else "NCCL"
+            text = f"all ranks have called it, but {who} did not finish within {timeout_s:g} s"
             return Cause("expired", (), text)
         states = "; ".join(
             f"rank {rank} has made {num_calls} call(s), the latest {latest}"

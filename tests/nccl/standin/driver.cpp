@@ -2,8 +2,12 @@
 //
 // Rules kept: what makes streams, events and memory needs a current context; an event is passed when the stream comes
 // to its record, and not before it has been recorded; streams run beside the host and beside each other.
+#include <unistd.h>
+
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "standin.hpp"
 
@@ -69,6 +73,14 @@ abi::Result cuDeviceGetName(char* name, int size, abi::Device) {
   std::strncpy(name, "stand-in", static_cast<std::size_t>(size));
   return abi::kSuccess;
 }
+/// STANDIN_GPU, or a GPU of this process alone.
+abi::Result cuDeviceGetUuid_v2(abi::Uuid* uuid, abi::Device) {
+  const char* const name = std::getenv("STANDIN_GPU");
+  std::memset(uuid, 0, sizeof(*uuid));
+  std::strncpy(reinterpret_cast<char*>(uuid->bytes), (name == nullptr ? std::to_string(getpid()) : name).c_str(),
+               sizeof(uuid->bytes));
+  return abi::kSuccess;
+}
 abi::Result cuDevicePrimaryCtxRetain(abi::Context* context, abi::Device) {
   *context = reinterpret_cast<abi::Context>(1);
   return abi::kSuccess;
@@ -94,7 +106,8 @@ abi::Result cuStreamCreateWithPriority(abi::Stream* stream, unsigned flags, int 
   return abi::kSuccess;
 }
 abi::Result cuStreamDestroy_v2(abi::Stream) { return abi::kSuccess; }
-abi::Result cuStreamIsCapturing(abi::Stream, abi::CaptureStatus* status) {
+abi::Result cuStreamGetCaptureInfo_v2(abi::Stream, abi::CaptureStatus* status, std::uint64_t*, void**, const void**,
+                                      std::size_t*) {
   *status = abi::kNotCapturing;
   return abi::kSuccess;
 }

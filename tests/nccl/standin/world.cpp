@@ -12,17 +12,13 @@
 
 namespace standin {
 
-namespace {
-
-Shared* map_file(const std::string& path) {
+void* map_file(const std::string& path, std::size_t bytes) {
   const int file = open(path.c_str(), O_RDWR | O_CREAT, 0600);
-  if (file < 0 || ftruncate(file, sizeof(Shared)) != 0) return nullptr;
-  void* const memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) return nullptr;
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
   close(file);
-  return memory == MAP_FAILED ? nullptr : static_cast<Shared*>(memory);
+  return memory == MAP_FAILED ? nullptr : memory;
 }
-
-}  // namespace
 
 bool run(Comm& comm, Use use, std::vector<Transfer> transfers) {
   for (Transfer& t : transfers) t.done = !t.is_send && t.left == 0;
@@ -67,7 +63,7 @@ bool run(Comm& comm, Use use, std::vector<Transfer> transfers) {
 Comm* open_comm(const std::string& path, int rank, int size) {
   auto* const comm = new Comm();  // never freed: kernels of it may hang
   comm->path = path;
-  comm->shared = map_file(path);
+  comm->shared = static_cast<Shared*>(map_file(path, sizeof(Shared)));
   comm->rank = rank;
   comm->size = size;
   if (comm->shared != nullptr) ++comm->shared->attached;

@@ -16,6 +16,8 @@ using namespace pycomm::nccl::abi;
 
 constexpr int kMostRanks = 8;
 constexpr int kMostSplits = 32;
+constexpr int kMostWindows = 32;
+constexpr std::size_t kPathBytes = 256;
 constexpr std::size_t kChunk = 4096;
 constexpr int kPollsInProgress = 3;
 
@@ -36,6 +38,10 @@ struct Shared {
     int color[kMostRanks];
     int key[kMostRanks];
   } splits[kMostSplits];
+  struct {
+    std::atomic<int> arrived;
+    char path[kMostRanks][kPathBytes];
+  } windows[kMostWindows];
   Channel channels[2][kMostRanks][kMostRanks];  // [use][from][to]
 };
 
@@ -56,6 +62,7 @@ struct Comm {
   std::uint64_t issued = 0;
   std::atomic<std::uint64_t> finished = 0;
   int num_splits = 0;
+  int num_windows = 0;
 
   void start(std::function<Result()> new_job) {
     job = std::move(new_job);
@@ -80,6 +87,9 @@ struct Transfer {
 bool run(Comm& comm, Use use, std::vector<Transfer> transfers);
 /// A rank's end of the communicator that has this file; its ``shared`` is nullptr if that cannot be mapped.
 Comm* open_comm(const std::string& path, int rank, int size);
+
+/// A new or existing file of this size, in memory; nullptr if that cannot be.
+void* map_file(const std::string& path, std::size_t bytes);
 
 std::size_t size_of(DataType type);
 /// The reduction of `count` values of each input, not in rank order.

@@ -1,0 +1,117 @@
+"""How the ranks of a group come to map each other's memory, or agree that they do not.
+
+On one host CUDA's handles of memory go over the host transport's sockets. On several, in one NVLink domain, it is
+NCCL's windows. Every step that may fail on a rank is followed by a word with all others, so that all go on, or none.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pycomm import _C
+from pycomm.backends import Backend, by_reason
+from pycomm.backends.nccl.gpu import Gpu
+from pycomm.backends.nccl.symmetric import Symmetric
+from pycomm.backends.nccl.thresholds import Thresholds
+from pycomm.backends.shm import ShmBackend
+from pycomm.errors import BackendUnavailableError, PycommError
+
+__all__ = ["Mapper"]
+
+_MOST_RANKS = 16  # csrc/cuda/device/signal_pad.hpp
+_TEXT_BYTES = 240
+_ABILITIES = struct.Struct(f"<i?40s{_TEXT_BYTES}s")  # multiprocessors, windows, the GPU's UUID, obstacle
+_MEMORY = "memory: "  # how a text of MemoryError begins
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Mapper:
+    """What a rank needs to allocate symmetric memory.
+
+    Attributes:
+        desk: a group of the same ranks on the host.
+        table: every rank's row, by rank, of what one calls; of :class:`pycomm.backends.nccl.NcclBackend`.
+    """
+
+    core: _C.NcclCommunicator
+    library: _C.NcclLibrary
+    gpu: Gpu
+    desk: Backend
+    table: Callable[[str, bytes, float], list[bytes]]
+
+    def agreed(self, thresholds: Thresholds, timeout_s: float) -> tuple[Symmetric | None, str]:
+        """What there is where ranks map each other's memory, and a sentence about it, the same on all. Collective."""
+        try:
+            return self._symmetric(thresholds, timeout_s), f"all-reduces {thresholds}"
+        except (BackendUnavailableError, MemoryError) as error:
+            return None, f"not used: {error}"
+
+    def _symmetric(self, thresholds: Thresholds, timeout_s: float) -> Symmetric:
+        """Pads, staging and kernels of this group. Collective.
+
+        Raises:
+            BackendUnavailableError, MemoryError: they cannot be had; on all ranks, with the reason.
+        """
+        if self.desk.world_size > _MOST_RANKS:
+            raise BackendUnavailableError(f"{self.desk.world_size} ranks: kernels serve {_MOST_RANKS} at most")
+        obstacle = self.gpu.kernel_obstacle()
+        num, uuid = (0, "") if obstacle else (self.gpu.num_multiprocessors(), self.gpu.uuid())
+        row = _ABILITIES.pack(num, self.library.has_windows, uuid.encode(), _cut(obstacle))
+        nums, windows, uuids, obstacles = zip(
+            *map(_ABILITIES.unpack, self.table("init()", row, timeout_s)), strict=True
+        )
+        texts = [_text(text) for text in obstacles]
+        if not isinstance(self.desk, ShmBackend):
+            no_windows = "several hosts need windows, which NCCL has from 2.29 on"
+            texts = [text or ("" if has else no_windows) for text, has in zip(texts, windows, strict=True)]
+        if any(texts):
+            raise BackendUnavailableError(by_reason(texts))
+        num = min(nums)
+        self._all_or_none("init()", lambda: self.gpu.check_reaches([_text(uuid) for uuid in uuids]), timeout_s)
+        memory = self.memory(self.gpu.kernel_memory_bytes(thresholds.one_shot_bytes, num), "init()", timeout_s)
+        rank = self.desk.rank
+        kernels = self._all_or_none("init()", lambda: self.gpu.kernels(memory, rank, num, timeout_s), timeout_s)
+        self.core.watch_kernels(kernels.abort_word, kernels.status, kernels)
+        return Symmetric(rank, kernels, thresholds, self.gpu.tensors)
+
+    def memory(self, num_bytes: int, call: str, timeout_s: float) -> _C.GpuMemory:
+        """Of every rank, zero. Collective.
+
+        Raises:
+            BackendUnavailableError, MemoryError: a rank cannot have or map it; on all ranks.
+        """
+        desk, gpu = self.desk, self.gpu
+        if isinstance(desk, ShmBackend):
+            host = desk._core
+            return self._all_or_none(call, lambda: gpu.shared_memory(host, num_bytes, timeout_s), timeout_s)
+        window = self._all_or_none(call, lambda: _C.NcclWindow(self.core, num_bytes), timeout_s)
+        self._all_or_none(call, lambda: window.open(timeout_s), timeout_s)
+        return self._all_or_none(call, lambda: gpu.window_memory(window), timeout_s)
+
+    def _all_or_none(self, call: str, attempt: Callable[[], Result], timeout_s: float) -> Result:
+        """What ``attempt`` returns, if it succeeds on all ranks; else the same error on all."""
+        problem = ""
+        try:
+            result = attempt()
+        except MemoryError as error:
+            problem = f"{_MEMORY}{error}"
+        except PycommError as error:
+            problem = str(error) or type(error).__name__
+        problems = [_text(row) for row in self.table(call, _cut(problem), timeout_s)]
+        if not any(problems):
+            return result
+        kind = MemoryError if any(text.startswith(_MEMORY) for text in problems) else BackendUnavailableError
+        raise kind(by_reason([text.removeprefix(_MEMORY) for text in problems]))
+
+
+def _cut(text: str) -> bytes:
+    return text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+
+
+def _text(row: bytes) -> str:
+    return row.rstrip(b"\0").decode(errors="ignore")
