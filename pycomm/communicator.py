@@ -169,6 +169,7 @@ def init(
     world_size: int | None = None,
     strict: bool = False,
     name: str = "world",
+    device: torch.device | None = None,
 ) -> Communicator:
     """Join the ranks that were launched together and return the communicator of all of them.
 
@@ -187,6 +188,7 @@ def init(
             blocking calls that wait for each other, raise ``StrictOrderError`` on every rank that is part of it.
             For tests; costs O(world_size ** 2) a call.
         name: what errors call the group.
+        device: of "nccl": this rank's GPU, with its index; None: the one that is current, else number LOCAL_RANK.
 
     Raises:
         ValueError: contradicting or missing arguments or environment variables.
@@ -195,6 +197,8 @@ def init(
         BackendUnavailableError: the back end cannot work here; says why.
     """
     checked_timeout(timeout_s)
+    if device is not None and (backend != "nccl" or device.type != "cuda" or device.index is None):
+        raise ValueError(f"device={device} with backend={backend!r}: it is a CUDA device with its index, for 'nccl'")
     level = env.simd()
     if level is not None:
         _C.set_simd_level(level)
@@ -213,7 +217,7 @@ def init(
         return Communicator(ShmBackend.connect(rendezvous, name, strict), timeout_s, rendezvous)
     if choice.name == "nccl":
         hosts_by_name = [greeting.host for greeting in greetings]
-        return Communicator(NcclBackend.connect(rendezvous, hosts_by_name, name), timeout_s, rendezvous)
+        return Communicator(NcclBackend.connect(rendezvous, hosts_by_name, name, device), timeout_s, rendezvous)
     hosts = list(range(len(greetings))) if choice.name == "gloo" else [greeting.host for greeting in greetings]
     return Communicator(HostsBackend.connect(choice.name, rendezvous, hosts, name, strict), timeout_s, rendezvous)
 

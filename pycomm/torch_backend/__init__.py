@@ -31,6 +31,6 @@ def _process_group(
 
     if backend_options is not None:
         raise ValueError("init_process_group: the back end pycomm has no pg_options")
-    return PycommProcessGroup(
+    return PycommProcessGroup.connect(
         options.store, options.group_rank, options.group_size, options.timeout.total_seconds(), options.group_id
     )

@@ -17,6 +17,7 @@ from torch.distributed import ReduceOp
 
 from pycomm import calls
 from pycomm.communicator import Communicator
+from pycomm.torch_backend.communicators import Communicators
 from pycomm.torch_backend.tensors import (
     Finish,
     combine,
@@ -39,10 +40,11 @@ Tensors = list[torch.Tensor]
 class Collectives(dist.ProcessGroup):
     """Everything that all ranks of a group call together.
 
-    Tensors may have any strides: what is not contiguous goes through memory that is. Ranks count within the group.
+    Tensors may have any strides: what is not contiguous goes through memory that is. Ranks count within the group. The
+    tensors of a call are on one device, and decide which communicator it goes to.
     """
 
-    _comm: Communicator
+    _communicators: Communicators
     _timeout_s: float
 
     def allreduce(self, tensors: Tensors, opts: c10d.AllreduceOptions | None = None) -> PycommWork:
@@ -57,43 +59,46 @@ class Collectives(dist.ProcessGroup):
         name = operator(op, tensor.dtype)
         if name is None:
             return self._bitwise(tensor, op, opts)
+        comm = self._communicators.of(tensor)
         wire, finish = reduced(tensor, op)
-        started = self._comm.all_reduce(wire, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
-        return self._work(started, [tensor], finish)
+        started = comm.all_reduce(wire, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, [tensor], finish)
 
     def reduce(self, tensors: Tensors, opts: c10d.ReduceOptions | None = None) -> PycommWork:
         opts = opts or c10d.ReduceOptions()
-        tensor, op, is_root = _only(tensors), opts.reduceOp, opts.rootRank == self._comm.rank
+        tensor, op = _only(tensors), opts.reduceOp
+        comm = self._communicators.of(tensor)
+        is_root = opts.rootRank == comm.rank
         name = operator(op, tensor.dtype)
         if name is None:
             return self._bitwise(tensor, op, opts, writes=is_root)
         wire, finish = reduced(tensor, op)
-        started = self._comm.reduce(wire, opts.rootRank, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
-        return self._work(started, [tensor], finish if is_root else None)
+        started = comm.reduce(wire, opts.rootRank, name, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, [tensor], finish if is_root else None)
 
     def _bitwise(self, tensor: torch.Tensor, op: ReduceOp, opts: Any, writes: bool = True) -> PycommWork:
         """What communicators do not reduce: every rank gathers all contributions and combines them."""
-        parts = torch.empty((self._comm.world_size, *tensor.shape), dtype=tensor.dtype)
+        comm = self._communicators.of(tensor)
+        parts = torch.empty((comm.world_size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
         finish = partial(combine, tensor, parts, op) if writes else None
-        started = self._comm.all_gather(
-            source(parts), source(tensor), async_op=opts.asyncOp, timeout_s=self._timeout(opts)
-        )
-        return self._work(started, [tensor], finish)
+        started = comm.all_gather(source(parts), source(tensor), async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, [tensor], finish)
 
     def broadcast(self, tensors: Tensors, opts: c10d.BroadcastOptions | None = None) -> PycommWork:
         opts = opts or c10d.BroadcastOptions()
         tensor = _only(tensors)
+        comm = self._communicators.of(tensor)
         wire, finish = landing(tensor)
-        started = self._comm.broadcast(wire, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
-        return self._work(started, [tensor], finish if opts.rootRank != self._comm.rank else None)
+        started = comm.broadcast(wire, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, [tensor], finish if opts.rootRank != comm.rank else None)
 
     def reduce_scatter(
         self, outputs: Tensors, inputs: list[Tensors], opts: c10d.ReduceScatterOptions | None = None
     ) -> PycommWork:
         opts = opts or c10d.ReduceScatterOptions()
-        parts = _only(inputs)
-        if len(parts) != self._comm.world_size:
-            raise ValueError(f"reduce_scatter: {len(parts)} inputs for {self._comm.world_size} ranks")
+        parts, num_ranks = _only(inputs), self._communicators.host.world_size
+        if len(parts) != num_ranks:
+            raise ValueError(f"reduce_scatter: {len(parts)} inputs for {num_ranks} ranks")
         joined = torch.cat([flat(part) if part.is_contiguous() else part.detach().reshape(-1) for part in parts])
         return self._reduce_scatter(_only(outputs), joined, [part.numel() for part in parts], opts)
 
@@ -120,32 +125,33 @@ class Collectives(dist.ProcessGroup):
         name = operator(op, input.dtype)
         if name is None:
             raise ValueError(f"reduce_scatter: ReduceOp.{kind_of(op).name} is not supported; use all_reduce")
+        comm = self._communicators.of(input)
         contributions, _ = reduced(input, op)  # what it multiplies or lays out, it does in memory of its own
         wire, finish = reduced(output, _SUM)
-        started = self._comm.reduce_scatter(
+        started = comm.reduce_scatter(
             wire, contributions, name, splits, async_op=opts.asyncOp, timeout_s=self._timeout(opts)
         )
-        return self._work(started, [output], finish)
+        return self._work(comm, started, [output], finish)
 
     def allgather(
         self, outputs: list[Tensors], inputs: Tensors, opts: c10d.AllgatherOptions | None = None
     ) -> PycommWork:
         """The outputs of different ranks may differ in size."""
         opts = opts or c10d.AllgatherOptions()
-        parts = _only(outputs)
+        parts, input = _only(outputs), _only(inputs)
+        comm = self._communicators.of(input)
         arriving, counts, finish = spread(parts)
-        started = self._comm.all_gather(
-            arriving, source(_only(inputs)), counts, async_op=opts.asyncOp, timeout_s=self._timeout(opts)
-        )
-        return self._work(started, parts, finish)
+        started = comm.all_gather(arriving, source(input), counts, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, parts, finish)
 
     def all_gather_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: c10d.AllgatherOptions | None = None
     ) -> PycommWork:
         opts = opts or c10d.AllgatherOptions()
+        comm = self._communicators.of(input)
         wire, finish = landing(output)
-        started = self._comm.all_gather(wire, source(input), async_op=opts.asyncOp, timeout_s=self._timeout(opts))
-        return self._work(started, [output], finish)
+        started = comm.all_gather(wire, source(input), async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, [output], finish)
 
     def all_gather_single_coalesced(
         self, outputs: Tensors, inputs: Tensors, opts: c10d.AllgatherOptions | None = None
@@ -170,33 +176,32 @@ class Collectives(dist.ProcessGroup):
 
     def gather(self, outputs: list[Tensors], inputs: Tensors, opts: c10d.GatherOptions | None = None) -> PycommWork:
         opts = opts or c10d.GatherOptions()
-        parts, finish, arriving = [], None, None
-        if opts.rootRank == self._comm.rank:
+        parts, finish, arriving, input = [], None, None, _only(inputs)
+        comm = self._communicators.of(input)
+        if opts.rootRank == comm.rank:
             parts = _only(outputs)
             arriving, _, finish = spread(parts)
-        started = self._comm.gather(
-            arriving,
-            source(_only(inputs)),
-            opts.rootRank,
-            async_op=opts.asyncOp,
-            timeout_s=self._timeout(opts),
+        started = comm.gather(
+            arriving, source(input), opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts)
         )
-        return self._work(started, parts, finish)
+        return self._work(comm, started, parts, finish)
 
     def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: c10d.ScatterOptions | None = None) -> PycommWork:
         opts = opts or c10d.ScatterOptions()
         output = _only(outputs)
+        comm = self._communicators.of(output)
         wire, finish = landing(output)
-        leaving = together(_only(inputs))[0] if opts.rootRank == self._comm.rank else None
-        started = self._comm.scatter(wire, leaving, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
-        return self._work(started, [output], finish)
+        leaving = together(_only(inputs))[0] if opts.rootRank == comm.rank else None
+        started = comm.scatter(wire, leaving, opts.rootRank, async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, [output], finish)
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: c10d.AllToAllOptions | None = None) -> PycommWork:
         """Sizes may differ from pair to pair."""
         opts = opts or c10d.AllToAllOptions()
+        comm = self._communicators.of(inputs[0])
         arriving, output_counts, finish = spread(outputs)
         leaving, input_counts = together(inputs)
-        started = self._comm.all_to_all(
+        started = comm.all_to_all(
             arriving,
             leaving,
             output_counts,
@@ -204,7 +209,7 @@ class Collectives(dist.ProcessGroup):
             async_op=opts.asyncOp,
             timeout_s=self._timeout(opts),
         )
-        return self._work(started, outputs, finish)
+        return self._work(comm, started, outputs, finish)
 
     def all_to_all_single(
         self,
@@ -216,29 +221,33 @@ class Collectives(dist.ProcessGroup):
     ) -> PycommWork:
         """Splits are rows; empty: equal parts, which is each rank's own business, so splits go along always."""
         opts = opts or c10d.AllToAllOptions()
+        comm = self._communicators.of(input)
         wire, finish = landing(output)
-        started = self._comm.all_to_all(
+        started = comm.all_to_all(
             wire,
             source(input),
-            output_splits or _even(output, self._comm.world_size, "output"),
-            input_splits or _even(input, self._comm.world_size, "input"),
+            output_splits or _even(output, comm.world_size, "output"),
+            input_splits or _even(input, comm.world_size, "input"),
             async_op=opts.asyncOp,
             timeout_s=self._timeout(opts),
         )
-        return self._work(started, [output], finish)
+        return self._work(comm, started, [output], finish)
 
     alltoall_base = all_to_all_single  # type: ignore[assignment]
 
     def barrier(self, opts: c10d.BarrierOptions | None = None) -> PycommWork:
+        """On the host, unless torch names a GPU: the one given to ``init_process_group``, or in ``device_ids``."""
         opts = opts or c10d.BarrierOptions()
-        return self._work(self._comm.barrier(async_op=opts.asyncOp, timeout_s=self._timeout(opts)), [], None)
+        comm = self._communicators.host if opts.device is None else self._communicators.on(opts.device)
+        started = comm.barrier(async_op=opts.asyncOp, timeout_s=self._timeout(opts))
+        return self._work(comm, started, [], None)
 
     def _timeout(self, opts: Any) -> float:
         seconds: float = opts.timeout.total_seconds()
         return seconds if seconds > 0 else self._timeout_s  # torch's "unset" is negative
 
-    def _work(self, started: calls.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
-        """The Work of a call that has started, or of one that is over (None)."""
+    def _work(self, comm: Communicator, started: calls.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
+        """The Work of a call of ``comm`` that has started, or of a synchronous one (None)."""
         raise NotImplementedError
 
     def _joined(self, works: list[PycommWork]) -> PycommWork:

@@ -1,7 +1,7 @@
 """What torch.distributed hands over and what a communicator takes: layouts, dtypes, reduce operators.
 
-A communicator takes contiguous tensors of nine dtypes. Others are laid out contiguously first, and copied back when the
-operation is over; complex numbers travel as pairs, and dtypes that are only moved as bytes.
+A communicator takes contiguous tensors of nine dtypes, on its device. Others are laid out contiguously first, and
+copied back when the operation is over; complex numbers travel as pairs, and dtypes that are only moved as bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch.distributed import ReduceOp
 
 from pycomm.arguments import MOVED, REDUCED
-from pycomm.errors import BackendUnavailableError
 
 __all__ = ["Finish", "combine", "flat", "kind_of", "landing", "operator", "reduced", "source", "spread", "together"]
 
@@ -51,14 +50,14 @@ def kind_of(op: ReduceOp) -> ReduceOp.RedOpType:
 
 def source(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of ``tensor``, to be read: its own memory if a communicator takes it, a copy otherwise."""
-    if tensor.is_cpu and tensor.dtype in MOVED and tensor.is_contiguous():
+    if tensor.dtype in MOVED and tensor.is_contiguous():
         return tensor
     return _wire(_dense(tensor))
 
 
 def landing(tensor: torch.Tensor) -> tuple[torch.Tensor, Finish]:
     """Where what is meant for ``tensor`` arrives, with its contents of now, and what brings it there."""
-    if tensor.is_cpu and tensor.dtype in MOVED and tensor.is_contiguous():
+    if tensor.dtype in MOVED and tensor.is_contiguous():
         return tensor, None
     dense = _dense(tensor)
     return _wire(dense), (None if dense is tensor else partial(_copy, tensor, dense))
@@ -71,7 +70,7 @@ def reduced(tensor: torch.Tensor, op: ReduceOp) -> tuple[torch.Tensor, Finish]:
             # As NCCL does: every rank's factor, and the product rounded to the tensor's dtype.
             scaled = torch.mul(_dense(tensor), op.factor).to(tensor.dtype)
         return _numbers(scaled), partial(_copy, tensor, scaled)
-    if tensor.is_cpu and tensor.dtype in REDUCED and tensor.is_contiguous():
+    if tensor.dtype in REDUCED and tensor.is_contiguous():
         return tensor, None
     dense = _dense(tensor)
     return _numbers(dense), (None if dense is tensor else partial(_copy, tensor, dense))
@@ -94,6 +93,7 @@ def operator(op: ReduceOp, dtype: torch.dtype) -> str | None:
 
 def combine(target: torch.Tensor, parts: torch.Tensor, op: ReduceOp) -> None:
     """Bitwise ``op`` over dim 0 of ``parts`` [ranks, *shape], in rank order, into ``target`` [*shape]."""
+    _used_here(parts)
     function = _BITWISE[kind_of(op)]
     total = parts[0].clone()
     for part in parts[1:]:
@@ -116,6 +116,7 @@ def spread(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int], Fi
     arriving = wires[0].new_empty(sum(counts))
 
     def finish() -> None:
+        _used_here(arriving)
         for wire, part in zip(wires, arriving.split(counts), strict=True):
             _copy(wire, part.view(wire.shape))
         for _, done in landings:
@@ -135,17 +136,11 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: not dense.
-        BackendUnavailableError: on a device that this group does not serve.
     """
     if tensor.layout is not torch.strided:
         raise ValueError(
             f"the back end pycomm takes dense tensors, not {tensor.layout}: pass tensor.to_dense(), or for an "
             f"embedding's gradients sparse=False"
-        )
-    if not tensor.is_cpu:
-        raise BackendUnavailableError(
-            f"a tensor on {tensor.device}: this version of the back end pycomm serves CPU tensors; GPUs need NCCL, "
-            f"which it does not have yet"
         )
     with torch.no_grad():
         return tensor.resolve_conj().resolve_neg().contiguous()
@@ -178,5 +173,13 @@ def _numbers(dense: torch.Tensor) -> torch.Tensor:
 
 
 def _copy(target: torch.Tensor, contents: torch.Tensor) -> None:
+    _used_here(target, contents)
     with torch.no_grad():
         target.detach().copy_(contents)
+
+
+def _used_here(*tensors: torch.Tensor) -> None:
+    """On a GPU, whoever waits for a call finishes it on a stream of its own: memory is not used again before that."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

@@ -23,9 +23,9 @@ from pycomm import _C
 from pycomm.calls import Work
 from pycomm.torch_backend.tensors import Finish
 
-__all__ = ["PycommWork"]
+__all__ = ["NO_TIMEOUT", "PycommWork"]
 
-_NO_TIMEOUT = timedelta(0)  # how torch.distributed says so
+NO_TIMEOUT = timedelta(0)  # how torch.distributed says so
 _AT_ONCE_S = 1e-6
 _JOIN_S = 5.0
 
@@ -41,32 +41,22 @@ class PycommWork(dist.Work):
 
     def __init__(self, operations: Sequence[Work], outputs: list[torch.Tensor], finish: Finish = None) -> None:
         super().__init__()
-        self._operations = operations
-        self._outputs = outputs
+        self.operations = operations
+        self.outputs = outputs
         self._finish = finish
+        self._devices: list[torch.device | str | int] = []  # of its future
         self._lock = threading.Lock()
         self._ended: torch.futures.Future[None] | None = None
         self._future: torch.futures.Future[list[torch.Tensor]] | None = None
 
-    @classmethod
-    def joined(cls, works: Sequence[PycommWork]) -> PycommWork:
-        """One Work that is over when all of them are."""
-
-        def finish() -> None:
-            for work in works:
-                work.wait()
-
-        operations = [operation for work in works for operation in work._operations]
-        return cls(operations, [output for work in works for output in work._outputs], finish)
-
-    def wait(self, timeout: timedelta = _NO_TIMEOUT) -> bool:
+    def wait(self, timeout: timedelta = NO_TIMEOUT) -> bool:
         """Return True when the call is over; raise what went wrong in it, or TimeoutError, after which it goes on."""
-        if timeout > _NO_TIMEOUT:
+        if timeout > NO_TIMEOUT:
             deadline = time.monotonic() + timeout.total_seconds()
-            for operation in self._operations:
+            for operation in self.operations:
                 operation.wait(max(deadline - time.monotonic(), _AT_ONCE_S))
         else:
-            for operation in self._operations:
+            for operation in self.operations:
                 operation.wait()
         if self._finish is not None:
             self._finish_once()
@@ -81,7 +71,7 @@ class PycommWork(dist.Work):
     def exception(self) -> Exception | None:
         """What went wrong, once the call is over."""
         try:
-            for operation in self._operations:
+            for operation in self.operations:
                 if operation.done():
                     operation.wait()
         except (RuntimeError, OSError, MemoryError) as error:
@@ -90,14 +80,14 @@ class PycommWork(dist.Work):
 
     def result(self) -> list[torch.Tensor]:
         self.wait()
-        return self._outputs
+        return self.outputs
 
     def synchronize(self) -> None:
         self.wait()
 
     def source_rank(self) -> int:
         """Of a receive that is over: the rank in the group that sent."""
-        return self._operations[0].source
+        return self.operations[0].source
 
     _source_rank = source_rank
 
@@ -110,32 +100,39 @@ class PycommWork(dist.Work):
         with self._lock:
             if self._future is not None:
                 return self._future
-            self._ended = torch.futures.Future()
+            self._ended = torch.futures.Future(devices=self._devices)
             self._future = self._ended.then(self._outcome)
-        if self.pending() is None:
-            self.resolve()
-        else:
-            _completion_thread().watch(self)
+        self._resolve_in_time()
         return self._future
 
     def pending(self) -> Work | None:
         """An operation that is not over."""
-        return next((operation for operation in self._operations if not operation.done()), None)
+        return next((operation for operation in self.operations if not operation.done()), None)
 
     def resolve(self) -> None:
         """Complete the future of a call that is over."""
         assert self._ended is not None
         self._ended.set_result(None)
 
+    def _resolve_in_time(self) -> None:
+        if self.pending() is None:
+            self.resolve()
+        else:
+            _completion_thread().watch(self)
+
     def _outcome(self, _: torch.futures.Future[None]) -> list[torch.Tensor]:
         self.wait()
-        return self._outputs
+        return self.outputs
 
     def _finish_once(self) -> None:
-        with self._lock:
-            finish, self._finish = self._finish, None
-            if finish is not None:
-                finish()
+        with self._lock:  # whoever comes second waits for the first to be through
+            if self._finish is not None:
+                self._finish()
+                self._finish = None
+                self._finished()
+
+    def _finished(self) -> None:
+        """``finish`` has run."""
 
 
 class _CompletionThread:

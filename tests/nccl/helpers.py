@@ -102,7 +102,7 @@ def standing_in(path: str, folder: str) -> Iterator[StandInGpu]:
     moved, reduced = Checked._moved, Checked._reduced
     with (
         patch.dict(os.environ, {"PYCOMM_NCCL_SO": path, "STANDIN_FOLDER": folder}),
-        patch("pycomm.backends.nccl.gpu.Gpu.of_this_rank", lambda: gpu),
+        patch("pycomm.backends.nccl.gpu.Gpu.of_this_rank", lambda device=None: gpu),
         patch("pycomm.communicator.offer", lambda asked_for: Offer("2.32.3", "", gpu.driver.device_uuid(0))),
         patch.object(Checked, "_moved", lambda *args: gpu.hold(moved(*args))),
         patch.object(Checked, "_reduced", lambda *args: gpu.hold(reduced(*args))),

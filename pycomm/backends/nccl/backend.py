@@ -103,13 +103,16 @@ class NcclBackend:
                 _log.info("group %s: own kernels on GPUs: %s", group, self.own_kernels)
 
     @classmethod
-    def connect(cls, rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str) -> NcclBackend:
+    def connect(
+        cls, rendezvous: Rendezvous, hosts: Sequence[Hashable], group: str, device: torch.device | None = None
+    ) -> NcclBackend:
         """Meet all ranks, on the host first.
 
         Args:
             hosts: by rank, the host by any name.
+            device: None: this rank's own choice.
         """
-        library, gpu = load_nccl(), Gpu.of_this_rank()
+        library, gpu = load_nccl(), Gpu.of_this_rank(device)
         rank, world_size, timeout_s = rendezvous.rank, rendezvous.world_size, rendezvous.timeout_s
         control, desk = groups_on_the_host(rendezvous, hosts, group)
         if rank == 0:

@@ -29,12 +29,14 @@ class Gpu:
         self.core = _C.CudaDevice(self.driver, index)
 
     @classmethod
-    def of_this_rank(cls) -> Gpu:
-        """That of :func:`index_of_this_rank`, which becomes torch's current device.
+    def of_this_rank(cls, device: torch.device | None = None) -> Gpu:
+        """``device``; for None that of :func:`index_of_this_rank`, which becomes torch's current device.
 
         Raises:
             ValueError: there is no such device.
         """
+        if device is not None:
+            return cls(device.index)
         index = index_of_this_rank()
         torch.cuda.set_device(index)
         return cls(index)
