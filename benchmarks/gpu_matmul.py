@@ -76,7 +76,7 @@ class PlayedPeers:
 
     def run(self, op: str, product: Product, x: torch.Tensor, out: torch.Tensor) -> None:
         addresses = [(x.data_ptr(), product.weight.data_ptr(), out.data_ptr())]
-        self._core.enqueue(op, "bfloat16", [ROWS] * WORLD, *product.sizes, addresses, stream())
+        self._core.enqueue(op, "bfloat16", [ROWS] * WORLD, *product.sizes, False, False, addresses, stream())
 
     def copies(self, num_bytes: int, to_peers: bool) -> None:
         """The same bytes, one after the other, and nothing beside them."""

@@ -616,7 +616,10 @@ class OverlappedMatmul:
         rows: Sequence[int],
         in_features: int,
         out_features: int,
+        transposed: bool,
+        one_by_one: bool,
         tensors: Sequence[tuple[int, int, int]],
         caller: int,
     ) -> None: ...
+    def gathered(self) -> int: ...
     def wait(self, timeout_s: float) -> None: ...

@@ -81,20 +81,20 @@ std::unique_ptr<OverlappedMatmul> make(std::shared_ptr<SymmetricMemory> memory, 
 using TensorAddresses = std::array<Address, 3>;
 
 void enqueue(OverlappedMatmul& matmul, const std::string& op, const std::string& dtype, const Rows& rows,
-             std::int64_t in_features, std::int64_t out_features, const std::vector<TensorAddresses>& addresses,
-             Address caller) {
+             std::int64_t in_features, std::int64_t out_features, bool transposed, bool one_by_one,
+             const std::vector<TensorAddresses>& addresses, Address caller) {
   std::vector<MatmulTensors> tensors;
   for (const auto& [x, weight, out] : addresses) {
     tensors.push_back({pointer<const void>(x), pointer<const void>(weight), pointer<void>(out)});
   }
-  matmul.enqueue({parse_matmul(op), parse_dtype(dtype), rows, in_features, out_features}, tensors,
-                 reinterpret_cast<Stream>(caller));
+  matmul.enqueue({parse_matmul(op), parse_dtype(dtype), rows, in_features, out_features, transposed, one_by_one},
+                 tensors, reinterpret_cast<Stream>(caller));
 }
 
 /// One product on lane 0, for measurements beside overlapped ones.
 void multiply(Multiplier& multiplier, const std::string& dtype, std::int64_t rows, std::int64_t in_features,
               std::int64_t out_features, const TensorAddresses& addresses, Address stream) {
-  multiplier.multiply({parse_dtype(dtype), rows, in_features, out_features, pointer<const void>(addresses[0]),
+  multiplier.multiply({parse_dtype(dtype), rows, in_features, out_features, false, pointer<const void>(addresses[0]),
                        pointer<const void>(addresses[1]), pointer<void>(addresses[2])},
                       0, reinterpret_cast<Stream>(stream));
 }
@@ -122,7 +122,9 @@ void bind_overlapped_matmul(py::module_& module) {
            py::arg("cublaslt"), py::arg("num_pieces"), py::arg("num_lanes"), py::arg("num_multiprocessors"),
            py::arg("reduce_blocks"), py::arg("workspace_bytes"))
       .def("enqueue", &enqueue, py::arg("op"), py::arg("dtype"), py::arg("rows"), py::arg("in_features"),
-           py::arg("out_features"), py::arg("tensors"), py::arg("caller"), NoGil())
+           py::arg("out_features"), py::arg("transposed"), py::arg("one_by_one"), py::arg("tensors"), py::arg("caller"),
+           NoGil())
+      .def("gathered", [](const OverlappedMatmul& self) { return reinterpret_cast<Address>(self.gathered()); })
       .def("wait", &OverlappedMatmul::wait, py::arg("timeout_s"), NoGil());
 }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pycomm import _C
-from pycomm.gpu.memory import dtype_name
+from pycomm.gpu.memory import dtype_name, tensor_at
 from pycomm.gpu.ranks import KernelRanks
 
 __all__ = ["OverlappedMatmuls", "cublaslt_names"]
@@ -23,6 +24,9 @@ class OverlappedMatmuls:
 
     Products are cuBLASLt's, rows move by copy engine, and flags in symmetric memory order the ranks. Calls are
     enqueued behind the current stream's work, and its later work comes behind them; they cannot be captured in a graph.
+
+    Every call takes ``transposed``: weights lie as [K, N] instead of [N, K]; ``one_by_one``: its steps run one after
+    the other, with the same bits; ``outs``: where results go, of each local rank, instead of new tensors.
 
     Args:
         ranks: whose calls these are. Making one is collective where they are processes.
@@ -63,23 +67,36 @@ class OverlappedMatmuls:
             _WORKSPACE_BYTES,
         )
 
-    def all_gather_matmul(self, xs: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    def all_gather_matmul(
+        self, xs: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[int], **options: Any
+    ) -> list[Tensor]:
         """``cat(x over ranks) @ weight.T`` of each local rank. ``rows``: of every rank's x."""
-        return self._call("all_gather_matmul", xs, weights, rows, [sum(rows)] * len(xs))
+        return self._call("all_gather_matmul", xs, weights, rows, **options)
 
     def matmul_reduce_scatter(
-        self, xs: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[int]
+        self, xs: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[int], **options: Any
     ) -> list[Tensor]:
         """Own ``rows`` of the sum over ranks of ``x @ weight.T``, of each local rank."""
-        own = [rows[rank] for rank in self._ranks.local_ranks]
-        return self._call("matmul_reduce_scatter", xs, weights, rows, own)
+        return self._call("matmul_reduce_scatter", xs, weights, rows, **options)
 
-    def matmul_all_reduce(self, xs: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    def matmul_all_reduce(
+        self, xs: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[int], **options: Any
+    ) -> list[Tensor]:
         """The sum over ranks of ``x @ weight.T``, of each local rank; rank r sums ``rows[r]`` of them."""
-        return self._call("matmul_all_reduce", xs, weights, rows, [sum(rows)] * len(xs))
+        return self._call("matmul_all_reduce", xs, weights, rows, **options)
+
+    def gathered(self, rows: Sequence[int], in_features: int) -> Tensor:
+        """What an ``all_gather_matmul`` has gathered for the first local rank: [sum(rows), in_features].
+
+        The rows of that rank are undefined. It is the workspace's own memory, until the next call: read it, or write
+        it, on the stream of the call.
+        """
+        num_bytes = sum(rows) * in_features * self._dtype.itemsize
+        memory = tensor_at(self._core.gathered(), num_bytes, self._ranks.device, self)
+        return memory.view(self._dtype).view(sum(rows), in_features)
 
     def synchronize(self, timeout_s: float = 60.0) -> None:
-        """Wait for the last call.
+        """Wait for the last call. Any thread may, also while another one enqueues.
 
         Raises:
             PeerTimeoutError: it is not over; names the ranks that did not come. No later call is possible.
@@ -87,7 +104,15 @@ class OverlappedMatmuls:
         self._core.wait(timeout_s)
 
     def _call(
-        self, op: str, xs: Sequence[Tensor], weights: Sequence[Tensor], rows: Sequence[int], out_rows: Sequence[int]
+        self,
+        op: str,
+        xs: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        rows: Sequence[int],
+        *,
+        transposed: bool = False,
+        one_by_one: bool = False,
+        outs: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         local = self._ranks.local_ranks
         if len(xs) != len(local) or len(weights) != len(local) or len(rows) != self._ranks.num_ranks:
@@ -95,28 +120,31 @@ class OverlappedMatmuls:
                 f"{op}: one x and one weight for each of {len(local)} local ranks, and rows of "
                 f"{self._ranks.num_ranks} ranks, are needed"
             )
-        out_features, in_features = weights[0].shape
-        for rank, x, weight in zip(local, xs, weights, strict=True):
+        in_features, out_features = weights[0].shape if transposed else weights[0].shape[::-1]
+        scatters = op == "matmul_reduce_scatter"
+        shapes = [(rows[rank] if scatters else sum(rows), out_features) for rank in local]
+        if outs is None:
+            outs = [torch.empty(shape, dtype=self._dtype, device=self._ranks.device) for shape in shapes]
+        for rank, x, weight, out, shape in zip(local, xs, weights, outs, shapes, strict=True):
             wanted = rows[rank] if op == "all_gather_matmul" else sum(rows)
-            if x.shape != (wanted, in_features) or weight.shape != (out_features, in_features):
+            if x.shape != (wanted, in_features) or weight.shape != weights[0].shape or out.shape != shape:
                 raise ValueError(
-                    f"{op}: rank {rank} has x {tuple(x.shape)} and weight {tuple(weight.shape)}; "
-                    f"({wanted}, {in_features}) and ({out_features}, {in_features}) were expected"
+                    f"{op}: rank {rank} has x {tuple(x.shape)}, weight {tuple(weight.shape)}, out {tuple(out.shape)}; "
+                    f"({wanted}, {in_features}), {tuple(weights[0].shape)} and {shape} were expected"
                 )
-            for tensor in (x, weight):
+            for tensor in (x, weight, out):
                 if tensor.dtype != self._dtype or tensor.device != self._ranks.device or not tensor.is_contiguous():
                     raise ValueError(
                         f"{op}: contiguous {self._dtype} tensors on {self._ranks.device} are needed, not "
                         f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
                     )
-        outs = [torch.empty(count, out_features, dtype=self._dtype, device=self._ranks.device) for count in out_rows]
         tensors = [
             (x.data_ptr(), weight.data_ptr(), out.data_ptr()) for x, weight, out in zip(xs, weights, outs, strict=True)
         ]
         stream = torch.cuda.current_stream(self._ranks.device).cuda_stream
         name = dtype_name(self._dtype)
-        self._core.enqueue(op, name, list(rows), in_features, out_features, tensors, stream)
-        return outs
+        self._core.enqueue(op, name, list(rows), in_features, out_features, transposed, one_by_one, tensors, stream)
+        return list(outs)
 
 
 def cublaslt_names() -> Iterator[str]:

@@ -156,7 +156,7 @@ def load(folder: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(folder / "libcuda_on_cpu.so"))
     for name in ("world_new", "world_status"):
         getattr(library, name).restype = Address
-    library.matmul_new.restype = Address
+    library.matmul_new.restype = library.matmul_gathered.restype = Address
     library.staging_bytes.restype = library.matmul_run.restype = ctypes.c_size_t
     for name in ("all_reduce_one_shot", "all_reduce_two_shot", "reduce_scatter", "all_gather", "put", "get", "bucket"):
         getattr(library, name).restype = ctypes.c_char_p

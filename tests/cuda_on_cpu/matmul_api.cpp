@@ -36,7 +36,9 @@ class PlainMultiplier final : public Multiplier {
         for (std::int64_t column = 0; column < product.out_features; ++column) {
           float sum = 0;
           for (std::int64_t i = 0; i < product.in_features; ++i) {
-            sum += x[row * product.in_features + i] * weight[column * product.in_features + i];
+            const std::int64_t at =
+                product.transposed ? i * product.out_features + column : column * product.in_features + i;
+            sum += x[row * product.in_features + i] * weight[at];
           }
           static_cast<float*>(product.out)[row * product.out_features + column] = sum;
         }
@@ -118,14 +120,20 @@ void matmul_free(Ranks* ranks) {
 
 /// The call of one object: its ranks' tensors (x, weight, out).
 const char* matmul_enqueue(Ranks* ranks, int object, int op, const std::int64_t* rows, int num_rows,
-                           std::int64_t in_features, std::int64_t out_features, const MatmulTensors* tensors,
-                           int num_tensors) {
+                           std::int64_t in_features, std::int64_t out_features, int transposed, int one_by_one,
+                           const MatmulTensors* tensors, int num_tensors) {
   return guarded([&] {
     const MatmulCall call{
-        static_cast<MatmulOp>(op), DType::kFloat32, {rows, rows + num_rows}, in_features, out_features};
+        static_cast<MatmulOp>(op), DType::kFloat32, {rows, rows + num_rows}, in_features, out_features,
+        transposed != 0,           one_by_one != 0};
     const auto i = static_cast<std::size_t>(object);
     ranks->objects[i]->enqueue(call, {tensors, tensors + num_tensors}, ranks->callers[i]);
   });
+}
+
+/// Of an object's first rank.
+const void* matmul_gathered(Ranks* ranks, int object) {
+  return ranks->objects[static_cast<std::size_t>(object)]->gathered();
 }
 
 const char* matmul_wait(Ranks* ranks, int object, double timeout_s) {

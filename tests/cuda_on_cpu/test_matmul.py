@@ -34,21 +34,25 @@ class Call:
     xs: list[np.ndarray]
     weights: list[np.ndarray]
     outs: list[np.ndarray]
+    transposed: bool = False  # how weights lie
+    one_by_one: bool = False
 
     @staticmethod
-    def random(op: int, rows: Sequence[int], seed: int) -> Call:
+    def random(op: int, rows: Sequence[int], seed: int, *, transposed: bool = False, one_by_one: bool = False) -> Call:
         rng = np.random.default_rng(seed)
         draw = lambda *shape: rng.integers(-9, 10, shape).astype(np.float32)  # noqa: E731
         total = sum(rows)
         xs = [draw(count if op == GATHER else total, IN) for count in rows]
         out_rows = rows if op == SCATTER else [total] * len(rows)
         outs = [np.full((count, OUT), np.nan, np.float32) for count in out_rows]
-        return Call(op, rows, xs, [draw(OUT, IN) for _ in rows], outs)
+        weights = [draw(IN, OUT) if transposed else draw(OUT, IN) for _ in rows]
+        return Call(op, rows, xs, weights, outs, transposed, one_by_one)
 
     def wanted(self) -> list[np.ndarray]:
+        weights_t = self.weights if self.transposed else [weight.T for weight in self.weights]
         if self.op == GATHER:
-            return [np.concatenate(self.xs) @ weight.T for weight in self.weights]
-        total = sum(x @ weight.T for x, weight in zip(self.xs, self.weights, strict=True))
+            return [np.concatenate(self.xs) @ weight_t for weight_t in weights_t]
+        total = sum(x @ weight_t for x, weight_t in zip(self.xs, weights_t, strict=True))
         firsts = np.cumsum([0, *self.rows])
         parts = [total[firsts[rank] : firsts[rank + 1]] for rank in range(len(self.rows))]
         return parts if self.op == SCATTER else [total] * len(self.rows)
@@ -78,7 +82,7 @@ class Matmuls:
         for index, group in enumerate(groups):
             if ranks is not None and index not in ranks:
                 continue
-            sizes = (ctypes.c_int64(IN), ctypes.c_int64(OUT))
+            sizes = (ctypes.c_int64(IN), ctypes.c_int64(OUT), int(call.transposed), int(call.one_by_one))
             array = (Tensors * len(group))(*group)
             check(
                 self.library.matmul_enqueue(
@@ -125,12 +129,35 @@ def test_calls_follow_each_other(
     for seed in range(NUM_SEEDS):
         matmuls = make_matmuls(world, together=together, mapped=mapped, pieces=pieces, lanes=lanes)
         order = np.random.default_rng(seed).permutation([GATHER, SCATTER, ALL_REDUCE] * 2)
-        calls = [Call.random(int(op), uneven(world, seed + i), 10 * seed + i) for i, op in enumerate(order)]
+        calls = [
+            Call.random(
+                int(op), uneven(world, seed + i), 10 * seed + i, transposed=(seed + i) % 2 == 1, one_by_one=i % 3 == 2
+            )
+            for i, op in enumerate(order)
+        ]
         for call in calls:
             matmuls.enqueue(call)
         matmuls.run(seed)
         for call in calls:
             call.assert_right()
+
+
+@pytest.mark.parametrize(("together", "mapped"), [(False, True), (False, False)])
+def test_gathered_rows_can_be_read_after_the_call(
+    make_matmuls: Callable[..., Matmuls], together: bool, mapped: bool
+) -> None:
+    rows = [4, 0, 9]
+    matmuls = make_matmuls(3, together=together, mapped=mapped, pieces=2)
+    calls = [Call.random(op, rows, seed) for seed, op in enumerate((SCATTER, GATHER, ALL_REDUCE))]
+    for call in calls:  # others after it leave its rows alone
+        matmuls.enqueue(call)
+    matmuls.run(0)
+    firsts = np.cumsum([0, *rows])
+    for rank in range(3):
+        address = matmuls.library.matmul_gathered(matmuls.pointer, rank)
+        gathered = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (sum(rows), IN))
+        for peer in {0, 1, 2} - {rank}:
+            np.testing.assert_array_equal(gathered[firsts[peer] : firsts[peer + 1]], calls[1].xs[peer])
 
 
 def test_a_rank_that_does_not_come_is_named_and_nothing_stays_blocked(make_matmuls: Callable[..., Matmuls]) -> None:

@@ -97,8 +97,9 @@ def order(gpu: StandInGpu) -> None:
 def waits(gpu: StandInGpu) -> None:
     """``wait`` with a timeout is the host's, also of a call on the current stream; other streams follow either."""
     dist.all_reduce(torch.ones(1))
-    group, tensor, seen = the_group(), torch.zeros(4), torch.zeros(4)
+    group = the_group()
     for async_op in (True, False):
+        tensor, seen = torch.zeros(4), torch.zeros(4)
         options = c10d.AllreduceOptions()
         options.asyncOp = async_op
         gpu.copy_later(tensor, torch.ones(4), 4 * LATER_S)

@@ -2,7 +2,8 @@
 //
 //   out' [out_features, rows] = weight' .T [out_features, in_features] @ x' [in_features, rows]
 //
-// with weight' the [in_features, out_features] matrix that weight's memory is.
+// with weight' the [in_features, out_features] matrix that weight's memory is. A weight that lies transposed is the
+// [out_features, in_features] matrix itself.
 #include <algorithm>
 #include <map>
 #include <tuple>
@@ -35,7 +36,7 @@ cublaslt::Functions load(const std::vector<std::string>& names) {
 }
 
 /// What a product is chosen by: its shape, and how its addresses are aligned.
-using Key = std::tuple<DType, std::int64_t, std::int64_t, std::int64_t, unsigned, unsigned, unsigned>;
+using Key = std::tuple<DType, std::int64_t, std::int64_t, std::int64_t, bool, unsigned, unsigned, unsigned>;
 
 /// The largest power of two, at most 256, that divides the address.
 unsigned alignment_of(const void* address) {
@@ -105,6 +106,7 @@ class CublasLtMultiplier final : public Multiplier {
                   product.rows,
                   product.in_features,
                   product.out_features,
+                  product.transposed,
                   alignment_of(product.x),
                   alignment_of(product.weight),
                   alignment_of(product.out)};
@@ -128,8 +130,10 @@ class CublasLtMultiplier final : public Multiplier {
                                  is_double ? cublaslt::kFloat64 : cublaslt::kFloat32),
           "cublasLtMatmulDescCreate");
     const std::int32_t transposed = cublaslt::kTransposed;
-    check(functions_.desc_set(chosen.desc, cublaslt::kTransA, &transposed, sizeof transposed),
-          "cublasLtMatmulDescSetAttribute(TRANSA)");
+    if (!product.transposed) {
+      check(functions_.desc_set(chosen.desc, cublaslt::kTransA, &transposed, sizeof transposed),
+            "cublasLtMatmulDescSetAttribute(TRANSA)");
+    }
     if (num_multiprocessors_ > 0) {
       const std::int32_t target = num_multiprocessors_;
       check(functions_.desc_set(chosen.desc, cublaslt::kSmCountTarget, &target, sizeof target),
@@ -140,7 +144,11 @@ class CublasLtMultiplier final : public Multiplier {
                                      rows),
             "cublasLtMatrixLayoutCreate");
     };
-    layout(&chosen.weight, product.in_features, product.out_features);
+    if (product.transposed) {
+      layout(&chosen.weight, product.out_features, product.in_features);
+    } else {
+      layout(&chosen.weight, product.in_features, product.out_features);
+    }
     layout(&chosen.x, product.in_features, product.rows);
     layout(&chosen.out, product.out_features, product.rows);
   }

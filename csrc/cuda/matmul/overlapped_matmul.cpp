@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <mutex>
 #include <numeric>
 #include <set>
 #include <thread>
@@ -53,6 +54,7 @@ class DeviceOverlappedMatmul final : public OverlappedMatmul {
   }
 
   void enqueue(const MatmulCall& call, const std::vector<MatmulTensors>& tensors, Stream caller) override {
+    const std::lock_guard lock(enqueuing_);
     check_call(call, tensors);
     const DeviceScope scope(options_.device);
     ++call_;
@@ -79,16 +81,22 @@ class DeviceOverlappedMatmul final : public OverlappedMatmul {
     end_.record(caller);
   }
 
+  void* gathered() const override { return ranks_.front().memory.data() + layout_.gathered; }
+
   void wait(double timeout_s) override {
-    if (call_ == 0) return;
     const DeviceScope scope(options_.device);
-    for (const Deadline deadline = Deadline::after(timeout_s); !end_.passed();) {
+    for (const Deadline deadline = Deadline::after(timeout_s); !is_over();) {
       if (deadline.expired()) give_up(timeout_s);
       std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
   }
 
  private:
+  bool is_over() {
+    const std::lock_guard lock(enqueuing_);
+    return call_ == 0 || end_.passed();
+  }
+
   void check_call(const MatmulCall& call, const std::vector<MatmulTensors>& tensors) const {
     if (failed_) throw Error(ErrorKind::kGeneral, "overlapped matmul: an earlier call failed; make a new one");
     const auto total = std::accumulate(call.rows.begin(), call.rows.end(), std::int64_t{0});
@@ -142,7 +150,7 @@ class DeviceOverlappedMatmul final : public OverlappedMatmul {
 
   void enqueue_step(const MatmulCall& call, const MatmulTensors& tensors, LocalRank& rank, std::size_t index) {
     const Step& step = rank.plan.steps[index];
-    const Stream stream = rank.lanes[static_cast<std::size_t>(step.lane)].get();
+    const Stream stream = rank.lanes[call.one_by_one ? 0 : static_cast<std::size_t>(step.lane)].get();
     for (const int before : step.after) {
       const auto i = static_cast<std::size_t>(before);
       if (rank.plan.steps[i].lane != step.lane) rank.step_ends[i].make_wait(stream);
@@ -161,7 +169,7 @@ class DeviceOverlappedMatmul final : public OverlappedMatmul {
       case StepKind::kMultiply:
         if (step.to.end > step.to.begin) {
           rank.multiplier->multiply({call.dtype, step.to.end - step.to.begin, call.in_features, call.out_features,
-                                     address(step.from), tensors.weight, address(step.to)},
+                                     call.transposed, address(step.from), tensors.weight, address(step.to)},
                                     step.lane, stream);
         }
         break;
@@ -242,6 +250,7 @@ class DeviceOverlappedMatmul final : public OverlappedMatmul {
   }
 
   [[noreturn]] void give_up(double timeout_s) {
+    const std::lock_guard lock(enqueuing_);  // the plan is that of a call that has been enqueued as a whole
     failed_ = true;
     std::set<int> missing;
     if (memory_ != nullptr) {
@@ -290,6 +299,7 @@ class DeviceOverlappedMatmul final : public OverlappedMatmul {
   OwnedStream forcing_;
   std::vector<LocalRank> ranks_;
   Event start_, end_;
+  std::mutex enqueuing_;
   std::int64_t call_ = 0;
   bool failed_ = false;
 };

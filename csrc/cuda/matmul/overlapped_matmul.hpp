@@ -21,10 +21,11 @@
 
 namespace pycomm::cuda {
 
-/// out [rows, out_features] = x [rows, in_features] @ weight [out_features, in_features].T, all contiguous.
+/// out [rows, out_features] = x [rows, in_features] @ weight.T, all contiguous.
 struct Product {
   DType dtype;  // float32, float64, float16 or bfloat16; 16-bit ones accumulate in fp32
   std::int64_t rows, in_features, out_features;
+  bool transposed;  // weight lies as [in_features, out_features]; else as [out_features, in_features]
   const void* x;
   const void* weight;
   void* out;
@@ -67,6 +68,8 @@ struct MatmulCall {
   DType dtype;
   std::vector<std::int64_t> rows;  // of each rank's shard
   std::int64_t in_features, out_features;
+  bool transposed = false;  // each rank's own choice, as the next: see Product
+  bool one_by_one = false;  // the same steps on one lane, in the plan's order: nothing overlaps, the bits are the same
 };
 
 /// A rank's own tensors: any memory of its GPU.
@@ -91,9 +94,13 @@ class OverlappedMatmul {
   /// enqueued.
   virtual void enqueue(const MatmulCall& call, const std::vector<MatmulTensors>& tensors, Stream caller) = 0;
 
+  /// After all_gather_matmul, of the first local rank: all ranks' rows of x, but its own, which are not there.
+  /// [rows of all, in_features] of the call, until the next all_gather_matmul.
+  virtual void* gathered() const = 0;
+
   /// Waits on the host for the last call. Flags that do not come within `timeout_s` are set by force, so that nothing
   /// is left waiting on the device; Error kTimeout then names the ranks that did not set them, results are not defined,
-  /// and this object refuses further calls.
+  /// and this object refuses further calls. Any thread may wait, also while another one enqueues.
   virtual void wait(double timeout_s) = 0;
 };
 
