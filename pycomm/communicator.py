@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -102,6 +102,22 @@ class Communicator(FusedCalls, Messages):
         if tensor.dtype != torch.int64 or tensor.numel() != 1:
             raise ValueError(f"flag is {tensor.dtype} {list(tensor.shape)}: it must be one torch.int64")
         return self._backend.flag(tensor, self.timeout_s)
+
+    def on_host(self) -> Communicator | None:
+        """The same ranks on the host transport: this one, if it is of that; on NCCL a new one, made by all ranks.
+
+        Returns:
+            None: the ranks share no host, or are one rank on NCCL.
+        """
+        if isinstance(self._backend, NcclBackend):
+            backend = self._backend.on_host(self.timeout_s)
+            return None if backend is None else Communicator(backend, self.timeout_s)
+        return self if isinstance(self._backend, ShmBackend) else None
+
+    def when_it_fails(self, callback: Callable[[], None]) -> None:
+        """On NCCL: call ``callback``, in any thread, once the group has failed; to end what waits for it on the GPU."""
+        if isinstance(self._backend, NcclBackend):
+            self._backend.when_it_fails(callback)
 
     def split(self, color: int | None, key: int | None = None) -> Communicator | None:
         """Divide the group: collective; ranks of equal ``color`` form a new communicator, ordered by (key, rank).

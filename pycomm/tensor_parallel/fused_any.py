@@ -1,6 +1,7 @@
 """The operations of ``fused_host.py`` by collectives, for back ends whose ranks cannot read each other's memory.
 
-One chunk; with ``overlap`` the caller's other work runs while the reduction is under way.
+One chunk; with ``overlap`` the rank's own product runs while the shards are gathered, and the caller's other work while
+the reduction is under way.
 """
 
 from __future__ import annotations
@@ -34,21 +35,24 @@ def gather(
     overlap: bool,
     start: Callable[[Sequence[int]], Visit],
     rest: Callable[[Callable[[], None]], None] = lambda visit_others: visit_others(),
+    *,
+    found: Sequence[int] | None = None,
 ) -> None:
-    """As ``fused_host.gather``."""
-    del overlap
+    """As ``fused_host.gather``. ``found``: the rows of every rank, where they have shown them already."""
     rank, num_ranks = comm.rank, comm.world_size
     batch, rows, width = shard.shape
-    found = row_counts(comm, rows)
-    if sizes is not None and found != list(sizes):
-        raise ValueError(f"the ranks have {found} rows, expected {list(sizes)}: pass the sizes that they have")
+    found = row_counts(comm, rows) if found is None else found
+    if sizes is not None and list(found) != list(sizes):
+        raise ValueError(f"the ranks have {list(found)} rows, expected {list(sizes)}: pass the sizes that they have")
     whole = shard.new_empty(batch * width * sum(found))
     parts = [batch * width * count for count in found]
-    comm.all_gather(whole, shard.contiguous(), output_splits=parts)
+    work = comm.all_gather(whole, shard.contiguous(), output_splits=parts, async_op=_hides(comm, overlap))
     visit = start(found)
     visit(rank, start_of(found, rank), shard)
 
     def visit_others() -> None:
+        if work is not None:
+            work.wait()
         for i in range(1, num_ranks):
             peer = (rank + i) % num_ranks
             theirs = whole[start_of(parts, peer) :][: parts[peer]].view(batch, found[peer], width)

@@ -25,11 +25,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel.chunks import num_chunks_of, scattered, whole
+from pycomm.tensor_parallel.descriptors import ALL_REDUCE, GATHER, REDUCE_SCATTER, describe, dtype_code
 from pycomm.tensor_parallel.groups import workspace
 from pycomm.tensor_parallel.products import Product, Visit, add, as_3d, multiply, nothing
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
@@ -38,15 +38,6 @@ from pycomm.tensor_parallel.workspace import Turn
 __all__ = ["all_reduce", "gather", "reduce_scatter"]
 
 _MAX_ONE_STEP = 3  # ranks; beyond, reading n partials costs more than a second step
-_GATHER, _REDUCE_SCATTER, _ALL_REDUCE = range(3)
-_CALLS = ("all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce")
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def describe(words: Sequence[int]) -> str:
-    """The call that a descriptor stands for."""
-    kind, dtype, batch, rows, width, *_ = words
-    return f"{_CALLS[kind]}({str(_DTYPES[dtype]).removeprefix('torch.')}[{batch}, {rows}, {width}])"
 
 
 def gather(
@@ -69,7 +60,7 @@ def gather(
     rank, num_ranks = comm.rank, comm.world_size
     batch, rows, width = shard.shape
     assumed = list(sizes) if sizes is not None else [rows] * num_ranks
-    turn = workspace(comm).begin(comm, describe, _GATHER, _dtype(shard), batch, rows, width)
+    turn = workspace(comm).begin(comm, describe, GATHER, dtype_code(shard), batch, rows, width)
     row_bytes = batch * width * shard.element_size()
     shown = turn.fits(rows * row_bytes)
     if shown:
@@ -119,7 +110,7 @@ def reduce_scatter(
     x_3d = as_3d(x)
     batch, rows, _ = x_3d.shape
     shape = (batch, rows, weight_t.shape[1])
-    turn = workspace(comm).begin(comm, describe, _REDUCE_SCATTER, _dtype(x), *shape)
+    turn = workspace(comm).begin(comm, describe, REDUCE_SCATTER, dtype_code(x), *shape)
     num_bytes = math.prod(shape) * x.element_size()
     _reserve(turn, num_bytes)
     sizes = shard_sizes(rows, comm.world_size)
@@ -127,7 +118,7 @@ def reduce_scatter(
     out = x.new_empty(*x.shape[:-2], sizes[comm.rank], shape[2])
     out_3d = as_3d(out)
     chunks = turn.layout(
-        (_REDUCE_SCATTER, x.dtype, shape, num_chunks), lambda: scattered(turn, comm, shape, x.dtype, num_chunks)
+        (REDUCE_SCATTER, x.dtype, shape, num_chunks), lambda: scattered(turn, comm, shape, x.dtype, num_chunks)
     )
 
     def compute(j: int) -> None:
@@ -157,7 +148,7 @@ def all_reduce(comm: Communicator, product: Product, overlap: bool, meanwhile: C
     """
     x, weight_t, bias = product.of_rank(comm.rank)
     shape = (x.shape[:-1].numel(), weight_t.shape[1])
-    turn = workspace(comm).begin(comm, describe, _ALL_REDUCE, _dtype(x), 1, *shape)
+    turn = workspace(comm).begin(comm, describe, ALL_REDUCE, dtype_code(x), 1, *shape)
     num_bytes = math.prod(shape) * x.element_size()
     _reserve(turn, num_bytes)
     num_chunks = num_chunks_of(num_bytes, shape[0])
@@ -165,7 +156,7 @@ def all_reduce(comm: Communicator, product: Product, overlap: bool, meanwhile: C
     out = x.new_empty(*x.shape[:-1], shape[1])
     flat_out = out.view(shape)
     chunks = turn.layout(
-        (_ALL_REDUCE, x.dtype, shape, num_chunks), lambda: whole(turn, comm, shape, x.dtype, num_chunks)
+        (ALL_REDUCE, x.dtype, shape, num_chunks), lambda: whole(turn, comm, shape, x.dtype, num_chunks)
     )
 
     def compute(j: int) -> None:
@@ -219,9 +210,3 @@ def _reserve(turn: Turn, num_bytes: int) -> None:
     if not turn.fits(num_bytes):
         turn.check_equal()  # then it fits nowhere, and all grow
         turn.grow(num_bytes)
-
-
-def _dtype(tensor: Tensor) -> int:
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(f"fused products take float32, float64, float16 and bfloat16, not {tensor.dtype}")
-    return _DTYPES.index(tensor.dtype)

@@ -1,5 +1,5 @@
-"""The torch.library operators of ``overlap.py``, forward and backward; on the host by ``fused_host.py``, else by
-``fused_any.py``.
+"""The torch.library operators of ``overlap.py``, forward and backward; on the host by ``fused_host.py``, on GPUs that
+map each other's memory by ``fused_cuda.py``, else by ``fused_any.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pycomm.communicator import Communicator
-from pycomm.tensor_parallel import fused_any, fused_host
-from pycomm.tensor_parallel.groups import communicator
+from pycomm.tensor_parallel import fused_any, fused_cuda, fused_host
+from pycomm.tensor_parallel.groups import communicator, cuda_products
 from pycomm.tensor_parallel.operators import define
 from pycomm.tensor_parallel.products import Product, Visit, accumulate, as_3d, multiply
 from pycomm.tensor_parallel.shards import shard_sizes
@@ -23,7 +23,11 @@ __all__ = ["all_gather_matmul_op", "copy_matmul_op", "matmul_all_reduce_op", "ma
 
 
 def _fused(comm: Communicator) -> ModuleType:
-    return fused_host if comm.backend == "shm" and comm.world_size > 1 else fused_any
+    if comm.world_size == 1:
+        return fused_any
+    if comm.backend == "shm":
+        return fused_host
+    return fused_any if cuda_products(comm) is None else fused_cuda
 
 
 class _Wanted(NamedTuple):
@@ -55,7 +59,12 @@ def _all_gather_matmul_impl(
     x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Any, group: str, overlap: bool
 ) -> Tensor:
     comm = communicator(group)
-    shard, weight_t = as_3d(x), weight.t()
+    fused, shard, weight_t = _fused(comm), as_3d(x), weight.t()
+    if fused is fused_cuda:
+        product = fused_cuda.all_gather_matmul(comm, x, weight_t, bias, sizes, overlap)
+        if product is not None:
+            return product
+        fused = fused_any
     out: list[Tensor] = []
 
     def start(sizes: Sequence[int]) -> Visit:
@@ -67,7 +76,7 @@ def _all_gather_matmul_impl(
 
         return visit
 
-    _fused(comm).gather(comm, shard, sizes, overlap, start)
+    fused.gather(comm, shard, sizes, overlap, start)
     return out[0]
 
 
@@ -142,7 +151,12 @@ def _matmul_reduce_scatter_backward_impl(
     grad: Tensor, x: Tensor, weight: Tensor, group: str, overlap: bool, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     comm = communicator(group)
-    x_3d = as_3d(x)
+    fused, x_3d = _fused(comm), as_3d(x)
+    if fused is fused_cuda and need_x:
+        grads = fused_cuda.matmul_reduce_scatter_backward(comm, grad, x, weight, overlap, need_weight, need_bias)
+        if grads is not None:
+            return grads
+        fused = fused_any
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else x.new_empty(0)
     bias_parts = grad.new_zeros(comm.world_size if need_bias else 0, weight.shape[0])
@@ -163,7 +177,7 @@ def _matmul_reduce_scatter_backward_impl(
         return visit
 
     sizes = shard_sizes(x.shape[-2], comm.world_size)
-    _fused(comm).gather(comm, as_3d(grad), sizes, overlap, start)
+    fused.gather(comm, as_3d(grad), sizes, overlap, start)
     # Ranks visit in different orders, but have to find the same sum.
     return grad_x, grad_weight, bias_parts.sum(0) if need_bias else x.new_empty(0)
 

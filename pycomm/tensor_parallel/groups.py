@@ -1,6 +1,6 @@
 """Names of communicators, since operators of torch.library take strings, and the workspace that goes with each.
 
-A name lives as long as its communicator. The two tables are the only state of a process that tensor parallelism has.
+A name lives as long as its communicator. The tables are the only state of a process that tensor parallelism has.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import itertools
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from pycomm.communicator import Communicator
+from pycomm.tensor_parallel.cuda_products import CudaProducts
 from pycomm.tensor_parallel.workspace import Workspace
 
-__all__ = ["communicator", "group_name", "workspace"]
+__all__ = ["communicator", "cuda_products", "group_name", "workspace"]
 
 _by_name: WeakValueDictionary[str, Communicator] = WeakValueDictionary()
 _names: WeakKeyDictionary[Communicator, str] = WeakKeyDictionary()
 _workspaces: WeakKeyDictionary[Communicator, Workspace] = WeakKeyDictionary()
+_cuda_products: WeakKeyDictionary[Communicator, CudaProducts | None] = WeakKeyDictionary()
 _numbers = itertools.count()
 
 
@@ -47,3 +49,16 @@ def workspace(comm: Communicator) -> Workspace:
     if found is None:
         found = _workspaces[comm] = Workspace(comm)
     return found
+
+
+def cuda_products(comm: Communicator) -> CudaProducts | None:
+    """What fused products of ``comm`` on GPUs share; made in the first of them, which is collective.
+
+    Returns:
+        None: its ranks do not map each other's memory.
+    """
+    if comm.backend != "nccl":
+        return None
+    if comm not in _cuda_products:
+        _cuda_products[comm] = CudaProducts.connect(comm)
+    return _cuda_products[comm]

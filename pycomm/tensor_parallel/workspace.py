@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pycomm.communicator import Communicator
-from pycomm.errors import MismatchError
+from pycomm.tensor_parallel.descriptors import same_calls
 from pycomm.tensor_parallel.products import shown
 
 __all__ = ["Turn", "Workspace"]
@@ -140,11 +140,7 @@ class Turn:
         """
         self.wait(1)
         found = self._workspace.descriptors(self._turn)
-        keys = {words if ignore is None else words[:ignore] + words[ignore + 1 :] for words in found}
-        if len(keys) > 1:
-            calls = {rank: self._describe(words) for rank, words in enumerate(found)}
-            text = "; ".join(f"rank {rank} {call}" for rank, call in calls.items())
-            raise MismatchError(f"ranks of group {self._comm.name!r} called different things: {text}", calls=calls)
+        same_calls(self._comm.name, found, self._describe, ignore)
         return found
 
     def fits(self, num_bytes: int) -> bool:

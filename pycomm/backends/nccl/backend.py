@@ -284,6 +284,14 @@ class NcclBackend:
         finally:
             self._max_ctas = before
 
+    def on_host(self, timeout_s: float) -> ShmBackend | None:
+        """A group of the same ranks over shared memory, made by all of them; None: they share no host, or are one."""
+        return self._desk.split(0, self.rank, timeout_s) if isinstance(self._desk, ShmBackend) else None
+
+    def when_it_fails(self, callback: Callable[[], None]) -> None:
+        """Call ``callback``, in any thread, once the group cannot go on."""
+        self._watchdog.callbacks.append(callback)
+
     def synchronize(self, timeout_s: float) -> None:
         """Wait on the host for all that was enqueued, and raise what went wrong."""
         for operation in self._core.unfinished():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -44,6 +44,7 @@ class Watchdog:
         self, core: _C.NcclCommunicator, control: Backend | None, driver: _C.CudaDriver, group: str, timeout_s: float
     ) -> None:
         self.cause: Cause | None = None
+        self.callbacks: list[Callable[[], None]] = []  # when there is a cause
         self._core = core
         self._control = control
         self._driver = driver
@@ -92,6 +93,8 @@ class Watchdog:
         if announce and self._control is not None:
             self._control.abort(cause.encode())
         self._core.abort()
+        for callback in self.callbacks:
+            callback()
         return cause
 
     def failed_call(self, error: PycommError, timeout_s: float) -> PycommError:
