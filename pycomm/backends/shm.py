@@ -138,5 +138,5 @@ def tuning_here(world_size: int) -> dict[str, int]:
 def _view(buffer: _C.SymmetricBuffer, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
     """The buffer's memory as a flat tensor that keeps the buffer alive."""
     if num_elements == 0:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     return torch.frombuffer(buffer, dtype=dtype, count=num_elements)

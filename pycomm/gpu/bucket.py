@@ -40,7 +40,7 @@ class Bucket:
         self.memory = torch.empty(element, dtype=dtype, device=first.device)
         self.squares = torch.empty(chunk, dtype=torch.float64, device=first.device)
         self.non_finite = torch.zeros(1, dtype=torch.int32, device=first.device)
-        self._table = torch.tensor(rows, dtype=torch.int64).to(first.device)  # Segment of layout.hpp
+        self._table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(first.device)  # Segment of layout.hpp
 
     @property
     def table(self) -> tuple[int, int, int, int]:

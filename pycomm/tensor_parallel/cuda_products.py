@@ -97,7 +97,7 @@ class CudaProducts:
             ranks = KernelRanks.processes(host, device=comm.device.index)
         except (PycommError, ValueError) as error:
             _log.info("products of group %r: by collectives on all ranks: %s", comm.name, error)
-        all_can = torch.tensor([ranks is not None], dtype=torch.uint8)
+        all_can = torch.tensor([ranks is not None], dtype=torch.uint8, device="cpu")
         host.all_reduce(all_can, "min")
         if ranks is None or not all_can.item():
             return None
@@ -124,8 +124,8 @@ class CudaProducts:
         """
         width = in_features if kind == GATHER else out_features
         mine = [kind, dtype_code(x), x.shape[0], x.shape[1], width, in_features, out_features]
-        table = torch.empty(self._host.world_size, _WORDS, dtype=torch.int64)
-        self._host.all_gather(table, torch.tensor(mine))
+        table = torch.empty(self._host.world_size, _WORDS, dtype=torch.int64, device="cpu")
+        self._host.all_gather(table, torch.tensor(mine, device="cpu"))
         found: list[list[int]] = table.tolist()
         calls = [tuple(words[:_DESCRIBED]) for words in found]
         same_calls(self._name, calls, describe, ignore=_ROWS if kind == GATHER else None)

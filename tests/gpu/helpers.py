@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
 import numpy as np
+import pytest
 import torch
 
+import pycomm
+from pycomm import Communicator
 from tests.host.reduce_reference import STORAGE, Raw
+from tests.pool import file_store
 
 KERNEL_TIMEOUT_S = 30.0  # of waits that should end at once
 
@@ -21,3 +28,55 @@ def to_gpu(dtype: str, raw: Raw) -> torch.Tensor:
 def from_gpu(dtype: str, tensor: torch.Tensor) -> Raw:
     plain = tensor.detach().contiguous().view(torch.uint8).cpu().numpy()
     return plain.view(STORAGE[dtype])
+
+
+class SharedGpu:
+    """Ranks that are processes of one GPU, as a communicator of CUDA tensors; NCCL takes one rank a GPU.
+
+    It has what fused products ask of one, staged through the host, and the ranks' mapped memory is real.
+    """
+
+    backend = "nccl"
+
+    def __init__(self, host: Communicator) -> None:
+        self.rank, self.world_size, self.name = host.rank, host.world_size, host.name
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._host = host
+
+    def on_host(self) -> Communicator | None:
+        return self._host.split(0)
+
+    def when_it_fails(self, callback: Callable[[], None]) -> None:
+        pass
+
+    def all_reduce(self, tensor: torch.Tensor, *, async_op: bool = False) -> None:
+        staged = tensor.cpu()
+        self._host.all_reduce(staged)
+        tensor.copy_(staged)
+
+    def reduce_scatter(
+        self, output: torch.Tensor, input: torch.Tensor, *, input_splits: Sequence[int], async_op: bool = False
+    ) -> None:
+        staged = output.cpu()
+        self._host.reduce_scatter(staged, input.cpu(), input_splits=input_splits)
+        output.copy_(staged)
+
+    def all_gather(
+        self, output: torch.Tensor, input: torch.Tensor, *, output_splits: Sequence[int], async_op: bool = False
+    ) -> None:
+        staged = output.cpu()
+        self._host.all_gather(staged, input.cpu(), output_splits=output_splits)
+        output.copy_(staged)
+
+
+def needs_gpus(num: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(torch.cuda.device_count() < num, reason=f"fewer than {num} GPUs")
+
+
+@contextlib.contextmanager
+def nccl_of(host: Communicator, path: str) -> Iterator[Communicator]:
+    """A communicator on NCCL of the ranks of ``host``, with a GPU each. ``path``: of a file for their store."""
+    torch.cuda.set_device(host.rank)
+    store = file_store(path, host.world_size)
+    with pycomm.init("nccl", store=store, rank=host.rank, world_size=host.world_size) as comm:
+        yield comm

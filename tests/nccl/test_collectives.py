@@ -262,6 +262,20 @@ def refused(comm: Communicator) -> None:
     assert (tensor == 2).all()
 
 
+def other_default_device(comm: Communicator) -> None:
+    """As after ``torch.set_default_device("cuda")``: what ranks tell each other over the host stays there."""
+    tensor = torch.ones(4)
+    with torch.device("meta"):
+        part = comm.split(0)
+        assert part is not None
+        part.empty(0)
+        part.all_reduce(tensor)
+        part.synchronize()
+        assert comm.on_host() is not None
+        part.close()
+    assert (tensor == comm.world_size).all()
+
+
 def older(comm: Communicator) -> None:
     with patch.dict(os.environ, {"STANDIN_VERSION": "22809"}):
         comm._backend._library = load_nccl()  # type: ignore[attr-defined]
@@ -271,5 +285,7 @@ def older(comm: Communicator) -> None:
 
 def test_arguments_and_budgets(pool: Pool, standin: Path, tmp_path: Path) -> None:
     run(pool, 2, standin, tmp_path, refused)
+    (other := tmp_path / "other").mkdir()
+    run(pool, 2, standin, other, other_default_device)
     (again := tmp_path / "again").mkdir()
     run(pool, 1, standin, again, older)

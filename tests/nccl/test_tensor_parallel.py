@@ -55,7 +55,7 @@ class HostSums:
 
     def all_gather_matmul(self, xs: Any, weights: Any, rows: Rows, **options: Any) -> None:
         x, weight_t, out = self.checked("all_gather_matmul", xs, weights, rows, **options)
-        whole = torch.empty(sum(rows), x.shape[1], dtype=self.dtype)
+        whole = x.new_empty(sum(rows), x.shape[1])
         self.host.all_gather(whole, x, output_splits=list(rows))
         out.copy_(whole @ weight_t)
         start = sum(rows[: self.host.rank])
@@ -200,6 +200,8 @@ def workspaces(comm: Communicator) -> None:
             (torch.float32, (19, 10, 3, 3)),
         ]
         assert [workspace.num_synchronized for workspace in made] == [1, 0, 0]
+        with torch.device("meta"):  # wherever new tensors go by default
+            all_gather_matmul(x, weight, comm)
         bias = torch.full((3,), 2.0)
         assert (matmul_reduce_scatter(torch.ones(4, 2, 3), torch.ones(3, 3), comm, bias) == 8).all()
         assert (matmul_all_reduce(torch.ones(2, 3), torch.ones(3, 3), comm, bias) == 8).all()

@@ -16,7 +16,12 @@ WORLD_SIZES = [1, 2, 3, 4]
 def tensor(*shape, seed, dtype=torch.float32):
     """Integers from -2 to 2: all sums below are exact in fp32, so that any order gives the same bits."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+    return here(torch.randint(-2, 3, shape, generator=generator, device="cpu").to(dtype))
+
+
+def here(tensor):
+    """On the default device, which tests/gpu sets."""
+    return tensor.to(torch.get_default_device())
 
 
 def part(whole, comm, dim):
@@ -92,16 +97,20 @@ def bits_of(comm, overlap, chunks):
     before = sizes._CHUNK_BYTES
     sizes._CHUNK_BYTES = 1 << 9 if chunks else before
     generator = torch.Generator().manual_seed(comm.rank)
+
+    def draw(*shape, generator=generator):
+        return here(torch.randn(*shape, generator=generator, device="cpu"))
+
     try:
         results = []
         for lead in ((), (3,)):
-            x, weight = torch.randn(*lead, 23, 16, generator=generator), torch.randn(24, 16, generator=generator)
+            x, weight = draw(*lead, 23, 16), draw(24, 16)
             for operator in (all_gather_matmul, matmul_reduce_scatter, matmul_all_reduce, copy_matmul):
                 inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
                 out = operator(*inputs, comm, overlap=overlap)
-                grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+                grad = draw(*out.shape, generator=torch.Generator().manual_seed(5))
                 results += with_gradients(out, grad, *inputs)
-        return [t.numpy().tobytes() for t in results]
+        return [t.cpu().numpy().tobytes() for t in results]
     finally:
         sizes._CHUNK_BYTES = before
 

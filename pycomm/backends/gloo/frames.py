@@ -117,7 +117,7 @@ class Frames:
                 thread.join()
 
     def _listen(self, peer: int) -> None:
-        buffer = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+        buffer = torch.empty(_FRAME_BYTES, dtype=torch.uint8, device="cpu")
         while True:
             try:
                 self._wire.wait_long(self._wire.receive(buffer, peer, _TAG), peer)

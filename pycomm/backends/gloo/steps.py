@@ -73,7 +73,7 @@ class Steps:
         """Every rank's ``row``, by rank; rows are equally long. The first ranks of the hosts exchange their hosts'."""
         topology, size = self._topology, len(row)
         order = [rank for ranks in topology.hosts for rank in ranks]
-        rows = torch.empty(len(order), size, dtype=torch.uint8)
+        rows = torch.empty(len(order), size, dtype=torch.uint8, device="cpu")
         blocks = list(rows.split([len(ranks) for ranks in topology.hosts]))
         mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
         if self._local.size == 1:
@@ -161,7 +161,7 @@ class Steps:
         whole_op = "sum" if op == "avg" and not topology.flat else op
         held = source
         if local.size > 1:
-            held = torch.empty(counts[topology.local_rank], dtype=source.dtype)
+            held = source.new_empty(counts[topology.local_rank])
             local.reduce_scatter(held, source, counts, whole_op, limit.local_s)
         pieces = held.split([part.count for part in groups[topology.local_rank]])
         mine, sends = None, []
@@ -241,7 +241,7 @@ class Steps:
 
     def gather(self, output: torch.Tensor | None, input: torch.Tensor, root: int, limit: Limit) -> None:
         """All send to the root at once."""
-        whole = torch.empty(0) if output is None else output
+        whole = torch.empty(0, device="cpu") if output is None else output
         parts = [Part(rank, rank * input.numel(), input.numel()) for rank in range(self._topology.world_size)]
         self._to_root(whole, parts, input, root, limit)
 

@@ -119,6 +119,6 @@ class Wire:
     def cut(self) -> None:
         """Close all connections and end all waits, here and at the other ends, with a WireError. Idempotent."""
         try:
-            self._group.recv_anysource([torch.empty(1, dtype=torch.uint8)], _CUT_TAG).wait(_AT_ONCE)
+            self._group.recv_anysource([torch.empty(1, dtype=torch.uint8, device="cpu")], _CUT_TAG).wait(_AT_ONCE)
         except RuntimeError:
             return  # nobody sends with that tag: the wait has run out, which is what closes the connections

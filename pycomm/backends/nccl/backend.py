@@ -383,7 +383,7 @@ class NcclBackend:
             return [row]
         self._watchdog.check_all_here(call)
         mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
-        table = torch.empty(len(row) * self.world_size, dtype=torch.uint8)
+        table = torch.empty(len(row) * self.world_size, dtype=torch.uint8, device="cpu")
         try:
             self._desk.calls.all_gather(table, mine, None, False, timeout_s)
         except PycommError as error:

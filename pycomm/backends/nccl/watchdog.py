@@ -171,7 +171,7 @@ class Watchdog:
 
     def _send(self, control: Backend, row: bytes) -> None:
         mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
-        table = torch.empty(len(row) * control.world_size, dtype=torch.uint8)
+        table = torch.empty(len(row) * control.world_size, dtype=torch.uint8, device="cpu")
         self._exchange = control.calls.all_gather(table, mine, None, True, _ROUND_S), table, mine
 
     def _lost(self, error: PycommError) -> None:
