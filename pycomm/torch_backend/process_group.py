@@ -137,13 +137,17 @@ class PycommProcessGroup(Collectives):
         if started is None and finish is not None:
             finish()
         if comm.backend == "nccl":
-            streams = CudaStreams(comm.device)
-            return self._collect(
-                DeviceWork.of_current_stream(outputs, streams)
-                if started is None
-                else DeviceWork([started], outputs, finish, streams)
-            )
-        return self._collect(PycommWork([], outputs) if started is None else PycommWork([started], outputs, finish))
+            return self._collect(self._device_work(comm, started, outputs, finish))
+        work = PycommWork([], outputs) if started is None else PycommWork([started], outputs, finish)
+        return work if self._collected is None else self._collect(work)
+
+    def _device_work(
+        self, comm: Communicator, started: calls.Work | None, outputs: Tensors, finish: Finish
+    ) -> DeviceWork:
+        streams = CudaStreams(comm.device)
+        if started is None:
+            return DeviceWork.of_current_stream(outputs, streams)
+        return DeviceWork([started], outputs, finish, streams)
 
     def _collect(self, work: PycommWork) -> PycommWork:
         if self._collected is not None:
@@ -176,6 +180,8 @@ class PycommProcessGroup(Collectives):
 
         Different ranks may name different groups that do not overlap.
         """
+        if opts is not None:
+            raise ValueError("split_group: the back end pycomm has no pg_options")
         is_member = self.rank() in ranks
         store = dist.PrefixStore(f"{group_name}/", self.get_group_store())
         place = list(ranks).index(self.rank()) if is_member else 0
