@@ -47,11 +47,37 @@ def test_calls_follow_each_other(world, dtype, options):
     for seed, op in enumerate(OPS * 2):
         rows = uneven(world, seed)
         xs, weights, wanted = tensors_of(op, rows, dtype, seed)
-        checks.append((getattr(matmuls, op)(xs, weights, rows), wanted, (xs, weights)))
+        if seed % 2 == 1:
+            weights = [weight.t().contiguous() for weight in weights]
+        got = getattr(matmuls, op)(xs, weights, rows, transposed=seed % 2 == 1, one_by_one=seed % 3 == 2)
+        checks.append((got, wanted, (xs, weights)))
     matmuls.synchronize(30.0)
     for got, wanted, _ in checks:
         for one, other in zip(got, wanted, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_by_one_has_the_same_bits(op):
+    """Of random numbers, where the order of a sum, or another algorithm, would show."""
+    world, rows, size = 3, [300, 0, 213], 512
+    ranks = KernelRanks.virtual(world, timeout_s=KERNEL_TIMEOUT_S)
+    matmuls = OverlappedMatmuls(ranks, rows, size, size, torch.bfloat16, num_pieces=2)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(count):
+        return torch.randn(count, size, generator=generator, device="cuda").bfloat16()
+
+    xs = [draw(count if op == OPS[0] else sum(rows)) for count in rows]
+    weights = [draw(size) for _ in range(world)]
+    first = getattr(matmuls, op)(xs, weights, rows)
+    second = getattr(matmuls, op)(xs, weights, rows, one_by_one=True)
+    if op == OPS[0]:  # read behind the call, on its stream
+        gathered = matmuls.gathered(rows, size)
+        assert torch.equal(gathered[rows[0] :], torch.cat(xs[1:]))
+    matmuls.synchronize(30.0)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("op", OPS)
