@@ -187,7 +187,7 @@ def differing_calls(comm: Communicator, connection: Any, kind: str) -> Any:
     assert time.monotonic() - start < SOON_S
     with pytest.raises(MismatchError, match="cannot be used any more"):
         comm.barrier()
-    assert gpu_of(comm).library.standin_num_aborts() == 1
+    eventually(lambda: gpu_of(comm).library.standin_num_aborts() == 1)  # by whichever thread found out
     return sorted(caught.value.calls.items()), str(caught.value)
 
 
