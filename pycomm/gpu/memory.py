@@ -13,22 +13,10 @@ from pycomm import _C
 __all__ = ["dtype_name", "tensor_at", "tensors_of"]
 
 
-class _Bytes:
-    """Memory of a GPU as ``torch.as_tensor`` takes it: the tensor keeps this object, and so the memory's owner."""
-
-    def __init__(self, address: int, num_bytes: int, owner: object) -> None:
-        self.owner = owner
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
-
-
 def tensor_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
-    """Memory on ``device`` as uint8 [num_bytes], which keeps ``owner``."""
-    return torch.as_tensor(_Bytes(address, num_bytes, owner), device=device)
+    """Memory that ``device`` maps, on whatever GPU it lies, as uint8 [num_bytes] on ``device``. It keeps ``owner``."""
+    index = -1 if device.type == "cpu" else device.index
+    return torch.from_dlpack(_C.dlpack(address, num_bytes, index, owner))
 
 
 def tensors_of(

@@ -29,6 +29,7 @@ from pycomm.backends.nccl.symmetric import Symmetric
 from pycomm.backends.nccl.thresholds import Thresholds
 from pycomm.backends.nccl.watchdog import Watchdog
 from pycomm.backends.nccl.work import NcclWork
+from pycomm.backends.shm import ShmBackend
 from pycomm.errors import BackendUnavailableError, MismatchError, PycommError, StrictOrderError
 from pycomm.rendezvous import Rendezvous
 
