@@ -28,14 +28,17 @@ LABELS = {
     "ddp/gloo": "torch DDP on gloo",
     "ddp/gloo-view": "the same, gradients as views",
     "ddp/pycomm": "torch DDP on pycomm",
+    "ddp/fake": "torch DDP whose collectives do nothing",
     "fsdp2/gloo": "torch FSDP2 on gloo",
     "fsdp2/pycomm": "torch FSDP2 on pycomm",
+    "fsdp2/fake": "torch FSDP2 whose collectives do nothing",
     "deepspeed": "DeepSpeed ZeRO-1, torch's AdamW",
     "pycomm": "pycomm.DataParallel, torch's AdamW",
     "pycomm/after": "the same, overlap=False",
     "zero0": "ShardedAdamW, stage 0",
     "zero1": "ShardedAdamW, stage 1",
     "zero1/after": "the same, overlap=False: one pass",
+    "zero1/forward": "the same, overlap_forward=True",
     "zero2": "ShardedAdamW, stage 2",
 }
 SWEEP_MB = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
