@@ -175,18 +175,23 @@ class ShardedAdamW(torch.optim.Optimizer):
             raise ValueError("ShardedAdamW: pass param_groups when making it; groups cannot be added afterwards")
         super().add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, root: int | None = None) -> dict[str, Any]:
         """That of torch.optim.AdamW, whole tensors on every rank; 16-bit parameters have "master", too. Collective.
 
         It loads at any world size and stage, and in torch.optim.AdamW. Its memory is that of unsharded states.
+
+        Args:
+            root: the only rank that gets states; elsewhere "state" is empty, and memory that of one parameter's.
         """
         self.synchronize()
         result = super().state_dict()
         numbers = self._numbers()
+        has_states = root in (None, self._ddp.comm.rank)
         result["state"] = {
             numbers[id(slot.param)]: {"step": torch.tensor(float(self._num_steps)), **tensors}
             for state in self._states
-            for slot, tensors in state.whole().items()
+            for slot, tensors in state.whole(root).items()
+            if has_states
         }
         return result
 

@@ -91,17 +91,18 @@ class FamilyState:
         self._versions = self._current_versions()
         return under_way
 
-    def whole(self) -> dict[Slot, dict[str, Tensor]]:
-        """Every parameter's states, whole and in its shape. Collective where states are divided."""
+    def whole(self, root: int | None = None) -> dict[Slot, dict[str, Tensor]]:
+        """Every parameter's states, whole and in its shape. Collective where states are divided.
+
+        Args:
+            root: the only rank that gets them; the others hold one whole state of one parameter at a time.
+        """
         result: dict[Slot, dict[str, Tensor]] = {slot: {} for slot in self.family.slots}
-        for name, packed in self.tensors.items():
-            flat = torch.zeros(self.family.numel)
-            for slot, shard in zip(self.family.slots, self._shards, strict=True):
-                self._part(flat, slot, shard).copy_(packed[shard.packed : shard.packed + len(shard)])
-            if self._is_divided:
-                self._gather(flat)
-            for slot in self.family.slots:
-                result[slot][name] = slot.view_in(flat, slot.start).clone()
+        for slot, shard in self.shards():
+            for name, packed in self.tensors.items():
+                value = self._joined(slot, packed[shard.packed : shard.packed + len(shard)])
+                if root in (None, self._comm.rank):
+                    result[slot][name] = value
         return result
 
     def load(self, entries: Mapping[Slot, Mapping[str, Any] | None]) -> None:
@@ -138,6 +139,20 @@ class FamilyState:
             shards.append(Shard(begin, end, packed))
             packed += end - begin
         return shards
+
+    def _joined(self, slot: Slot, mine: Tensor) -> Tensor:
+        """One parameter's state from the shards of all ranks, in the parameter's shape."""
+        flat = mine.clone()
+        if self._is_divided and slot.param.numel() > 0:
+            ranks = range(self._comm.world_size)
+            places = [owned(slot.param.numel(), slot.turn, rank, self._comm.world_size) for rank in ranks]
+            counts = [end - begin for begin, end in places]
+            received = torch.empty(slot.param.numel())
+            self._comm.all_gather(received, mine, output_splits=counts)
+            flat = torch.empty_like(received)
+            for (begin, end), part in zip(places, received.split(counts), strict=True):
+                flat[begin:end] = part
+        return slot.view_in(flat, 0)
 
     def _part(self, flat: Tensor, slot: Slot, shard: Shard) -> Tensor:
         return flat[slot.start + shard.begin : slot.start + shard.end]
