@@ -188,31 +188,38 @@ def arithmetic(name: str, ranks: int) -> float:
     return 16 / ranks if name.startswith("fsdp2") else 16
 
 
+SWEPT = ("ddp/gloo", "pycomm", "zero1")
+
+
 def sweep_rows(options: argparse.Namespace) -> list[dict[str, object]]:
-    names = ["none", "ddp/gloo", "pycomm", "zero1"]
-    rows = []
-    for bucket_mb in SWEEP_MB:
-        rows += time_rows(names, bucket_mb, options)
-        print(bucket_mb, {row["contender"]: round(row["step_ms_p50"], 1) for row in rows[-len(names) :]}, flush=True)
-    draw(rows, names, options.sweep)
+    """One row a contender and bucket size; all of them take turns in the same processes."""
+    names = ["none", *(f"{name}@{bucket_mb}" for name in SWEPT for bucket_mb in SWEEP_MB)]
+    rows = time_rows(names, options.bucket_mb, options)
+    for row in rows:
+        row["contender"], _, bucket_mb = str(row["contender"]).partition("@")
+        row["bucket_mb"] = float(bucket_mb) if bucket_mb else None
+        print(f"{LABELS[row['contender']]:40} {bucket_mb:>6} {row['step_ms_p50']:8.1f} {row['step_ms_min']:7.1f}")
+    draw(rows, options)
     return rows
 
 
-def draw(rows: list[dict[str, object]], names: list[str], path: Path) -> None:
+def draw(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name in names:
+    axes.axhline(rows[0]["step_ms_p50"], color="black", linestyle="--", label=LABELS["none"])
+    for name in SWEPT:
         mine = [row for row in rows if row["contender"] == name]
         axes.plot([r["bucket_mb"] for r in mine], [r["step_ms_p50"] for r in mine], marker="o", label=LABELS[name])
     axes.set_xscale("log", base=2)
     axes.set_xticks(SWEEP_MB, [f"{size:g}" for size in SWEEP_MB])
-    axes.set_xlabel("bucket_mb")
-    axes.set_ylabel("median step, ms")
+    axes.set_xlabel("bucket_mb, MiB")
+    axes.set_ylabel("median step, ms (lower is better)")
+    axes.set_title(f"GPT of 6.9 M parameters, {options.ranks} ranks of one thread", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(options.sweep, dpi=150)
 
 
 def worker(task: str, names: list[str], bucket_mb: float, turns: int, steps: int, folder: str) -> None:
@@ -227,7 +234,10 @@ def worker(task: str, names: list[str], bucket_mb: float, turns: int, steps: int
     dist.init_process_group("gloo")
     comm = pycomm.init("host")
     if task == "time":
-        contenders = {name: training.build(name, comm, training.CONFIG, bucket_mb) for name in names}
+        contenders = {}
+        for name in names:
+            kind, _, own_mb = name.partition("@")
+            contenders[name] = training.build(kind, comm, training.CONFIG, float(own_mb or bucket_mb))
         found = training.time_turns(contenders, comm, turns, steps)
     else:
         found = training.memory_of(names[0], comm, bucket_mb)
