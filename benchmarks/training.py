@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def time_turns(
     result: dict[str, dict[str, list[float]]] = {name: {"step_s": [], "waited_s": []} for name in contenders}
     for turn in range(turns):
         order = list(contenders.items())
-        order = order[turn % len(order) :] + order[: turn % len(order)]
+        random.Random(turn).shuffle(order)  # the same on every rank; a slow moment hits other neighbours in each turn
         for name, contender in order:
             contender.step(tokens, targets)  # its memory is in the caches again
             dist.barrier()

@@ -96,11 +96,9 @@ MaybeWork update_everywhere(Communicator& self, const ParameterUpdate& update,
                             double timeout_s) {
   require_symmetric(self, update.params, update.count * size_of(update.param_dtype));
   if (reduce_first) require_symmetric(self, update.grads, update.count * size_of(update.grad_dtype));
-  return self.collective(
-      [=, scalars = scalars_of(groups)](host::Group& group) {
-        host::update_everywhere(group, update, scalars, reduce_first);
-      },
-      {timeout_s, async_op});
+  return self.collective([=, scalars = scalars_of(groups)](
+                             host::Group& group) { host::update_everywhere(group, update, scalars, reduce_first); },
+                         {timeout_s, async_op});
 }
 
 }  // namespace
