@@ -15,7 +15,7 @@ from tests.data_parallel.training import loss_on, network, weight_bits
 LATE_S = 0.2  # rank 1 begins its step so much later
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 def test_weights_are_the_same_bits(pool, world_size):
     assert pool.run(world_size, ways_with_other_weights) == [[]] * world_size
 
