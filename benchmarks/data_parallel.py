@@ -28,18 +28,28 @@ LABELS = {
     "ddp/gloo": "torch DDP on gloo",
     "ddp/gloo-view": "the same, gradients as views",
     "ddp/pycomm": "torch DDP on pycomm",
+    "ddp/fake": "torch DDP whose collectives do nothing",
     "fsdp2/gloo": "torch FSDP2 on gloo",
     "fsdp2/pycomm": "torch FSDP2 on pycomm",
+    "fsdp2/fake": "torch FSDP2 whose collectives do nothing",
     "deepspeed": "DeepSpeed ZeRO-1, torch's AdamW",
     "pycomm": "pycomm.DataParallel, torch's AdamW",
     "pycomm/after": "the same, overlap=False",
     "zero0": "ShardedAdamW, stage 0",
     "zero1": "ShardedAdamW, stage 1",
     "zero1/after": "the same, overlap=False: one pass",
+    "zero1/forward": "the same, overlap_forward=True",
     "zero2": "ShardedAdamW, stage 2",
 }
-SWEEP_MB = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+SWEEP_MB = (0.25, 1, 4, 8, 16, 32)
 TOKENS = 4 * 128
+# Freed memory stays with the process, for every contender alike. By default glibc gives it back to the system and takes
+# it again when it happens to lie at the heap's end: thousands of page faults in one step and none in the next.
+KEEP_FREED = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+}
 
 
 def main() -> None:
@@ -89,6 +99,7 @@ def run(task: str, names: list[str], bucket_mb: float, options: argparse.Namespa
             env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(options.ranks))
             env.update(LOCAL_WORLD_SIZE=str(options.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             env.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", DS_ACCELERATOR="cpu")
+            env.update(KEEP_FREED if task == "time" else {})
             ranks.append(subprocess.Popen(command, env=env))
         codes = [process.wait() for process in ranks]
         if any(codes):
@@ -177,31 +188,41 @@ def arithmetic(name: str, ranks: int) -> float:
     return 16 / ranks if name.startswith("fsdp2") else 16
 
 
+SWEPT = ("ddp/gloo", "pycomm", "zero1")
+
+
 def sweep_rows(options: argparse.Namespace) -> list[dict[str, object]]:
-    names = ["none", "ddp/gloo", "pycomm", "zero1"]
-    rows = []
-    for bucket_mb in SWEEP_MB:
-        rows += time_rows(names, bucket_mb, options)
-        print(bucket_mb, {row["contender"]: round(row["step_ms_p50"], 1) for row in rows[-len(names) :]}, flush=True)
-    draw(rows, names, options.sweep)
+    """One row a contender and bucket size; all of them take turns in the same processes."""
+    names = ["none", *(f"{name}@{bucket_mb}" for name in SWEPT for bucket_mb in SWEEP_MB)]
+    rows = time_rows(names, options.bucket_mb, options)
+    for row in rows:
+        row["contender"], _, bucket_mb = str(row["contender"]).partition("@")
+        row["bucket_mb"] = float(bucket_mb) if bucket_mb else None
+        print(f"{LABELS[row['contender']]:40} {bucket_mb:>6} {row['step_ms_p50']:8.1f} {row['step_ms_min']:7.1f}")
+    draw(rows, options)
     return rows
 
 
-def draw(rows: list[dict[str, object]], names: list[str], path: Path) -> None:
+def draw(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name in names:
+    axes.axhline(rows[0]["step_ms_min"], color="black", linestyle="--", label=LABELS["none"])
+    for name, aside in zip(SWEPT, (0.95, 1.0, 1.05), strict=True):  # so that spreads do not cover each other
         mine = [row for row in rows if row["contender"] == name]
-        axes.plot([r["bucket_mb"] for r in mine], [r["step_ms_p50"] for r in mine], marker="o", label=LABELS[name])
+        sizes, fastest = [aside * r["bucket_mb"] for r in mine], [r["step_ms_min"] for r in mine]
+        to_median = [r["step_ms_p50"] - r["step_ms_min"] for r in mine]
+        spread = [[0.0] * len(mine), to_median]
+        axes.errorbar(sizes, fastest, spread, marker="o", capsize=3, elinewidth=0.6, label=LABELS[name])
     axes.set_xscale("log", base=2)
     axes.set_xticks(SWEEP_MB, [f"{size:g}" for size in SWEEP_MB])
-    axes.set_xlabel("bucket_mb")
-    axes.set_ylabel("median step, ms")
+    axes.set_xlabel("bucket_mb, MiB")
+    axes.set_ylabel("step, ms: the fastest turn, and up to the median")
+    axes.set_title(f"GPT of 6.9 M parameters, {options.ranks} ranks of one thread", fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
+    figure.savefig(options.sweep, dpi=150)
 
 
 def worker(task: str, names: list[str], bucket_mb: float, turns: int, steps: int, folder: str) -> None:
@@ -216,7 +237,10 @@ def worker(task: str, names: list[str], bucket_mb: float, turns: int, steps: int
     dist.init_process_group("gloo")
     comm = pycomm.init("host")
     if task == "time":
-        contenders = {name: training.build(name, comm, training.CONFIG, bucket_mb) for name in names}
+        contenders = {}
+        for name in names:
+            kind, _, own_mb = name.partition("@")
+            contenders[name] = training.build(kind, comm, training.CONFIG, float(own_mb or bucket_mb))
         found = training.time_turns(contenders, comm, turns, steps)
     else:
         found = training.memory_of(names[0], comm, bucket_mb)

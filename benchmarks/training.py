@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import pycomm
@@ -79,6 +81,8 @@ def build(name: str, comm: pycomm.Communicator, config: GPTConfig, bucket_mb: fl
         wrapped = DistributedDataParallel(
             model, process_group=_group(backend), bucket_cap_mb=bucket_mb, gradient_as_bucket_view=bool(view)
         )
+        if backend == "fake":  # whose futures DDP does not take
+            wrapped.register_comm_hook(None, noop_hook)
         return Contender(wrapped, torch_adamw(wrapped))
     if kind == "fsdp2":
         sharded = _fsdp2(model, option)
@@ -87,12 +91,23 @@ def build(name: str, comm: pycomm.Communicator, config: GPTConfig, bucket_mb: fl
         return _deepspeed(model)
     ddp = pycomm.DataParallel(model, comm, bucket_mb=bucket_mb, overlap=option != "after")
     stage = kind.removeprefix("zero")
-    optimizer = torch_adamw(ddp) if kind == "pycomm" else pycomm.ShardedAdamW(ddp, **ADAMW, stage=int(stage))
+    if kind == "pycomm":
+        return Contender(ddp, torch_adamw(ddp), lambda: ddp.exposed_comm_s)
+    optimizer = pycomm.ShardedAdamW(ddp, **ADAMW, stage=int(stage), overlap_forward=option == "forward")
     return Contender(ddp, optimizer, lambda: ddp.exposed_comm_s)
+
+
+def communicates(name: str) -> bool:
+    """Whether the ranks of this contender train together; the others are bounds."""
+    kind, _, option = name.partition("/")
+    return kind not in ("compute", "none") and option != "fake"
 
 
 @functools.cache
 def _group(backend: str) -> dist.ProcessGroup:
+    """All ranks on a back end of torch.distributed; "fake" moves nothing and is over at once."""
+    if backend == "fake":
+        import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers it)
     return dist.new_group(backend=backend)
 
 
@@ -144,13 +159,13 @@ def time_turns(
         loss = contender.step(tokens, targets)
         comm.all_reduce(loss, op="avg")
         losses[name] = float(loss)
-    together = {name: loss for name, loss in losses.items() if name.partition("/")[0] not in ("compute", "none")}
+    together = {name: loss for name, loss in losses.items() if communicates(name)}
     if together and max(together.values()) - min(together.values()) > LOSS_TOLERANCE:
         raise RuntimeError(f"the contenders do not train alike; losses after {WARM_UP} steps: {together}")
     result: dict[str, dict[str, list[float]]] = {name: {"step_s": [], "waited_s": []} for name in contenders}
     for turn in range(turns):
         order = list(contenders.items())
-        order = order[turn % len(order) :] + order[: turn % len(order)]
+        random.Random(turn).shuffle(order)  # the same on every rank; a slow moment hits other neighbours in each turn
         for name, contender in order:
             contender.step(tokens, targets)  # its memory is in the caches again
             dist.barrier()

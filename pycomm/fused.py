@@ -43,16 +43,24 @@ class FusedCalls(Collectives):
         return None if core is None else self._work(core, memory)
 
     def update_parameters(
-        self, update: _C.ParameterUpdate, groups: Sequence[AdamWScalars], *, reduce_first: bool
-    ) -> None:
+        self,
+        update: _C.ParameterUpdate,
+        groups: Sequence[AdamWScalars],
+        *,
+        reduce_first: bool,
+        memory: Sequence[torch.Tensor] = (),
+        async_op: bool = False,
+    ) -> Work | None:
         """One step of AdamW on the runs that this rank owns; their new values go to every rank's parameters.
 
         Args:
             update: gradients, parameters, states, and the runs.
             groups: by the number of the parameter group in each run.
             reduce_first: average the gradients over the ranks on the way.
+            memory: what an asynchronous call reads and writes, kept alive until it is over.
         """
-        _C.update_everywhere(self._host, update, groups, reduce_first, self.timeout_s)
+        core = _C.update_everywhere(self._host, update, groups, reduce_first, async_op, self.timeout_s)
+        return None if core is None else self._work(core, *memory)
 
     @property
     def _host(self) -> _C.HostCommunicator:

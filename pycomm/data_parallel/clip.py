@@ -104,6 +104,7 @@ def _clip_averages(
     engines = [ddp._engine for ddp in wrapped]
     tables = []
     for engine in engines:
+        engine.settle()
         table = engine.gradients.norm_table()
         for slot in engine.gradients.slots:
             if not _counts(slot.param, mesh):

@@ -13,6 +13,7 @@ from pycomm.communicator import Communicator
 from pycomm.data_parallel.bucket import Family, Slot
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.gradients import Gradients
+from pycomm.data_parallel.pending import Part
 from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.shards import Shard, owned, row
 from pycomm.fused import AdamWScalars, dtype_name
@@ -32,8 +33,9 @@ class FamilyState:
         self._gradients = gradients
         self._is_divided = stage > 0 and comm.world_size > 1
         self._pushes = self._is_divided and gradients.fused
-        self._group_of = group_of
         self._shards = self._shards_of(comm.rank)
+        self._shard_of = dict(zip(family.slots, self._shards, strict=True))
+        self._group_of = dict(zip(family.slots, group_of, strict=True))
         numel = max(1, family.numel)
         self._flat = (
             comm.empty(numel, dtype=family.param_dtype)
@@ -51,38 +53,56 @@ class FamilyState:
             self.tensors["master"] = torch.zeros(num_owned)
             self._take_values()
         self._versions = self._current_versions()
-        self._update: _C.ParameterUpdate | None = None
-        self._layout = 0  # of the gradients that self._update describes
+        self._updates: list[tuple[list[Slot], _C.ParameterUpdate]] = []  # one after the other they are a step
+        self._layout = 0  # of the gradients that they describe
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def update(self, scalars: Sequence[AdamWScalars]) -> None:
-        """One step; afterwards every rank has the new parameters. Collective where states are divided."""
+    def update(self, scalars: Sequence[AdamWScalars], num_parts: int = 1) -> list[Part]:
+        """One step. Collective where states are divided.
+
+        Returns:
+            Where peers write the parameters and ``num_parts`` is more than 1: so many parts, about equal, that are
+            under way, in the order in which forward needs them. Otherwise nothing: every rank has the new parameters.
+        """
         if self.family.has_master and self._versions != self._current_versions():
             self._take_values()  # somebody has loaded other values
-        if self._update is None or self._layout != self._gradients.layout:
-            self._update, self._layout = self._describe(), self._gradients.layout
-        if self._pushes:
-            self._comm.update_parameters(self._update, scalars, reduce_first=self._gradients.unreduced)
-        else:
-            _C.update_locally(self._update, scalars)
-            if self._is_divided:
-                self._gather(self._flat)
+        if not self._updates or self._layout != self._gradients.layout:
+            divided = _divided(self._in_forward_order(), num_parts if self._pushes else 1)
+            self._updates, self._layout = [(p, self._describe(p)) for p in divided], self._gradients.layout
+        under_way: list[Part] = []
+        for slots, update in self._updates:
+            if self._pushes:
+                work = self._comm.update_parameters(
+                    update,
+                    scalars,
+                    reduce_first=self._gradients.unreduced,
+                    memory=(self._flat, self._gradient(), *self.tensors.values()),
+                    async_op=num_parts > 1,
+                )
+                if work is not None:
+                    under_way.append((slots, work))
+            else:
+                _C.update_locally(update, scalars)
+        if self._is_divided and not self._pushes:
+            self._gather(self._flat)
         self._versions = self._current_versions()
+        return under_way
 
-    def whole(self) -> dict[Slot, dict[str, Tensor]]:
-        """Every parameter's states, whole and in its shape. Collective where states are divided."""
+    def whole(self, root: int | None = None) -> dict[Slot, dict[str, Tensor]]:
+        """Every parameter's states, whole and in its shape. Collective where states are divided.
+
+        Args:
+            root: the only rank that gets them; the others hold one whole state of one parameter at a time.
+        """
         result: dict[Slot, dict[str, Tensor]] = {slot: {} for slot in self.family.slots}
-        for name, packed in self.tensors.items():
-            flat = torch.zeros(self.family.numel)
-            for slot, shard in zip(self.family.slots, self._shards, strict=True):
-                self._part(flat, slot, shard).copy_(packed[shard.packed : shard.packed + len(shard)])
-            if self._is_divided:
-                self._gather(flat)
-            for slot in self.family.slots:
-                result[slot][name] = slot.view_in(flat, slot.start).clone()
+        for slot, shard in self.shards():
+            for name, packed in self.tensors.items():
+                value = self._joined(slot, packed[shard.packed : shard.packed + len(shard)])
+                if root in (None, self._comm.rank):
+                    result[slot][name] = value
         return result
 
     def load(self, entries: Mapping[Slot, Mapping[str, Any] | None]) -> None:
@@ -120,6 +140,20 @@ class FamilyState:
             packed += end - begin
         return shards
 
+    def _joined(self, slot: Slot, mine: Tensor) -> Tensor:
+        """One parameter's state from the shards of all ranks, in the parameter's shape."""
+        flat = mine.clone()
+        if self._is_divided and slot.param.numel() > 0:
+            ranks = range(self._comm.world_size)
+            places = [owned(slot.param.numel(), slot.turn, rank, self._comm.world_size) for rank in ranks]
+            counts = [end - begin for begin, end in places]
+            received = torch.empty(slot.param.numel())
+            self._comm.all_gather(received, mine, output_splits=counts)
+            flat = torch.empty_like(received)
+            for (begin, end), part in zip(places, received.split(counts), strict=True):
+                flat[begin:end] = part
+        return slot.view_in(flat, 0)
+
     def _part(self, flat: Tensor, slot: Slot, shard: Shard) -> Tensor:
         return flat[slot.start + shard.begin : slot.start + shard.end]
 
@@ -136,22 +170,35 @@ class FamilyState:
     def _current_versions(self) -> list[int]:
         return [slot.param._version for slot in self.family.slots]
 
-    def _describe(self) -> _C.ParameterUpdate:
+    def _in_forward_order(self) -> list[Slot]:
+        """The family's parameters, those first whose gradients come last."""
+        return [
+            s for bucket in reversed(self._gradients.buckets) for s in reversed(bucket.slots) if s in self._shard_of
+        ]
+
+    def _gradient(self) -> Tensor:
+        """What the family's averages are read from."""
         gradients = self._gradients
+        if isinstance(gradients, FlatGradients):
+            return gradients.flats[self.family]
+        assert isinstance(gradients, PooledGradients)
+        return gradients.shards[self.family]
+
+    def _describe(self, slots: Sequence[Slot]) -> _C.ParameterUpdate:
+        gradients = self._gradients
+        is_flat = isinstance(gradients, FlatGradients)
         rows = []
-        for (slot, shard), group in zip(self.shards(), self._group_of, strict=True):
+        for slot in slots:
+            shard = self._shard_of[slot]
             if len(shard) > 0:
                 start = gradients.start(slot) if isinstance(gradients, FlatGradients) else 0
+                group = self._group_of[slot]
                 rows.append(row(shard, slot.first_block, grad=start, param=slot.start, group=group))
-        if isinstance(gradients, FlatGradients):
-            grads = gradients.flats[self.family]
-        else:
-            assert isinstance(gradients, PooledGradients)
-            grads = gradients.shards[self.family]
+        grads = self._gradient()
         return _C.ParameterUpdate(
             grads=grads.data_ptr(),
             grad_dtype=dtype_name(grads.dtype),
-            grads_packed=isinstance(gradients, PooledGradients),
+            grads_packed=not is_flat,
             params=self._flat.data_ptr(),
             count=self._flat.numel(),
             param_dtype=dtype_name(self._flat.dtype),
@@ -174,3 +221,16 @@ class FamilyState:
         for part, values in zip(parts, received.split(counts), strict=True):
             for target, value in zip(part, values.split([len(t) for t in part]), strict=True):
                 target.copy_(value)
+
+
+def _divided(slots: Sequence[Slot], num_parts: int) -> list[list[Slot]]:
+    """``slots`` in order, in at most ``num_parts`` runs of about equal numbers of elements."""
+    total = sum(slot.param.numel() for slot in slots)
+    parts: list[list[Slot]] = [[]]
+    done = 0
+    for slot in slots:
+        if done * num_parts >= total * len(parts):
+            parts.append([])
+        parts[-1].append(slot)
+        done += slot.param.numel()
+    return parts

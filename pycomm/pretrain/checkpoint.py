@@ -16,11 +16,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,6 +30,7 @@ from pycomm.pretrain.config import ConfigError, PretrainConfig
 from pycomm.pretrain.loop import TrainState
 
 FORMAT = 1
+_WRITER = 0  # the rank that writes and reads the files
 _STEP_DIR = re.compile(r"step_(\d+)")
 
 
@@ -48,7 +48,7 @@ class CheckpointInfo:
 def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: str) -> Path:
     """Write a checkpoint into ``folder`` and keep the newest ``config.run.keep``.
 
-    Collective: one rank calls this, while all others call :func:`contribute`.
+    Collective: rank 0 calls this, while all others call :func:`contribute`. Rank 0 alone holds whole optimizer states.
 
     Returns:
         The checkpoint's folder. One of the same step is replaced.
@@ -59,7 +59,7 @@ def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: st
     work = final.with_suffix(".tmp")
     work.mkdir()
     with _quiet():
-        dcp.save(_tensors(state, state.optimizer.state_dict()), checkpoint_id=work, no_dist=True)
+        dcp.save(_saved(state), checkpoint_id=work, no_dist=True)
     info = {
         "format": FORMAT,
         "step": state.step,
@@ -81,8 +81,8 @@ def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: st
 
 
 def contribute(state: TrainState) -> None:
-    """A rank's part in a checkpoint that another one writes: its optimizer states. Collective."""
-    state.optimizer.state_dict()
+    """A rank's part in a checkpoint that rank 0 writes: its optimizer states. Collective."""
+    state.optimizer.state_dict(root=_WRITER)
 
 
 def load(path: Path, comm: Communicator, state: TrainState) -> None:
@@ -93,16 +93,29 @@ def load(path: Path, comm: Communicator, state: TrainState) -> None:
         comm: all ranks of the run.
         state: an untrained one of the same model; changed in place.
     """
-    optimizer = state.optimizer.state_dict()
-    tensors = _tensors(state, optimizer)  # the optimizer's are those of the dictionary, so reading fills it
-    if comm.rank == 0:
+    progress, weights = _progress(state), _weights(state)
+    num_steps = torch.zeros(())  # the same of all parameters
+    shards = [
+        (f"optim.{slot.name}.{key}", slot, shard, packed)
+        for slot, shard, packed_by_key in state.optimizer.shards()
+        for key, packed in packed_by_key.items()
+    ]
+    whole: dict[str, Tensor] = {}
+    if comm.rank == _WRITER:
+        whole = {name: torch.empty_like(slot.param, dtype=packed.dtype) for name, slot, _, packed in shards}
+        steps = {f"optim.{shards[0][1].name}.step": num_steps}
         with _quiet():
-            dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    for name in sorted(tensors):
-        comm.broadcast(tensors[name])
-    state.optimizer.load_state_dict(optimizer)
-    state.step = int(tensors["progress.step"])
-    torch.set_rng_state(tensors["progress.rng"])
+            dcp.load({**progress, **weights, **steps, **whole}, checkpoint_id=path, no_dist=True)
+    for tensor in (*progress.values(), *weights.values(), num_steps):
+        comm.broadcast(tensor)
+    # One after the other, and only this rank's shard is kept.
+    for name, slot, shard, packed in shards:
+        value = whole.pop(name) if name in whole else torch.empty_like(slot.param, dtype=packed.dtype)
+        comm.broadcast(value)
+        packed[shard.packed : shard.packed + len(shard)] = slot.in_memory_order(value)[shard.begin : shard.end]
+    state.step = int(progress["progress.step"])
+    state.optimizer.states_were_read(int(num_steps), [{} for _ in state.optimizer.param_groups])
+    torch.set_rng_state(progress["progress.rng"])
 
 
 def find(resume: str, out_dir: Path) -> Path | None:
@@ -174,24 +187,26 @@ def _differences(before: dict[str, object], now: dict[str, object]) -> list[str]
     return [f"{key} {before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
 
 
-def _tensors(state: TrainState, optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All that is saved, by name, as tensors that share memory with what they come from (``progress.*`` are copies).
-
-    Args:
-        optimizer: whole states, as ``state.optimizer.state_dict()`` gives them.
-    """
-    tensors = {
+def _progress(state: TrainState) -> dict[str, Tensor]:
+    """Copies of what is neither weight nor optimizer state."""
+    return {
         "progress.step": torch.tensor([state.step], dtype=torch.int64),
         "progress.rng": torch.get_rng_state(),
     }
-    # A tied weight has two names in the state dict; its parameter has one.
+
+
+def _weights(state: TrainState) -> dict[str, Tensor]:
+    """Weights by name; they share the model's memory. A tied weight goes by its parameter's one name."""
+    return {f"model.{name}": parameter.detach() for name, parameter in state.model.named_parameters()}
+
+
+def _saved(state: TrainState) -> dict[str, Tensor]:
+    """All that is saved, by name. Collective; for rank 0."""
+    tensors = {**_progress(state), **_weights(state)}
     names = {id(parameter): name for name, parameter in state.model.named_parameters()}
-    for name, parameter in state.model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
     in_order = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in enumerate(in_order):
-        moments = optimizer["state"][number]
-        tensors.update({f"optim.{names[id(parameter)]}.{key}": value for key, value in moments.items()})
+    for number, states in state.optimizer.state_dict(root=_WRITER)["state"].items():
+        tensors.update({f"optim.{names[id(in_order[number])]}.{key}": value for key, value in states.items()})
     return tensors
 
 

@@ -50,6 +50,20 @@ def go_on(comm, stage, dtype, path):
     return loaded, weight_bits(ddp)
 
 
+def test_one_rank_alone_gets_whole_states(pool):
+    assert pool.run(3, states_on_rank_1) == [(0, False), (6, True), (0, False)]
+
+
+def states_on_rank_1(comm):
+    """How many parameters' states there are, and whether they are those that every rank can have."""
+    _, optimizer, _ = train(comm, 1, num_steps=2)
+    everywhere, here = (optimizer.state_dict(root)["state"] for root in (None, 1))
+    is_equal = here.keys() == everywhere.keys() and all(
+        bits(value) == bits(everywhere[key][name]) for key, entry in here.items() for name, value in entry.items()
+    )
+    return len(here), is_equal
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("saved", "loaded"), [((2, 1), (3, 2)), ((4, 2), (1, 0)), ((1, 0), (2, 1)), ((3, 2), (2, 1))])
 def test_each_rank_writes_and_reads_its_own_states(pool, tmp_path, saved, loaded, dtype):
