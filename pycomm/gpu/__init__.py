@@ -7,6 +7,6 @@ making :class:`KernelRanks` raises :class:`pycomm.errors.BackendUnavailableError
 
 from pycomm.gpu.bucket import Bucket
 from pycomm.gpu.matmul import OverlappedMatmuls
-from pycomm.gpu.ranks import KernelRanks
+from pycomm.gpu.ranks import KernelRanks, kernel_device
 
-__all__ = ["Bucket", "KernelRanks", "OverlappedMatmuls"]
+__all__ = ["Bucket", "KernelRanks", "OverlappedMatmuls", "kernel_device"]

@@ -16,7 +16,7 @@ from pycomm.gpu.bucket import Bucket
 from pycomm.gpu.grids import CHUNK_ELEMENTS, MAX_BLOCKS, NUM_THREADS, ONE_SHOT_CHUNK, Grid, grid_of, one_shot_grid
 from pycomm.gpu.memory import dtype_name, tensors_of
 
-__all__ = ["KernelRanks"]
+__all__ = ["KernelRanks", "kernel_device"]
 
 AdamWOptions = tuple[float, float, float, float, float, int]  # lr, beta1, beta2, eps, weight_decay, step
 
@@ -63,7 +63,7 @@ class KernelRanks:
         Raises:
             BackendUnavailableError: no CUDA code in this build, or no GPU.
         """
-        index = _device_index(device)
+        index = kernel_device(device)
         pads = _C.GpuMemory.virtual_ranks(index, num_ranks, _C.SIGNAL_PAD_BYTES)
         return cls(pads, torch.device("cuda", index), range(num_ranks), timeout_s)
 
@@ -74,7 +74,7 @@ class KernelRanks:
         Args:
             comm: of the host transport: ranks of one host. Their GPUs may be one GPU, or such as reach each other.
         """
-        index = _device_index(device)
+        index = kernel_device(device)
         pads = _C.GpuMemory.processes(comm._host, index, _C.SIGNAL_PAD_BYTES, comm.timeout_s)
         ranks = cls(pads, torch.device("cuda", index), [comm.rank], timeout_s)
         ranks._communicator = comm
@@ -329,7 +329,12 @@ def _addresses(tensors: Sequence[Tensor], element: int = 0) -> list[int]:
     return [tensor.data_ptr() + element * tensor.element_size() for tensor in tensors]
 
 
-def _device_index(device: int | None) -> int:
+def kernel_device(device: int | None) -> int:
+    """The number of the GPU that kernels are launched on: ``device``, else the current one.
+
+    Raises:
+        BackendUnavailableError: no CUDA code in this build, or no GPU.
+    """
     if not _C.cuda_build():
         raise BackendUnavailableError(
             "this build of pycomm has no CUDA code: install it with PYCOMM_CUDA=ON, on a machine with nvcc"

@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pycomm.communicator import Communicator
 from pycomm.errors import PycommError
-from pycomm.gpu import KernelRanks, OverlappedMatmuls
+from pycomm.gpu import KernelRanks, OverlappedMatmuls, kernel_device
 from pycomm.tensor_parallel.descriptors import GATHER, describe, dtype_code, same_calls
 
 __all__ = ["CudaProducts", "Shown"]
 
+_Result = TypeVar("_Result")
 _log = logging.getLogger("pycomm")
 _WORDS = 7
 _DESCRIBED = 5  # of them, for `describe`
@@ -92,14 +93,12 @@ class CudaProducts:
         if host is None:
             _log.info("products of group %r: by collectives, since its ranks are on several hosts", comm.name)
             return None
-        ranks = None
-        try:
-            ranks = KernelRanks.processes(host, device=comm.device.index)
-        except (PycommError, ValueError) as error:
-            _log.info("products of group %r: by collectives on all ranks: %s", comm.name, error)
-        all_can = torch.tensor([ranks is not None], dtype=torch.uint8, device="cpu")
-        host.all_reduce(all_can, "min")
-        if ranks is None or not all_can.item():
+        index = comm.device.index
+        # First what can fail on one rank alone: mapping needs all ranks.
+        if _all_or_none(comm, host, lambda: kernel_device(index)) is None:
+            return None
+        ranks = _all_or_none(comm, host, lambda: KernelRanks.processes(host, device=index))
+        if ranks is None:
             return None
         products = cls(comm.name, host, ranks)
         alive = weakref.ref(products)
@@ -165,3 +164,15 @@ class CudaProducts:
         for workspace in list(self._workspaces.values()):
             with contextlib.suppress(PycommError):  # which says that they did not come
                 workspace.matmuls.synchronize(_RELEASE_S)
+
+
+def _all_or_none(comm: Communicator, host: Communicator, attempt: Callable[[], _Result]) -> _Result | None:
+    """What ``attempt`` returns; None, on all ranks, if it failed on one."""
+    result = None
+    try:
+        result = attempt()
+    except (PycommError, ValueError) as error:
+        _log.info("products of group %r: by collectives on all ranks: %s", comm.name, error)
+    all_can = torch.tensor([result is not None], dtype=torch.uint8, device="cpu")
+    host.all_reduce(all_can, "min")
+    return result if all_can.item() else None

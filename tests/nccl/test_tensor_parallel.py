@@ -115,6 +115,7 @@ def mapped() -> Iterator[list[HostSums]]:
     HostSums.made.clear()
     module = "pycomm.tensor_parallel.cuda_products"
     with (
+        patch(f"{module}.kernel_device", lambda index: 0),
         patch(f"{module}.KernelRanks", HostRanks),
         patch(f"{module}.OverlappedMatmuls", HostSums),
         patch(f"{module}.SideStream", OneStream),
@@ -157,8 +158,22 @@ def by_collectives(comm: Communicator) -> None:
         assert not made
 
 
-def test_by_collectives(pool: Pool, standin: Path, tmp_path: Path) -> None:
-    run(pool, 2, standin, tmp_path, by_collectives)
+def one_build_without_kernels(comm: Communicator) -> None:
+    """Nobody begins to map, which would wait for the rank that cannot."""
+
+    def device(index: int | None) -> int:
+        if comm.rank == 1:
+            raise BackendUnavailableError("this build of pycomm has no CUDA code")
+        return 0
+
+    module = "pycomm.tensor_parallel.cuda_products"
+    with mapped(), patch(f"{module}.kernel_device", device), patch(f"{module}.KernelRanks", None):
+        assert cuda_products(comm) is None
+
+
+@pytest.mark.parametrize("body", [by_collectives, one_build_without_kernels])
+def test_by_collectives(pool: Pool, standin: Path, tmp_path: Path, body: Callable[[Communicator], None]) -> None:
+    run(pool, 2, standin, tmp_path, body)
 
 
 def bits(comm: Communicator, overlap: bool) -> list[bytes]:
