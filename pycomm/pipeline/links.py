@@ -51,8 +51,8 @@ class Links:
         self._counts = slots
         self._fixes_shapes = comm.backend == "nccl"
         self.is_ordered = ordered or self._fixes_shapes
-        # What each transfer of a step, and of an evaluation, was the first time.
-        self._known: dict[tuple[bool, Key], Token] = {}
+        # By whether gradients are wanted: what each transfer of a step, or of an evaluation, was the first time.
+        self._known: dict[bool, dict[Key, Token]] = {}
         self._wants_slots = bool(slots) and not ordered and comm.backend == "shm"
         self._slots: Slots | None = None
         self._works: list[Work] = []
@@ -93,21 +93,20 @@ class Links:
         """
         if not self._fixes_shapes:
             return self._transfer(sends, receives, self._negotiate(sends, receives))
-        is_training = torch.is_grad_enabled()
-        if not all((is_training, action.key) in self._known for action in (*receives, *(send[0] for send in sends))):
-            tokens = self._negotiate(sends, receives)
-            given = [unpack(pack(tensor, rows)) for _, tensor, rows in sends]
-            for action, token in zip((*receives, *(send[0] for send in sends)), (*tokens, *given), strict=True):
-                self._known[is_training, action.key] = token
-        for action, tensor, rows in sends:
-            before, now = self._known[is_training, action.key], unpack(pack(tensor, rows))
+        known = self._known.setdefault(torch.is_grad_enabled(), {})
+        given = {action.key: unpack(pack(tensor, rows)) for action, tensor, rows in sends}
+        wanted = [action.key for action in receives]
+        if not known.keys() >= {*given, *wanted}:
+            known |= given | dict(zip(wanted, self._negotiate(sends, receives), strict=True))
+        for key, now in given.items():
+            before = known[key]
             if now != before:
                 raise ValueError(
-                    f"{action} is {now.dtype} {list(now.shape)} of {now.rows} rows, the first time it was "
+                    f"{Action(*key)} is {now.dtype} {list(now.shape)} of {now.rows} rows, the first time it was "
                     f"{before.dtype} {list(before.shape)} of {before.rows}: on NCCL batches keep their shape; make "
                     f"another Pipeline for another one"
                 )
-        return self._transfer(sends, receives, [self._known[is_training, action.key] for action in receives])
+        return self._transfer(sends, receives, [known[key] for key in wanted])
 
     def _negotiate(self, sends: Sequence[Outgoing], receives: Sequence[Action]) -> list[Token]:
         """What the receives will be."""

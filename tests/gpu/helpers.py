@@ -57,15 +57,16 @@ class SharedGpu:
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, *, input_splits: Sequence[int], async_op: bool = False
     ) -> None:
-        staged = output.cpu()
-        self._host.reduce_scatter(staged, input.cpu(), input_splits=input_splits)
-        output.copy_(staged)
+        self._staged(self._host.reduce_scatter, output, input, input_splits=input_splits)
 
     def all_gather(
         self, output: torch.Tensor, input: torch.Tensor, *, output_splits: Sequence[int], async_op: bool = False
     ) -> None:
+        self._staged(self._host.all_gather, output, input, output_splits=output_splits)
+
+    def _staged(self, call: Callable[..., object], output: torch.Tensor, input: torch.Tensor, **splits: object) -> None:
         staged = output.cpu()
-        self._host.all_gather(staged, input.cpu(), output_splits=output_splits)
+        call(staged, input.cpu(), **splits)
         output.copy_(staged)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,24 @@ def read_by_the_host() -> Iterator[None]:
 
     with patch.object(NcclBackend, "_enqueue", enqueue_and_wait):
         yield
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Return once other threads or ranks have made it true."""
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def until_it_fails(wait: Callable[[], object]) -> None:
+    """Wait for what was enqueued, and for the watchdog to find out what is wrong with it; raises that."""
+
+    def has_not_failed() -> bool:
+        wait()
+        return False
+
+    eventually(has_not_failed)
 
 
 def gpu_of(comm: Communicator) -> StandInGpu:

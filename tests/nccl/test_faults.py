@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,8 @@ from pycomm import Communicator
 from pycomm.backends.nccl.backend import NcclBackend
 from pycomm.backends.nccl.watchdog import Watchdog
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
-from tests.nccl.helpers import SOON_S, gpu_of, ranks, ranks_on_hosts
+from tests.nccl.helpers import SOON_S, eventually, gpu_of, ranks, ranks_on_hosts, until_it_fails
 from tests.pool import TIMEOUT_S
-
-
-def until_it_fails(comm: Communicator) -> None:
-    """Wait for what was enqueued, and for the watchdog to find out what is wrong with it."""
-    end = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < end:
-        comm.synchronize()
-        time.sleep(0.01)
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def watchdog_of(comm: Communicator) -> Watchdog:
@@ -84,7 +68,7 @@ def stopped(comm: Communicator, connection: Any) -> None:
     if comm.rank == 1:
         connection.recv()  # the test stops this process meanwhile
     comm.all_reduce(torch.ones(1000), "max", async_op=True)
-    until_it_fails(comm)
+    until_it_fails(comm.synchronize)
 
 
 def test_a_stopped_rank_is_named_at_the_deadline(standin: Path, tmp_path: Path) -> None:
@@ -124,7 +108,7 @@ def all_come_and_nothing_moves(comm: Communicator, connection: Any) -> int:
     gpu_of(comm).library.standin_hang(1)
     comm.all_reduce(torch.ones(5), timeout_s=0.5)
     with pytest.raises(PeerTimeoutError, match="all ranks have called it, but NCCL did not finish within 0.5 s"):
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     return int(gpu_of(comm).library.standin_num_aborts())
 
 
@@ -138,11 +122,11 @@ def receive_what_nobody_sends(comm: Communicator, connection: Any) -> None:
     if comm.rank == 0:
         comm.recv(torch.empty(3), 1, timeout_s=0.5)
         with pytest.raises(PeerTimeoutError, match="rank 1 did not come within 0.5 s") as caught:
-            until_it_fails(comm)
+            until_it_fails(comm.synchronize)
         assert caught.value.missing_ranks == [1]
         return
     with pytest.raises(PeerTimeoutError, match="rank 1 did not come") as caught:
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
 
 
 def test_a_message_expires(standin: Path, tmp_path: Path) -> None:
@@ -156,7 +140,7 @@ def wrong_order(comm: Communicator, connection: Any) -> None:
     comm.send(torch.ones(1), 1 - comm.rank)
     comm.recv(torch.ones(1), 1 - comm.rank)
     with pytest.raises(PeerTimeoutError):
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
 
 
 def test_sends_that_wait_for_each_other_hang_until_the_deadline(standin: Path, tmp_path: Path) -> None:
@@ -183,7 +167,7 @@ def differing_calls(comm: Communicator, connection: Any, kind: str) -> Any:
     with pytest.raises(MismatchError) as caught:
         for _ in range(200 if kind == "dtype" else 0):  # the program goes on for a while
             comm.all_reduce(torch.ones(4), async_op=True)
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     assert time.monotonic() - start < SOON_S
     with pytest.raises(MismatchError, match="cannot be used any more"):
         comm.barrier()
@@ -222,7 +206,7 @@ def differing_messages(comm: Communicator, connection: Any, tag: int, count: int
         comm.recv(torch.ones(1), 0)
         comm.recv(torch.ones(count), 0, tag=tag)
     with pytest.raises(MismatchError) as caught:
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     return sorted(caught.value.calls.items()), str(caught.value)
 
 
@@ -244,7 +228,7 @@ def abort_one(comm: Communicator, connection: Any) -> None:
     else:
         comm.recv(torch.empty(3), 1)
     with pytest.raises(PeerLostError, match="rank 1 aborted: the loss is not a number") as caught:
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     assert caught.value.lost_ranks == [1]
     with pytest.raises(PeerLostError, match="cannot be used any more"):
         comm.all_reduce(torch.ones(2))
@@ -284,7 +268,7 @@ def device_error(comm: Communicator, connection: Any) -> None:
     if comm.rank == 0:
         gpu_of(comm).library.standin_inject_error(6)
     with pytest.raises(PycommError, match="remote process exited or there was a network error"):
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
 
 
 def test_what_nccl_reports_late_surfaces_on_all(standin: Path, tmp_path: Path) -> None:
@@ -331,7 +315,7 @@ def kernels(comm: Communicator, connection: Any) -> int:
         status[1:] = torch.tensor([1, 7, 12, 11])
         status[0] = 1
     with pytest.raises(PeerTimeoutError, match=r"a kernel gave up: rank 1 did not come in time \(block 7, expected 12"):
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     eventually(lambda: words[0] != 0)
     late = torch.zeros(1, dtype=torch.int32)
     core.watch_kernels(late.data_ptr(), spare.data_ptr())  # stopped from the start

@@ -16,9 +16,8 @@ from pycomm import Communicator
 from pycomm.arguments import REDUCED
 from pycomm.backends.nccl import NcclBackend
 from pycomm.errors import BackendUnavailableError, MismatchError, PeerLostError, PeerTimeoutError, PycommError
-from tests.nccl.helpers import SOON_S, StandInGpu, gpu_of, ranks, ranks_on_hosts, run, with_kernels
+from tests.nccl.helpers import SOON_S, StandInGpu, gpu_of, ranks, ranks_on_hosts, run, until_it_fails, with_kernels
 from tests.nccl.test_collectives import reduced, values
-from tests.nccl.test_faults import until_it_fails
 from tests.pool import TIMEOUT_S, Pool
 
 ONE_SHOT, TWO_SHOT = 1024, 65536  # bytes
@@ -220,7 +219,7 @@ def differing_places(comm: Communicator, connection: Any, kind: str) -> str:
     else:
         comm.all_reduce(tensor[0, : 100 if last else 3000])
     with pytest.raises(MismatchError) as caught:
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     assert time.monotonic() - start < SOON_S
     gpu_of(comm).synchronize()  # no kernel waits for ever
     return str(caught.value)
@@ -248,7 +247,7 @@ def aborted(comm: Communicator, connection: Any) -> None:
     else:
         comm.all_reduce(torch.ones(4))
     with pytest.raises(PeerLostError, match="rank 1 aborted: enough"):
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     gpu_of(comm).synchronize()
 
 
@@ -257,7 +256,7 @@ def missing(comm: Communicator, connection: Any) -> None:
     if comm.rank == 0:
         comm.all_reduce(torch.ones(4), timeout_s=0.5)
     with pytest.raises(PeerTimeoutError, match="rank 1 did not come within 0.5 s") as caught:
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     assert caught.value.missing_ranks == [1]
     gpu_of(comm).synchronize()
 
@@ -273,7 +272,7 @@ def given_up(comm: Communicator, connection: Any) -> None:
     if comm.rank != 1:
         comm.all_reduce(torch.ones(4))
     with pytest.raises(PeerTimeoutError, match="a kernel gave up: rank 1 did not come in time") as caught:
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     assert caught.value.missing_ranks == [1]
 
 
@@ -284,7 +283,7 @@ def refused(comm: Communicator, connection: Any) -> None:
     symmetric._kernels.refuses = comm.rank == 1  # type: ignore[attr-defined]
     with pytest.raises(PycommError, match="one_shot: no such grid"):
         comm.all_reduce(torch.ones(4))
-        until_it_fails(comm)
+        until_it_fails(comm.synchronize)
     gpu_of(comm).synchronize()
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pycomm import Communicator, DataParallel, Mesh
+from pycomm.backends.nccl import watchdog
 from pycomm.errors import MismatchError, PeerLostError
-from tests.nccl.helpers import read_by_the_host, run
-from tests.nccl.test_faults import until_it_fails
+from tests.nccl.helpers import read_by_the_host, run, until_it_fails
 from tests.pool import Pool
 
 
@@ -57,14 +57,14 @@ def a_part_that_fails(comm: Communicator) -> None:
     if comm.rank < 2:
         part.all_reduce(torch.ones(2 + part.rank))
         with pytest.raises(MismatchError, match=r"group 'world.0\[0\]'") as caught:
-            until_it_fails(part)
+            until_it_fails(part.synchronize)
         assert sorted(caught.value.calls) == [0, 1]
     other.barrier()
     if other.rank == 3:
         other.abort("enough")
     with pytest.raises(PeerLostError, match="rank 3 aborted: enough"):
-        until_it_fails(other)
-    time.sleep(0.2)
+        until_it_fails(other.synchronize)
+    time.sleep(4 * watchdog._LOOK_S)  # what spread to another group would be found by now
     if comm.rank >= 2:
         part.barrier()
     comm.barrier()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ from pycomm import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
 from pycomm.torch_backend.device_work import DeviceWork
 from pycomm.torch_backend.process_group import PycommProcessGroup
-from tests.nccl.helpers import StandInGpu, gpu_of, ranks, read_by_the_host
+from tests.nccl.helpers import StandInGpu, gpu_of, ranks, read_by_the_host, until_it_fails
 from tests.nccl.torch_helpers import GPU, for_cuda_tensors, run
 from tests.pool import TIMEOUT_S, Pool
 from tests.torch_backend import scripts, test_collectives
@@ -247,13 +246,6 @@ def _group(comm: Communicator, folder: str, timeout_s: float) -> None:
     dist.all_reduce(torch.ones(1))
 
 
-def until_it_fails(work: dist.Work) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < end:
-        work.wait()
-        time.sleep(0.01)
-
-
 def failures(comm: Communicator, connection: Any, folder: str) -> None:
     with for_cuda_tensors(gpu_of(comm)):
         _group(comm, folder, TIMEOUT_S)
@@ -263,7 +255,7 @@ def failures(comm: Communicator, connection: Any, folder: str) -> None:
         future = work.get_future()
         assert future.done()  # had been enqueued before anybody knew
         with pytest.raises(MismatchError, match="all_reduce"):
-            until_it_fails(work)
+            until_it_fails(work.wait)
         assert isinstance(work.exception(), MismatchError)
         assert not work.is_success()
         with pytest.raises(MismatchError):
@@ -273,7 +265,7 @@ def failures(comm: Communicator, connection: Any, folder: str) -> None:
         if comm.rank == 0:
             work = dist.all_reduce(torch.ones(1), group=late, async_op=True)
             with pytest.raises(PeerTimeoutError) as expired:
-                until_it_fails(work)
+                until_it_fails(work.wait)
             assert expired.value.missing_ranks == [1]
             with pytest.raises(RuntimeError, match="PeerTimeoutError"):
                 work.get_future().wait()  # asked for afterwards
@@ -281,7 +273,7 @@ def failures(comm: Communicator, connection: Any, folder: str) -> None:
             work = dist.all_reduce(torch.ones(1), async_op=True)
             connection.send("waiting")
             with pytest.raises(PeerLostError, match="rank 1"):
-                until_it_fails(work)
+                until_it_fails(work.wait)
         else:
             dist.recv(torch.ones(1), 0)
             connection.recv()

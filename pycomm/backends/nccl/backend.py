@@ -21,7 +21,7 @@ from pycomm import _C
 from pycomm.arguments import Checked, Message
 from pycomm.backends import Backend, Calls
 from pycomm.backends.causes import Cause
-from pycomm.backends.nccl.control import groups_on_the_host
+from pycomm.backends.nccl.control import groups_on_the_host, rows_of_all
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.library import load_nccl
 from pycomm.backends.nccl.mapping import Mapper
@@ -383,14 +383,11 @@ class NcclBackend:
         if self._desk is None:
             return [row]
         self._watchdog.check_all_here(call)
-        mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
-        table = torch.empty(len(row) * self.world_size, dtype=torch.uint8, device="cpu")
         try:
-            self._desk.calls.all_gather(table, mine, None, False, timeout_s)
+            return rows_of_all(self._desk, row, timeout_s)
         except PycommError as error:
             cause = Cause.of_host(error, timeout_s)
             raise self._watchdog.settle(cause).error(call, self._core.num_calls(), self.group) from None
-        return [part.numpy().tobytes() for part in table.split(len(row))]
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
