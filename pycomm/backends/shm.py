@@ -105,7 +105,7 @@ class ShmBackend:
 
     def flag(self, tensor: torch.Tensor, timeout_s: float) -> Flag:
         if not self._core.is_symmetric(tensor.data_ptr(), tensor.element_size()):
-            raise ValueError("the flag is not symmetric memory")
+            raise ValueError("flag is not symmetric memory: take one element of comm.empty(..., dtype=torch.int64)")
         return Flag(self._core, tensor, timeout_s)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> ShmBackend | None:

@@ -30,7 +30,7 @@ def _process_group(
     from pycomm.torch_backend.process_group import PycommProcessGroup
 
     if backend_options is not None:
-        raise ValueError("init_process_group: the back end pycomm has no pg_options")
+        raise ValueError("init_process_group: leave pg_options out: the back end pycomm has none")
     return PycommProcessGroup.connect(
         options.store, options.group_rank, options.group_size, options.timeout.total_seconds(), options.group_id
     )

@@ -181,7 +181,7 @@ class PycommProcessGroup(Collectives):
         Different ranks may name different groups that do not overlap.
         """
         if opts is not None:
-            raise ValueError("split_group: the back end pycomm has no pg_options")
+            raise ValueError("split_group: leave pg_options out: the back end pycomm has none")
         is_member = self.rank() in ranks
         store = dist.PrefixStore(f"{group_name}/", self.get_group_store())
         place = list(ranks).index(self.rank()) if is_member else 0

@@ -103,7 +103,7 @@ def two_flags(comm):
 @pytest.mark.parametrize(
     ("make_flag", "message"),
     [
-        (ordinary_flag, "the flag is not symmetric memory"),
+        (ordinary_flag, "flag is not symmetric memory: take one element of comm.empty(..., dtype=torch.int64)"),
         (narrow_flag, "flag is torch.int32 [1]: it must be one torch.int64"),
         (two_flags, "flag is torch.int64 [2]: it must be one torch.int64"),
     ],
