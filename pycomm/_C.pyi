@@ -39,16 +39,27 @@ def reduce(dtype: str, op: str, sources: list[int], destinations: list[int], cou
     """Combine ``count`` elements of every source, in order, into every destination; both are addresses.
 
     Raises:
-        ValueError: an unknown dtype or op, "avg" over integers, or no source or destination.
+        ValueError: an unknown dtype or op, an op that the dtype has not, or no source or destination.
     """
 
-# Checks of arguments; pycomm/arguments.py. All raise ValueError.
-def checked_tensor(argument: Any, name: str, cuda_index: int, reduced: bool, /) -> torch.Tensor:
-    """The tensor itself, or one on an array's memory. ``cuda_index`` -1: on the host; ``reduced``: not bool."""
+# Checks of arguments; pycomm/arguments.py. All raise ValueError, or TypeError for what is of a wrong type.
+DTYPES: tuple[str, ...]
+"""Of all dtypes that calls move, by number; the first NUM_NUMBER_TYPES have arithmetic of their own."""
+NUM_NUMBER_TYPES: int
+LONGEST_TIMEOUT_S: float
 
-def checked_op(op: str, /) -> str: ...
-def check_rank(rank: int, world_size: int, name: str, /) -> None: ...
-def check_only_at_root(tensor: Any, root: int, rank: int, world_size: int, name: str, /) -> None: ...
+def checked_tensor(argument: Any, name: str, cuda_index: int, written: bool, /) -> torch.Tensor:
+    """The tensor itself, or one on an array's memory. ``cuda_index`` -1: on the host; ``written``: not read-only."""
+
+def checked_op(tensor: torch.Tensor, op: Any, /) -> str:
+    """An operator that the tensor's dtype has."""
+
+def checked_rank(rank: Any, world_size: int, name: str, /) -> int: ...
+def checked_source(src: Any, world_size: int, /) -> int | None: ...
+def checked_tag(tag: Any, /) -> int: ...
+def checked_flag(flag: Any, name: str, /) -> bool: ...
+def checked_timeout(seconds: Any, or_zero: bool = False) -> float: ...
+def check_only_at_root(tensor: Any, root: int, rank: int, name: str, /) -> None: ...
 def part_counts(whole: torch.Tensor, name: str, splits: Sequence[int] | None, world_size: int, /) -> list[int]:
     """Elements of each rank's part, from counts along dim 0; None: equal parts."""
 
@@ -62,7 +73,14 @@ def check_part(
     """One of the two is part ``owner`` of the other: as long, of its dtype, and lying there or elsewhere."""
 
 class Work:
-    """An operation on the progress thread."""
+    """An operation under way: on a thread of the extension, or one that Python code ends by ``finish``."""
+
+    def __init__(self) -> None: ...
+    def finish(self, source: int = -1) -> None:
+        """It is over, well; the first end counts."""
+
+    def finish_after(self, parts: Sequence[Work]) -> None:
+        """It is over, well, when all of ``parts`` are, well or not."""
 
     def done(self) -> bool: ...
     def source(self) -> int: ...
@@ -79,6 +97,9 @@ class Completions:
         """The next token, waiting for it; None once closed."""
 
     def close(self) -> None: ...
+
+def memory_left(root: str, /) -> list[int]:
+    """Bytes that the host and each memory cgroup of this process still grant; ``root``: in place of "/", for tests."""
 
 class SymmetricBuffer:
     """A range of symmetric memory, through the buffer protocol; dropping it releases the range locally."""

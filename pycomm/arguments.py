@@ -5,27 +5,35 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any, Protocol
 
 import torch
 
 from pycomm import _C
 
-__all__ = ["MOVED", "REDUCED", "Checked", "CheckedCalls", "Message", "checked_timeout", "tensor_on"]
+__all__ = [
+    "MOVED",
+    "REDUCED",
+    "Checked",
+    "CheckedCalls",
+    "Message",
+    "checked_int",
+    "checked_shape",
+    "checked_timeout",
+    "checked_type",
+    "dtype_name",
+    "tensor_on",
+]
 
-# The dtypes that calls take: those that they reduce, and those that they move.
-REDUCED = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int8,
-    torch.uint8,
-    torch.int32,
-    torch.int64,
-)
-MOVED = (*REDUCED, torch.bool)
+# The dtypes that calls move, and those that have arithmetic of their own. Reductions also take bool, by "or" (sum, max)
+# and "and" (prod, min), and complex numbers, as pairs (sum, avg).
+MOVED: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in _C.DTYPES if hasattr(torch, name))
+REDUCED = MOVED[: _C.NUM_NUMBER_TYPES]
+_MOST_BYTES = 2**63 - 1
+_LEAST_TAG = -(2**63)  # taken, by steps of collectives
 
 # (is_send, tensor, peer, tag); peer None: any source.
 Message = tuple[bool, Any, int | None, int]
@@ -104,17 +112,17 @@ class Checked:
         self._timeout_s = timeout_s
 
     def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
-        tensor = self._reduced(tensor, "the tensor")
-        return self._backend.all_reduce(tensor, _C.checked_op(op), async_op, self._timeout(timeout_s))
+        tensor = self._written(tensor, "the tensor")
+        return self._backend.all_reduce(tensor, _C.checked_op(tensor, op), *self._options(async_op, timeout_s))
 
     def broadcast(self, tensor: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
-        tensor = self._moved(tensor, "the tensor")
-        return self._backend.broadcast(tensor, self._rank(root, "root"), async_op, self._timeout(timeout_s))
+        tensor = self._written(tensor, "the tensor")
+        return self._backend.broadcast(tensor, self._rank(root, "root"), *self._options(async_op, timeout_s))
 
     def reduce(self, tensor: Any, root: int, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
-        tensor = self._reduced(tensor, "the tensor")
         root = self._rank(root, "root")
-        return self._backend.reduce(tensor, root, _C.checked_op(op), async_op, self._timeout(timeout_s))
+        tensor = (self._written if root == self._backend.rank else self._read)(tensor, "the tensor")
+        return self._backend.reduce(tensor, root, _C.checked_op(tensor, op), *self._options(async_op, timeout_s))
 
     def reduce_scatter(
         self,
@@ -126,11 +134,11 @@ class Checked:
         timeout_s: float | None,
         /,
     ) -> _C.Work | None:
-        output, input = self._reduced(output, "output"), self._reduced(input, "input")
+        output, input = self._written(output, "output"), self._read(input, "input")
         counts = _C.part_counts(input, "input", input_splits, self._backend.world_size)
         _C.check_part(output, input, True, counts, self._backend.rank)
-        op = _C.checked_op(op)
-        return self._backend.reduce_scatter(output, input, counts, op, async_op, self._timeout(timeout_s))
+        op = _C.checked_op(input, op)
+        return self._backend.reduce_scatter(output, input, counts, op, *self._options(async_op, timeout_s))
 
     def all_gather(
         self,
@@ -141,10 +149,10 @@ class Checked:
         timeout_s: float | None,
         /,
     ) -> _C.Work | None:
-        output, input = self._moved(output, "output"), self._moved(input, "input")
+        output, input = self._written(output, "output"), self._read(input, "input")
         counts = _C.part_counts(output, "output", output_splits, self._backend.world_size)
         _C.check_part(output, input, False, counts, self._backend.rank)
-        return self._backend.all_gather(output, input, counts, async_op, self._timeout(timeout_s))
+        return self._backend.all_gather(output, input, counts, *self._options(async_op, timeout_s))
 
     def all_to_all(
         self,
@@ -156,71 +164,74 @@ class Checked:
         timeout_s: float | None,
         /,
     ) -> _C.Work | None:
-        output, input = self._moved(output, "output"), self._moved(input, "input")
+        output, input = self._written(output, "output"), self._read(input, "input")
         _C.check_apart(output, input)
         input_counts = _C.part_counts(input, "input", input_splits, self._backend.world_size)
-        timeout_s = self._timeout(timeout_s)
+        options = self._options(async_op, timeout_s)
         if output_splits is None and input_splits is None:
             _C.check_count(output, "output", input.numel())
-            return self._backend.all_to_all(output, input, input_counts, async_op, timeout_s)
+            return self._backend.all_to_all(output, input, input_counts, *options)
         output_counts = _C.part_counts(output, "output", output_splits, self._backend.world_size)
-        return self._backend.all_to_all_by_splits(output, input, output_counts, input_counts, async_op, timeout_s)
+        return self._backend.all_to_all_by_splits(output, input, output_counts, input_counts, *options)
 
     def gather(self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
-        input = self._moved(input, "input")
-        output = self._only_at_root(output, root, "output")
+        input = self._read(input, "input")
+        root = self._rank(root, "root")
+        _C.check_only_at_root(output, root, self._backend.rank, "output")
         counts = [input.numel()] * self._backend.world_size
         if output is not None:
+            output = self._written(output, "output")
             _C.check_count(output, "output", sum(counts))
             _C.check_part(output, input, False, counts, root)
-        return self._backend.gather(output, input, counts, root, async_op, self._timeout(timeout_s))
+        return self._backend.gather(output, input, counts, root, *self._options(async_op, timeout_s))
 
     def scatter(self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
-        output = self._moved(output, "output")
-        input = self._only_at_root(input, root, "input")
+        output = self._written(output, "output")
+        root = self._rank(root, "root")
+        _C.check_only_at_root(input, root, self._backend.rank, "input")
         counts = [output.numel()] * self._backend.world_size
         if input is not None:
+            input = self._read(input, "input")
             _C.check_count(input, "input", sum(counts))
             _C.check_part(output, input, True, counts, root)
-        return self._backend.scatter(output, input, counts, root, async_op, self._timeout(timeout_s))
+        return self._backend.scatter(output, input, counts, root, *self._options(async_op, timeout_s))
 
     def barrier(self, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
-        return self._backend.barrier(async_op, self._timeout(timeout_s))
+        return self._backend.barrier(*self._options(async_op, timeout_s))
 
     def send(self, tensor: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None:
-        tensor = self._moved(tensor, "the tensor")
-        return self._backend.send(tensor, self._rank(dst, "dst"), tag, async_op, self._timeout(timeout_s))
+        _, tensor, _, tag = self._message((True, tensor, dst, tag))
+        return self._backend.send(tensor, self._rank(dst, "dst"), tag, *self._options(async_op, timeout_s))
 
     def recv(self, tensor: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | int:
         _, tensor, src, tag = self._message((False, tensor, src, tag))
-        return self._backend.recv(tensor, src, tag, async_op, self._timeout(timeout_s))
+        return self._backend.recv(tensor, src, tag, *self._options(async_op, timeout_s))
 
     def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float | None, /) -> _C.Work | list[int]:
         checked = [self._message(message) for message in messages]
-        return self._backend.exchange(checked, async_op, self._timeout(timeout_s))
+        return self._backend.exchange(checked, *self._options(async_op, timeout_s))
 
     def _message(self, message: Message) -> Message:
         is_send, tensor, peer, tag = message
-        if peer is not None:
-            peer = self._rank(peer, "dst" if is_send else "src")
-        return is_send, self._moved(tensor, "the tensor"), peer, tag
+        tensor = (self._read if is_send else self._written)(tensor, "the tensor")
+        world_size = self._backend.world_size
+        peer = _C.checked_rank(peer, world_size, "dst") if is_send else _C.checked_source(peer, world_size)
+        if _C.checked_tag(tag) == _LEAST_TAG:
+            raise ValueError(f"tag={tag}: it is an integer of 64 bits, and -2**63 is taken")
+        return is_send, tensor, peer, operator.index(tag)
 
-    def _moved(self, tensor: Any, name: str) -> torch.Tensor:
+    def _read(self, tensor: Any, name: str) -> torch.Tensor:
         return tensor_on(self._backend.device, tensor, name)
 
-    def _reduced(self, tensor: Any, name: str) -> torch.Tensor:
+    def _written(self, tensor: Any, name: str) -> torch.Tensor:
         return _C.checked_tensor(tensor, name, _cuda_index(self._backend.device), True)
 
-    def _only_at_root(self, tensor: Any, root: int, name: str) -> torch.Tensor | None:
-        _C.check_only_at_root(tensor, root, self._backend.rank, self._backend.world_size, name)
-        return None if tensor is None else self._moved(tensor, name)
-
     def _rank(self, rank: int, name: str) -> int:
-        _C.check_rank(rank, self._backend.world_size, name)
-        return rank
+        return _C.checked_rank(rank, self._backend.world_size, name)
 
-    def _timeout(self, timeout_s: float | None) -> float:
-        return self._timeout_s if timeout_s is None else checked_timeout(timeout_s)
+    def _options(self, async_op: bool, timeout_s: float | None) -> tuple[bool, float]:
+        seconds = self._timeout_s if timeout_s is None else checked_timeout(timeout_s)
+        return _C.checked_flag(async_op, "async_op"), seconds
 
 
 def tensor_on(device: torch.device, tensor: Any, name: str = "the tensor") -> torch.Tensor:
@@ -234,10 +245,69 @@ def tensor_on(device: torch.device, tensor: Any, name: str = "the tensor") -> to
 
 
 def checked_timeout(timeout_s: float) -> float:
-    """``timeout_s``, or ValueError if it is no positive number of seconds."""
-    if not timeout_s > 0:  # false for nan, too
-        raise ValueError(f"timeout_s={timeout_s}: it is a positive number of seconds")
-    return timeout_s
+    """``timeout_s`` as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not positive, or longer than 1e9 seconds, inf among them: every wait is bounded.
+    """
+    return _C.checked_timeout(timeout_s)
+
+
+def checked_int(value: Any, name: str, *, or_none: bool = False) -> int:
+    """``value`` as an int of 64 bits.
+
+    Args:
+        or_none: the text of an error says that None may be given, too.
+
+    Raises:
+        TypeError, ValueError: it is none; says what to write.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        expected = "an int, or None" if or_none else "an int"
+        raise TypeError(f"{name} is {value!r}: it is {expected}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} is {number}: it is an int of 64 bits")
+    return number
+
+
+def checked_type(value: Any, kind: type | UnionType, name: str, expected: str) -> None:
+    """TypeError unless ``value`` is a ``kind``, which the error calls ``expected``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}: it is {expected}")
+
+
+def checked_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """``shape`` of new memory of ``dtype``.
+
+    Raises:
+        TypeError: a size is no int, or ``dtype`` is none of torch.
+        ValueError: a size is negative, the whole has more bytes than an address space, or no call moves ``dtype``.
+    """
+    checked_type(dtype, torch.dtype, "dtype", "one of torch's, such as torch.float32")
+    if dtype not in MOVED:
+        names = ", ".join(_C.DTYPES)
+        raise ValueError(f"empty: dtype {dtype_name(dtype)} is not supported; it is one of {names}")
+    num_bytes = dtype.itemsize
+    sizes = []
+    for size in shape:
+        try:
+            sizes.append(operator.index(size))
+        except TypeError:
+            raise TypeError(f"empty: size {size!r} is no int; sizes are given one by one, as in empty(2, 3)") from None
+        num_bytes *= sizes[-1]
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"empty: negative size in {tuple(sizes)}")
+    if num_bytes > _MOST_BYTES:
+        raise ValueError(f"empty: {tuple(sizes)} of {dtype_name(dtype)} are {num_bytes} bytes, more than 2**63 - 1")
+    return tuple(sizes)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _cuda_index(device: torch.device) -> int:

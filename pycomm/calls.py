@@ -53,13 +53,13 @@ class Work:
         """Return when the operation is done; raise what went wrong in it.
 
         Args:
-            timeout_s: seconds to wait here; None: as long as the operation's own timeout lets it run.
+            timeout_s: seconds to wait here, 0 to look once; None: as long as the operation's own timeout lets it run.
 
         Raises:
             TimeoutError: not done after ``timeout_s``; the operation goes on.
             PycommError: the operation failed.
         """
-        self._core.wait(timeout_s)
+        self._core.wait(None if timeout_s is None else _C.checked_timeout(timeout_s, or_zero=True))
         self._in_flight.drop_finished()
 
     def done(self) -> bool:

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
-from pycomm.arguments import checked_timeout, tensor_on
-from pycomm.backends import Backend, choose
+from pycomm.arguments import checked_int, checked_shape, checked_timeout, checked_type, tensor_on
+from pycomm.backends import NAMES, Backend, choose
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.nccl import NcclBackend, Offer, offer
 from pycomm.backends.shm import Flag, ShmBackend
@@ -66,12 +66,12 @@ class Communicator(FusedCalls, Messages):
             part.
 
         Raises:
-            MemoryError: a rank cannot have its memory; on every rank, nothing was allocated.
+            MemoryError: a rank cannot have its memory, which is free on its host and inside the limits of its process
+                and of its cgroups; on every rank, with the reason. Nothing was allocated, and the communicator goes on.
             MismatchError: ranks ask for different sizes.
+            TypeError, ValueError: sizes or a dtype that cannot be; nothing was sent.
         """
-        if any(size < 0 for size in shape):
-            raise ValueError(f"empty: negative size in {tuple(shape)}")
-        return self._backend.empty(shape, dtype, self.timeout_s)
+        return self._backend.empty(checked_shape(shape, dtype), dtype, self.timeout_s)
 
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's part of a symmetric tensor, mapped here, by rank; ``[rank]`` is ``tensor``'s own memory.
@@ -126,7 +126,9 @@ class Communicator(FusedCalls, Messages):
             color: any integer; None: this rank is in no group and gets None.
             key: order in the new group; None: this rank's number here.
         """
-        backend = self._backend.split(color, self.rank if key is None else key, self.timeout_s)
+        color = None if color is None else checked_int(color, "color", or_none=True)
+        key = self.rank if key is None else checked_int(key, "key", or_none=True)
+        backend = self._backend.split(color, key, self.timeout_s)
         return None if backend is None else Communicator(backend, self.timeout_s)
 
     def synchronize(self) -> None:
@@ -153,6 +155,7 @@ class Communicator(FusedCalls, Messages):
 
     def abort(self, reason: str) -> None:
         """Tell all peers that this rank cannot go on: their waits raise ``PeerLostError`` with the reason at once."""
+        checked_type(reason, str, "reason", "a text")
         self._backend.abort(reason)
 
     def close(self) -> None:
@@ -207,12 +210,19 @@ def init(
         device: of "nccl": this rank's GPU, with its index; None: the one that is current, else number LOCAL_RANK.
 
     Raises:
-        ValueError: contradicting or missing arguments or environment variables.
+        ValueError, TypeError: contradicting, missing or wrong arguments or environment variables.
         MismatchError: ranks have different versions, builds, world sizes or back ends.
         PeerTimeoutError: ranks did not come; names them.
         BackendUnavailableError: the back end cannot work here; says why.
     """
-    checked_timeout(timeout_s)
+    timeout_s = checked_timeout(timeout_s)
+    checked_type(backend, str, "backend", f"one of the names {', '.join(NAMES)}")
+    checked_type(strict, bool, "strict", "True or False")
+    checked_type(name, str, "name", "a text")
+    checked_type(store, dist.Store | None, "store", "a torch.distributed.Store, or None")
+    checked_type(device, torch.device | None, "device", "a torch.device with its index, or None")
+    rank = None if rank is None else checked_int(rank, "rank", or_none=True)
+    world_size = None if world_size is None else checked_int(world_size, "world_size", or_none=True)
     if device is not None and (backend != "nccl" or device.type != "cuda" or device.index is None):
         raise ValueError(f"device={device} with backend={backend!r}: it is a CUDA device with its index, for 'nccl'")
     level = env.simd()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C
+from pycomm.arguments import dtype_name
 from pycomm.backends.shm import ShmBackend
 from pycomm.calls import Work
 from pycomm.collectives import Collectives
@@ -66,8 +67,3 @@ class FusedCalls(Collectives):
     def _host(self) -> _C.HostCommunicator:
         assert isinstance(self._backend, ShmBackend)
         return self._backend._core
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The extension's name of a dtype: "float32"."""
-    return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from typing import Any
 
 from pycomm.arguments import Message
 from pycomm.calls import RankCalls, Work
+from pycomm.errors import PycommError
 
 __all__ = ["Batch", "Messages"]
 
@@ -78,24 +79,35 @@ class Batch:
         self._async_op = async_op
         self._timeout_s = timeout_s
         self._pending: list[Message] = []
+        self._is_over = False
 
     def send(self, tensor: Any, dst: int, tag: int = 0) -> None:
         """As :meth:`Messages.send`, when the block ends."""
-        self._pending.append((True, tensor, dst, tag))
+        self._add("send", (True, tensor, dst, tag))
 
     def recv(self, tensor: Any, src: int | None = None, tag: int = 0) -> None:
         """As :meth:`Messages.recv`, when the block ends."""
-        self._pending.append((False, tensor, src, tag))
+        self._add("recv", (False, tensor, src, tag))
+
+    def _add(self, name: str, message: Message) -> None:
+        if self._is_over:
+            raise PycommError(
+                f"batch.{name}: its block has ended, so nothing would start this message: call it inside the block, "
+                f"or open another one with comm.batch()"
+            )
+        self._pending.append(message)
 
     def __enter__(self) -> Batch:
+        self._is_over = False
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._is_over = True
+        pending, self._pending = self._pending, []
         if error is not None:
             return
-        pending, self._pending = self._pending, []
         outcome = self._messages._calls.exchange(pending, self._async_op, self._timeout_s)
         if isinstance(outcome, list):
             self.sources = outcome

@@ -3,6 +3,7 @@
 #include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
 #include "host/communicator.hpp"
+#include "host/memory_limits.hpp"
 
 namespace py = pybind11;
 
@@ -29,16 +30,18 @@ std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size
 
 }  // namespace
 
-host::CallOptions options_of(const Communicator& communicator, bool async_op, Timeout timeout_s) {
-  const double seconds = timeout_s.value_or(communicator.timeout_s());
-  if (seconds > 0) return {seconds, async_op};  // false for nan, too
-  throw py::value_error("timeout_s=" + py::str(py::float_(seconds)).cast<std::string>() +
-                        ": it is a positive number of seconds");
+host::CallOptions options_of(const Communicator& communicator, py::handle async_op, py::handle timeout_s) {
+  return {timeout_s.is_none() ? communicator.timeout_s() : timeout_of(timeout_s), flag_of(async_op, "async_op")};
 }
 
 void bind_communicator(py::module_& module) {
   module.def("build_id", &host::build_id);
   module.def("protocol_version", [] { return host::kProtocolVersion; });
+  module.def("memory_left", [](const std::string& root) {
+    std::vector<std::uint64_t> left;
+    for (const host::MemoryLimit& limit : host::memory_limits(root)) left.push_back(limit.left);
+    return left;
+  });
   module.attr("MAX_RANKS") = host::kMaxRanks;
   module.def(
       "tuning",
@@ -48,6 +51,10 @@ void bind_communicator(py::module_& module) {
       py::arg("world_size"), py::arg("thresholds"));
 
   py::class_<Work, std::shared_ptr<Work>>(module, "Work")
+      .def(py::init<>())
+      .def(
+          "finish", [](Work& work, int source) { work.finish(nullptr, source); }, py::arg("source") = -1)
+      .def("finish_after", &Work::finish_after, py::arg("parts"))
       .def("done", &Work::done)
       .def("source", &Work::source)
       .def(
@@ -82,14 +89,14 @@ void bind_communicator(py::module_& module) {
                               std::size_t bytes) { return self.is_symmetric(as_pointer(data), bytes); })
       .def("post", [](Communicator& self, std::uintptr_t flag,
                       std::uint64_t value) { self.post(*static_cast<std::uint64_t*>(as_pointer(flag)), value); })
-      .def(
-          "wait_posted",
-          [](Communicator& self, std::uintptr_t flag, std::uint64_t value, std::optional<int> rank, double timeout_s) {
-            if (rank) check_rank(*rank, self.world_size(), "rank");
-            const auto& own = *static_cast<const std::uint64_t*>(as_pointer(flag));
-            self.wait_posted(own, value, rank.value_or(host::Group::kEveryRank), timeout_s);
-          },
-          NoGil())
+      .def("wait_posted",
+           [](Communicator& self, std::uintptr_t flag, std::uint64_t value, py::handle rank, py::handle timeout_s) {
+             const int only = rank.is_none() ? host::Group::kEveryRank : rank_of(rank, self.world_size(), "rank");
+             const double seconds = timeout_of(timeout_s);
+             const auto& own = *static_cast<const std::uint64_t*>(as_pointer(flag));
+             const py::gil_scoped_release nogil;
+             self.wait_posted(own, value, only, seconds);
+           })
       .def(
           "exchange_fds",
           [](Communicator& self, int fd, double timeout_s) {

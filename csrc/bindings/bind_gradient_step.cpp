@@ -35,7 +35,7 @@ RunsHandle make_runs(const std::vector<std::array<std::uint64_t, 6>>& rows) {
 }
 
 DType dtype_of(const std::string& name) {
-  for (int value = 0; value < kNumDTypes; ++value) {
+  for (int value = 0; value < kNumNumberTypes; ++value) {
     const auto dtype = static_cast<DType>(value);
     if (name == name_of(dtype) && is_floating_point(dtype)) return dtype;
   }

@@ -14,52 +14,53 @@ namespace {
 
 using host::Communicator;
 using host::MessageSpec;
-using Source = std::optional<int>;  // none: any
 
-MessageSpec spec_of(const Communicator& self, bool is_send, py::handle argument, Source peer, std::int64_t tag) {
-  const Tensor tensor(argument, "the tensor");
-  if (peer) check_rank(*peer, self.world_size(), is_send ? "dst" : "src");
+/// `peer`: where a send goes, or whom a receive is from (None: any source).
+MessageSpec spec_of(const Communicator& self, bool is_send, py::handle argument, py::handle peer, py::handle tag) {
+  const Tensor tensor(argument, "the tensor", is_send ? Access::kRead : Access::kWrite);
+  const int rank =
+      is_send ? rank_of(peer, self.world_size(), "dst") : source_of(peer, self.world_size()).value_or(host::kAnySource);
   return {.is_send = is_send,
-          .peer = peer.value_or(host::kAnySource),
-          .tag = tag,
+          .peer = rank,
+          .tag = tag_of(tag),
           .data = tensor.data(),
           .count = tensor.count(),
-          .dtype = tensor.moved_dtype()};
+          .dtype = tensor.dtype()};
 }
 
-std::shared_ptr<host::Work> send(Communicator& self, py::handle tensor, int dst, std::int64_t tag, bool async_op,
-                                 Timeout timeout_s) {
+std::shared_ptr<host::Work> send(Communicator& self, py::handle tensor, py::handle dst, py::handle tag,
+                                 py::handle async_op, py::handle timeout_s) {
   const MessageSpec spec = spec_of(self, true, tensor, dst, tag);
   const host::CallOptions options = options_of(self, async_op, timeout_s);
   const py::gil_scoped_release nogil;
-  if (async_op) return self.start_messages({spec}, options.timeout_s);
+  if (options.async_op) return self.start_messages({spec}, options.timeout_s);
   self.send(spec, options.timeout_s);
   return nullptr;
 }
 
 /// The source, or a Work if asynchronous.
-std::variant<int, std::shared_ptr<host::Work>> recv(Communicator& self, py::handle tensor, Source src, std::int64_t tag,
-                                                    bool async_op, Timeout timeout_s) {
+std::variant<int, std::shared_ptr<host::Work>> recv(Communicator& self, py::handle tensor, py::handle src,
+                                                    py::handle tag, py::handle async_op, py::handle timeout_s) {
   const MessageSpec spec = spec_of(self, false, tensor, src, tag);
   const host::CallOptions options = options_of(self, async_op, timeout_s);
   const py::gil_scoped_release nogil;
-  if (async_op) return self.start_messages({spec}, options.timeout_s);
+  if (options.async_op) return self.start_messages({spec}, options.timeout_s);
   return self.recv(spec, options.timeout_s);
 }
 
 /// A Work, or None if nobody has sent such a message yet.
-std::shared_ptr<host::Work> receive_arrived(Communicator& self, py::handle tensor, std::int64_t tag,
-                                            Timeout timeout_s) {
-  const MessageSpec spec = spec_of(self, false, tensor, std::nullopt, tag);
-  const host::CallOptions options = options_of(self, true, timeout_s);
+std::shared_ptr<host::Work> receive_arrived(Communicator& self, py::handle tensor, py::handle tag,
+                                            py::handle timeout_s) {
+  const MessageSpec spec = spec_of(self, false, tensor, py::none(), tag);
+  const host::CallOptions options = options_of(self, py::bool_(true), timeout_s);
   const py::gil_scoped_release nogil;
   return self.receive_arrived(spec, options.timeout_s);
 }
 
 /// Messages (is_send, tensor, peer, tag) that progress together: their sources, or a Work if asynchronous.
 std::variant<std::vector<int>, std::shared_ptr<host::Work>> exchange(
-    Communicator& self, const std::vector<std::tuple<bool, py::handle, Source, std::int64_t>>& messages, bool async_op,
-    Timeout timeout_s) {
+    Communicator& self, const std::vector<std::tuple<bool, py::handle, py::handle, py::handle>>& messages,
+    py::handle async_op, py::handle timeout_s) {
   std::vector<MessageSpec> specs;
   specs.reserve(messages.size());
   for (const auto& [is_send, tensor, peer, tag] : messages) {
@@ -67,7 +68,7 @@ std::variant<std::vector<int>, std::shared_ptr<host::Work>> exchange(
   }
   const host::CallOptions options = options_of(self, async_op, timeout_s);
   const py::gil_scoped_release nogil;
-  if (async_op) return self.start_messages(specs, options.timeout_s);
+  if (options.async_op) return self.start_messages(specs, options.timeout_s);
   return self.run_messages(specs, options.timeout_s);
 }
 

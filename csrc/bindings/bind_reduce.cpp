@@ -16,12 +16,7 @@ void reduce_addresses(const std::string& dtype_name, const std::string& op_name,
                       std::size_t count) {
   const DType dtype = parse_dtype(dtype_name);
   const ReduceOp op = parse_op(op_name);
-  const host::ReduceFn kernel = host::reduce_kernel(dtype, op);
-  if (kernel == nullptr) {
-    throw std::invalid_argument(
-        "reduce: \"" + op_name + "\" of " + dtype_name +
-        " is not defined: an average of integers is seldom an integer; use a floating-point dtype");
-  }
+  const host::ReduceKernel kernel = host::reduce_kernel(dtype, op);
   const auto src = pointers<const void*>(sources, count, "sources");
   const auto dst = pointers<void*>(destinations, count, "destinations");
   py::gil_scoped_release release;

@@ -25,10 +25,9 @@ struct WithoutGil {
 using CommunicatorHolder = std::unique_ptr<host::Communicator, WithoutGil>;
 using CommunicatorClass = pybind11::class_<host::Communicator, CommunicatorHolder>;
 
-/// Seconds as a caller passes them; none: the communicator's.
-using Timeout = std::optional<double>;
-/// Throws py::value_error if they are not positive.
-host::CallOptions options_of(const host::Communicator& communicator, bool async_op, Timeout timeout_s);
+/// `async_op` and `timeout_s` as a caller passes them; no seconds, None: the communicator's.
+host::CallOptions options_of(const host::Communicator& communicator, pybind11::handle async_op,
+                             pybind11::handle timeout_s);
 
 void bind_errors(pybind11::module_& module);
 void bind_reduce(pybind11::module_& module);

@@ -10,7 +10,20 @@ namespace pycomm::bindings::dlpack {
 inline constexpr std::uint32_t kMajorVersion = 1;
 
 enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3 };
-enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBFloat = 4, kBool = 6 };
+enum TypeCode : std::uint8_t {
+  kInt = 0,
+  kUInt = 1,
+  kFloat = 2,
+  kBFloat = 4,
+  kComplex = 5,
+  kBool = 6,
+  kFloat8E4M3FN = 10,
+  kFloat8E4M3FNUZ = 11,
+  kFloat8E5M2 = 12,
+  kFloat8E5M2FNUZ = 13,
+  kFloat8E8M0FNU = 14,
+  kFloat4E2M1FN = 17,
+};
 
 struct Device {
   std::int32_t type;
@@ -40,6 +53,18 @@ struct ManagedTensor {
   Tensor tensor;
   void* owner;
   void (*deleter)(ManagedTensor* self);
+};
+
+/// The head of what a capsule "dltensor_versioned" has.
+struct VersionedTensor {
+  static constexpr const char* kCapsule = "dltensor_versioned";
+  static constexpr std::uint64_t kReadOnly = 1;
+
+  std::uint32_t major_version;
+  std::uint32_t minor_version;
+  void* owner;
+  void (*deleter)(VersionedTensor* self);
+  std::uint64_t flags;
 };
 
 /// In the capsule `__dlpack_c_exchange_api__` of an array's class.

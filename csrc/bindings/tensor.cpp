@@ -24,51 +24,81 @@ const dlpack::ExchangeApi* exchange_api(py::handle object) {
 
 std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
 
-/// Of a dtype that is not bool; nothing: the core has none for it.
-std::optional<DType> core_dtype(dlpack::DataType dtype) {
-  if (dtype.lanes != 1) return std::nullopt;
-  switch (dtype.code << 8 | dtype.bits) {
-    case dlpack::kFloat << 8 | 32:
-      return DType::kFloat32;
-    case dlpack::kFloat << 8 | 64:
-      return DType::kFloat64;
-    case dlpack::kFloat << 8 | 16:
-      return DType::kFloat16;
-    case dlpack::kBFloat << 8 | 16:
-      return DType::kBFloat16;
-    case dlpack::kInt << 8 | 8:
-      return DType::kInt8;
-    case dlpack::kUInt << 8 | 8:
-      return DType::kUInt8;
-    case dlpack::kInt << 8 | 32:
-      return DType::kInt32;
-    case dlpack::kInt << 8 | 64:
-      return DType::kInt64;
-    default:
-      return std::nullopt;
-  }
+constexpr std::uint32_t key_of(std::uint32_t code, std::uint32_t bits, std::uint32_t lanes = 1) {
+  return code << 24 | bits << 16 | lanes;
 }
 
-[[noreturn]] void refuse_dtype(const Tensor& tensor, bool with_bool) {
+/// Nothing: calls do not take it.
+std::optional<DType> dtype_of(dlpack::DataType type) {
+  struct Known {
+    std::uint32_t key;
+    DType dtype;
+  };
+  constexpr Known kKnown[] = {
+      {key_of(dlpack::kFloat, 32), DType::kFloat32},
+      {key_of(dlpack::kBFloat, 16), DType::kBFloat16},
+      {key_of(dlpack::kFloat, 64), DType::kFloat64},
+      {key_of(dlpack::kFloat, 16), DType::kFloat16},
+      {key_of(dlpack::kInt, 64), DType::kInt64},
+      {key_of(dlpack::kInt, 32), DType::kInt32},
+      {key_of(dlpack::kUInt, 8), DType::kUInt8},
+      {key_of(dlpack::kInt, 8), DType::kInt8},
+      {key_of(dlpack::kBool, 8), DType::kBool},
+      {key_of(dlpack::kInt, 16), DType::kInt16},
+      {key_of(dlpack::kUInt, 16), DType::kUInt16},
+      {key_of(dlpack::kUInt, 32), DType::kUInt32},
+      {key_of(dlpack::kUInt, 64), DType::kUInt64},
+      {key_of(dlpack::kComplex, 32), DType::kComplex32},
+      {key_of(dlpack::kComplex, 64), DType::kComplex64},
+      {key_of(dlpack::kComplex, 128), DType::kComplex128},
+      {key_of(dlpack::kFloat8E4M3FN, 8), DType::kFloat8E4M3FN},
+      {key_of(dlpack::kFloat8E5M2, 8), DType::kFloat8E5M2},
+      {key_of(dlpack::kFloat8E4M3FNUZ, 8), DType::kFloat8E4M3FNUZ},
+      {key_of(dlpack::kFloat8E5M2FNUZ, 8), DType::kFloat8E5M2FNUZ},
+      {key_of(dlpack::kFloat8E8M0FNU, 8), DType::kFloat8E8M0FNU},
+      {key_of(dlpack::kFloat4E2M1FN, 4, 2), DType::kFloat4E2M1FNx2},
+  };
+  static_assert(sizeof(kKnown) / sizeof(kKnown[0]) == kNumDTypes);
+  const std::uint32_t key = key_of(type.code, type.bits, type.lanes);
+  for (const Known& known : kKnown) {
+    if (known.key == key) return known.dtype;
+  }
+  return std::nullopt;
+}
+
+/// Whether an array says, in the words of DLPack 1, that nobody may write it. Older arrays cannot say so.
+bool is_read_only(py::handle array) {
+  py::object capsule;
+  try {
+    capsule = array.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(dlpack::kMajorVersion, 0));
+  } catch (py::error_already_set& error) {
+    // TypeError: `max_version` is unknown to it. BufferError: it cannot hand over what is read-only.
+    if (error.matches(PyExc_BufferError)) return true;
+    if (error.matches(PyExc_TypeError)) return false;
+    throw;
+  }
+  using dlpack::VersionedTensor;
+  if (PyCapsule_IsValid(capsule.ptr(), VersionedTensor::kCapsule) == 0) return false;
+  const auto* tensor =
+      static_cast<const VersionedTensor*>(PyCapsule_GetPointer(capsule.ptr(), VersionedTensor::kCapsule));
+  return tensor->major_version == dlpack::kMajorVersion && (tensor->flags & VersionedTensor::kReadOnly) != 0;
+}
+
+[[noreturn]] void refuse_dtype(const Tensor& tensor) {
   std::string names;
   for (int d = 0; d < kNumDTypes; ++d) names += (d == 0 ? "" : ", ") + std::string(name_of(static_cast<DType>(d)));
   std::string dtype = text(tensor.attribute("dtype"));
   if (dtype.starts_with("torch.")) dtype.erase(0, 6);
-  throw py::value_error("dtype " + dtype + " is not supported; it is one of " + names + (with_bool ? ", bool" : ""));
+  throw py::value_error("dtype " + dtype + " is not supported; it is one of " + names);
 }
 
 }  // namespace
 
-Tensor::Tensor(py::handle argument, const char* name, std::optional<dlpack::Device> device)
+Tensor::Tensor(py::handle argument, const char* name, Access access, std::optional<dlpack::Device> device)
     : name_(name), object_(argument) {
   const dlpack::ExchangeApi* api = exchange_api(object_);
   if (api == nullptr) {
-    if (!py::hasattr(argument, "__dlpack__")) {
-      throw py::type_error(std::string(name) + ": " + text(py::type::handle_of(argument).attr("__name__")) +
-                           " is neither a tensor nor an array that speaks DLPack");
-    }
-    converted_ = py::module_::import("torch").attr("from_dlpack")(argument);
-    object_ = converted_;
+    convert(argument, access);
     api = exchange_api(object_);
     if (api == nullptr) {
       throw py::import_error("this torch has no DLPack exchange interface: pycomm needs torch 2.11 or newer");
@@ -77,14 +107,34 @@ Tensor::Tensor(py::handle argument, const char* name, std::optional<dlpack::Devi
   if (!read(*api)) refuse_unreadable(device);
   for (int d = 0; d < view_.num_dims; ++d) count_ *= static_cast<std::uint64_t>(view_.shape[d]);
   if (device) check_device(*device);
+  const std::optional<DType> dtype = dtype_of(view_.dtype);
+  if (!dtype) refuse_dtype(*this);
+  dtype_ = *dtype;
   if (!is_contiguous()) {
     throw py::value_error(std::string(name) + " is not contiguous (shape " + shape_text() + ", strides " +
                           text(attribute("stride")()) +
                           "): pass tensor.contiguous() and copy the result back, or lay the tensor out contiguously");
   }
+  if (view_.dtype.code == dlpack::kComplex && attribute("is_conj")().cast<bool>()) {
+    throw py::value_error(std::string(name) +
+                          " is a conjugate that torch has not computed yet: pass tensor.resolve_conj()");
+  }
   if (view_.data == nullptr && count_ != 0) {
     throw py::value_error(std::string(name) + " has no memory of its own: pass its local tensor");
   }
+}
+
+/// An array that is no tensor of torch: a tensor on its memory.
+void Tensor::convert(py::handle argument, Access access) {
+  if (!py::hasattr(argument, "__dlpack__")) {
+    throw py::type_error(std::string(name_) + ": " + text(py::type::handle_of(argument).attr("__name__")) +
+                         " is neither a tensor nor an array that speaks DLPack");
+  }
+  if (access == Access::kWrite && is_read_only(argument)) {
+    throw py::value_error(std::string(name_) + " is read-only: this call writes it, so pass a copy");
+  }
+  converted_ = py::module_::import("torch").attr("from_dlpack")(argument);
+  object_ = converted_;
 }
 
 bool Tensor::read(const dlpack::ExchangeApi& api) {
@@ -120,7 +170,7 @@ void Tensor::refuse_unreadable(std::optional<dlpack::Device> device) const {
   if (attribute("is_nested").cast<bool>()) {
     throw py::value_error(std::string(name_) + " is a nested tensor: pass the tensors that it is made of");
   }
-  refuse_dtype(*this, true);
+  refuse_dtype(*this);
 }
 
 std::string Tensor::shape_text() const {
@@ -138,23 +188,6 @@ bool Tensor::is_contiguous() const {
     expected *= view_.shape[d];
   }
   return true;
-}
-
-DType Tensor::moved_dtype() const {
-  if (view_.dtype.code == dlpack::kBool && view_.dtype.bits == 8) return DType::kUInt8;
-  const std::optional<DType> dtype = core_dtype(view_.dtype);
-  if (!dtype) refuse_dtype(*this, true);
-  return *dtype;
-}
-
-DType Tensor::reduced_dtype() const {
-  const std::optional<DType> dtype = core_dtype(view_.dtype);
-  if (!dtype) refuse_dtype(*this, false);
-  return *dtype;
-}
-
-bool Tensor::same_dtype(const Tensor& other) const {
-  return view_.dtype.code == other.view_.dtype.code && view_.dtype.bits == other.view_.dtype.bits;
 }
 
 }  // namespace pycomm::bindings

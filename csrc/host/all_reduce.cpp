@@ -111,7 +111,7 @@ class TwoShot {
   std::size_t count_;
   std::size_t element_bytes_;
   bool staged_;
-  ReduceFn reduce_;
+  ReduceKernel reduce_;
   std::array<std::byte*, kMaxRanks>
       tensors_;  // nullptr: another rank's ordinary tensor, seen through its staging buffer
   std::size_t slice_count_ = group_.tuning().slice_bytes / element_bytes_;
@@ -151,12 +151,6 @@ void reduce_parts(Group& group, void* data, const Call& call) {
 }
 
 }  // namespace
-
-void check_reducible(DType dtype, ReduceOp op) {
-  if (reduce_kernel(dtype, op) != nullptr) return;
-  throw std::invalid_argument(std::string(name_of(op)) + " of " + name_of(dtype) +
-                              " is not defined; sum it and divide, or convert it to a floating-point type");
-}
 
 void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op) {
   reduce_parts(group, data, {.kind = OpKind::kAllReduce, .dtype = dtype, .reduce_op = op, .count = count});

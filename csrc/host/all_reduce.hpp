@@ -4,9 +4,6 @@
 
 namespace pycomm::host {
 
-/// Throws std::invalid_argument if this dtype has no such operator.
-void check_reducible(DType dtype, ReduceOp op);
-
 /// Reduce `count` elements at `data` over all ranks, in place, in rank order.
 void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op);
 

@@ -306,9 +306,14 @@ void send_fd(const UniqueFd& socket, int fd, std::uint64_t id) {
 UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Deadline& deadline,
                  InterruptCheck interrupt) {
   if (!wait_readable(socket.get(), deadline, interrupt)) throw timeout_error({sender}, deadline, "passing memory");
-  Tagged tagged;
+  Tagged tagged{.id = ~id};
   std::vector<UniqueFd> fds;
-  if (!recv_message(socket.get(), tagged, fds) || fds.size() != 1 || tagged.id != id) {
+  const bool arrived = recv_message(socket.get(), tagged, fds);
+  if (!arrived && fds.empty() && tagged.id == id) {
+    errno = EMFILE;  // the message came, and its descriptor found no room
+    throw_errno("receiving a descriptor");
+  }
+  if (!arrived || fds.size() != 1 || tagged.id != id) {
     throw Error(ErrorKind::kGeneral,
                 "rank " + std::to_string(sender) + " sent something else than memory " + std::to_string(id));
   }

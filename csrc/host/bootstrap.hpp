@@ -55,7 +55,8 @@ Membership meet(int rank, int world_size, const Listener* listener, const std::s
 
 /// Send one descriptor with a number that tells the receiver what it is.
 void send_fd(const UniqueFd& socket, int fd, std::uint64_t id);
-/// Receive it from rank `sender`. Throws Error if another one comes, that rank is gone, or the deadline passes.
+/// Receive it from rank `sender`. Throws Error if another one comes, that rank is gone, or the deadline passes; with
+/// errno's code if this process may have no more descriptors, after which the next one can be received.
 UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Deadline& deadline,
                  InterruptCheck interrupt);
 

@@ -1,5 +1,7 @@
 #include "pycomm/call.hpp"
 
+#include <stdexcept>
+
 namespace pycomm {
 
 namespace {
@@ -17,6 +19,18 @@ std::string by_route(const Call& call) {
     }
   }
   return ", unknown route";
+}
+
+[[noreturn]] void refuse(DType dtype, ReduceOp op, const char* why) {
+  throw std::invalid_argument(std::string(name_of(op)) + " of " + name_of(dtype) + " is not defined" + why);
+}
+
+Arithmetic of_complex(DType dtype, ReduceOp op) {
+  if (op != ReduceOp::kSum && op != ReduceOp::kAvg) {
+    refuse(dtype, op, ": complex numbers have no order, and are not multiplied here; they take sum and avg");
+  }
+  if (dtype == DType::kComplex32) return {DType::kFloat16, op, 2};
+  return {dtype == DType::kComplex64 ? DType::kFloat32 : DType::kFloat64, op, 2};
 }
 
 }  // namespace
@@ -66,6 +80,35 @@ std::string describe(const Call& call) {
       return "exchange(" + std::to_string(call.count) + " bytes)";
   }
   return "unknown operation " + std::to_string(static_cast<int>(call.kind));
+}
+
+Arithmetic arithmetic_of(DType dtype, ReduceOp op) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kFloat64:
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return {dtype, op};
+    case DType::kInt8:
+    case DType::kUInt8:
+    case DType::kInt32:
+    case DType::kInt64:
+      if (op == ReduceOp::kAvg) refuse(dtype, op, "; sum it and divide, or convert it to a floating-point type");
+      return {dtype, op};
+    case DType::kBool:
+      if (op == ReduceOp::kAvg) refuse(dtype, op, "; convert it to a floating-point type");
+      return {DType::kUInt8, op == ReduceOp::kSum || op == ReduceOp::kMax ? ReduceOp::kMax : ReduceOp::kMin};
+    case DType::kComplex32:
+    case DType::kComplex64:
+    case DType::kComplex128:
+      return of_complex(dtype, op);
+    default:
+      break;
+  }
+  std::string names;
+  for (int d = 0; d < kNumNumberTypes; ++d) names += std::string(name_of(static_cast<DType>(d))) + ", ";
+  throw std::invalid_argument("dtype " + std::string(name_of(dtype)) + " is not supported by reductions, which take " +
+                              names + "bool and complex numbers; other calls move it");
 }
 
 }  // namespace pycomm

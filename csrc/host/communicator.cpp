@@ -116,7 +116,7 @@ std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
 
 std::shared_ptr<Work> Communicator::all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op,
                                                const CallOptions& options) {
-  check_reducible(dtype, op);
+  static_cast<void>(arithmetic_of(dtype, op));
   return run(options, [=](Group& group) { host::all_reduce(group, data, count, dtype, op); });
 }
 
@@ -128,14 +128,14 @@ std::shared_ptr<Work> Communicator::broadcast(void* data, std::size_t count, DTy
 
 std::shared_ptr<Work> Communicator::reduce(void* data, std::size_t count, DType dtype, ReduceOp op, int root,
                                            const CallOptions& options) {
-  check_reducible(dtype, op);
+  static_cast<void>(arithmetic_of(dtype, op));
   check_root(root);
   return run(options, [=](Group& group) { host::reduce(group, data, count, dtype, op, root); });
 }
 
 std::shared_ptr<Work> Communicator::reduce_scatter(const Tensors& tensors, Parts parts, ReduceOp op,
                                                    const CallOptions& options) {
-  check_reducible(tensors.dtype, op);
+  static_cast<void>(arithmetic_of(tensors.dtype, op));
   check_parts(parts);
   return run(options, [=, parts = std::move(parts)](Group& group) { host::reduce_scatter(group, tensors, parts, op); });
 }

@@ -119,7 +119,7 @@ void reduce_gradients(Group& group, const GradientReduction& reduction, bool acc
   Everyone buckets(n);
   for (int r = 0; r < n; ++r) buckets.set(r, group.symmetric_input(r));
   const StepKernels& kernels = step_kernels();
-  const ReduceFn average = reduce_kernel(reduction.dtype, ReduceOp::kAvg);
+  const ReduceKernel average = reduce_kernel(reduction.dtype, ReduceOp::kAvg);
   Scratch scratch;
   for (const Run& run : *reduction.runs) {
     for_each_block(run, [&](std::size_t begin, std::size_t count) {
@@ -183,7 +183,7 @@ void update_everywhere(Group& group, const ParameterUpdate& update, const std::v
     all_params.set(r, group.symmetric_output(r));
   }
   const StepKernels& kernels = step_kernels();
-  const ReduceFn average = reduce_kernel(update.grad_dtype, ReduceOp::kAvg);
+  const ReduceKernel average = reduce_kernel(update.grad_dtype, ReduceOp::kAvg);
   Scratch scratch;
   for (const Run& run : *update.runs) {
     for_each_block(run, [&](std::size_t begin, std::size_t count) {

@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <csignal>
 #include <limits>
@@ -16,28 +17,42 @@ bool Work::done() const {
   return done_;
 }
 
-void Work::announce(std::shared_ptr<Completions> completions, std::uint64_t token) {
+void Work::when_over(std::function<void()> listener) {
   {
     const std::lock_guard lock(mutex_);
     if (!done_) {
-      announcements_.emplace_back(std::move(completions), token);
+      listeners_.push_back(std::move(listener));
       return;
     }
   }
-  completions->put(token);
+  listener();
+}
+
+void Work::announce(std::shared_ptr<Completions> completions, std::uint64_t token) {
+  when_over([completions = std::move(completions), token] { completions->put(token); });
+}
+
+void Work::finish_after(std::shared_ptr<Work> whole, const std::vector<std::shared_ptr<Work>>& parts) {
+  const auto left = std::make_shared<std::atomic<std::size_t>>(parts.size() + 1);
+  const auto end_one = [whole = std::move(whole), left] {
+    if (left->fetch_sub(1) == 1) whole->finish(nullptr);
+  };
+  for (const std::shared_ptr<Work>& part : parts) part->when_over(end_one);
+  end_one();
 }
 
 void Work::finish(std::exception_ptr error, int source) {
-  decltype(announcements_) announcements;
+  decltype(listeners_) listeners;
   {
     const std::lock_guard lock(mutex_);
+    if (done_) return;
     done_ = true;
     source_ = source;
     error_ = std::move(error);
-    announcements.swap(announcements_);
+    listeners.swap(listeners_);
   }
   finished_.notify_all();
-  for (const auto& [completions, token] : announcements) completions->put(token);
+  for (const auto& listener : listeners) listener();
 }
 
 int Work::source() const {

@@ -39,7 +39,7 @@ bool wait_in_slices(std::unique_lock<std::mutex>& lock, std::condition_variable&
   return true;
 }
 
-/// The handle of one asynchronous operation.
+/// The handle of one asynchronous operation, whoever runs it: threads of this library, or code in Python.
 class Work {
  public:
   bool done() const;
@@ -47,18 +47,23 @@ class Work {
   void wait(std::optional<double> timeout_s, InterruptCheck interrupt);
   /// `token` is put into `completions` when the operation is over, at once if it is.
   void announce(std::shared_ptr<Completions> completions, std::uint64_t token);
-  /// `source`: where a received message came from.
+  /// `source`: where a received message came from. The first end counts.
   void finish(std::exception_ptr error, int source = -1);
+  /// `whole` ends, well, when all of `parts` have ended, well or not; at once if there are none.
+  static void finish_after(std::shared_ptr<Work> whole, const std::vector<std::shared_ptr<Work>>& parts);
   /// After the end of a receive: the rank that sent.
   int source() const;
 
  private:
+  /// Call `listener` when the operation is over, at once if it is; in the thread that ends it, which shall not wait.
+  void when_over(std::function<void()> listener);
+
   mutable std::mutex mutex_;
   std::condition_variable finished_;
   bool done_ = false;
   std::exception_ptr error_;
   int source_ = -1;
-  std::vector<std::pair<std::shared_ptr<Completions>, std::uint64_t>> announcements_;
+  std::vector<std::function<void()>> listeners_;
 };
 
 class Progress {

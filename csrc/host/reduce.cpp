@@ -53,8 +53,10 @@ std::string supported_names() {
 
 }  // namespace
 
-ReduceFn reduce_kernel(DType dtype, ReduceOp op) {
-  return table_of(simd_level()).kernels[static_cast<int>(dtype)][static_cast<int>(op)];
+ReduceKernel reduce_kernel(DType dtype, ReduceOp op) {
+  const Arithmetic numbers = arithmetic_of(dtype, op);
+  return {table_of(simd_level()).kernels[static_cast<int>(numbers.dtype)][static_cast<int>(numbers.op)],
+          numbers.per_element};
 }
 
 SimdLevel simd_level() { return current_level().load(std::memory_order_relaxed); }

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <string_view>
 
-#include "pycomm/types.hpp"
+#include "pycomm/call.hpp"
 
 namespace pycomm::host {
 
@@ -19,8 +19,21 @@ enum class SimdLevel { kBaseline, kAvx2, kAvx512 };  // kBaseline: what the arch
 /// source (same start); other overlap is not allowed. num_src >= 1, num_dst >= 1. No alignment is required.
 using ReduceFn = void (*)(const void* const* src, int num_src, void* const* dst, int num_dst, std::size_t count);
 
-/// The kernel for this element type and operator at the current SIMD level; nullptr for avg over integers.
-ReduceFn reduce_kernel(DType dtype, ReduceOp op);
+/// A ReduceFn over elements of any dtype that has the operator.
+class ReduceKernel {
+ public:
+  ReduceKernel(ReduceFn function, std::size_t numbers) : function_(function), numbers_(numbers) {}
+  void operator()(const void* const* src, int num_src, void* const* dst, int num_dst, std::size_t count) const {
+    function_(src, num_src, dst, num_dst, count * numbers_);
+  }
+
+ private:
+  ReduceFn function_;
+  std::size_t numbers_;  // of an element
+};
+
+/// The kernel for this element type and operator at the current SIMD level. Throws what arithmetic_of does.
+ReduceKernel reduce_kernel(DType dtype, ReduceOp op);
 
 SimdLevel simd_level();
 SimdLevel best_simd_level();

@@ -6,7 +6,7 @@
 namespace pycomm::host {
 
 struct ReduceTable {
-  ReduceFn kernels[kNumDTypes][kNumReduceOps];
+  ReduceFn kernels[kNumNumberTypes][kNumReduceOps];
 };
 
 namespace baseline {

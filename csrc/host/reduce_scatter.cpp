@@ -24,7 +24,7 @@ void reduce_scatter(Group& group, const Tensors& tensors, const Parts& parts, Re
   const bool is_small = call.bytes() * static_cast<std::size_t>(n) <= group.tuning().one_shot_bytes;
   Rounds rounds(group, tensors.input, tensors.dtype, {{parts}, Readers::kOneAPart}, is_small);
   const Entry entry(group, call, {rounds.location(), {}}, [&] { rounds.show(0); });
-  const ReduceFn reduce = reduce_kernel(tensors.dtype, op);
+  const ReduceKernel reduce = reduce_kernel(tensors.dtype, op);
   rounds.run([&](std::uint64_t k) {
     const std::size_t length = rounds.length(group.rank(), k);
     if (length == 0) return;

@@ -1,9 +1,14 @@
 #include "host/segment.hpp"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <ctime>
 
 #ifdef PYCOMM_ONE_MAPPING
 #include <algorithm>
@@ -25,6 +30,43 @@ constexpr int MADV_POPULATE_WRITE = 23;  // Linux 5.14; older kernels answer EIN
 std::size_t page_bytes() {
   static const std::size_t bytes = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
   return bytes > kPage ? bytes : kPage;
+}
+
+/// Holds back SIGXFSZ, which ends a process that exceeds its limit on the size of files: EFBIG says it, too.
+class FileSizeSignalHeld {
+ public:
+  FileSizeSignalHeld() {
+    ::sigemptyset(&signal_);
+    ::sigaddset(&signal_, SIGXFSZ);
+    ::pthread_sigmask(SIG_BLOCK, &signal_, &before_);
+  }
+  ~FileSizeSignalHeld() {
+    const int error = errno;
+    constexpr timespec kAtOnce{};
+    if (error == EFBIG && ::sigismember(&before_, SIGXFSZ) == 0) ::sigtimedwait(&signal_, nullptr, &kAtOnce);
+    ::pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+    errno = error;
+  }
+  FileSizeSignalHeld(const FileSizeSignalHeld&) = delete;  // marks one scope
+  FileSizeSignalHeld& operator=(const FileSizeSignalHeld&) = delete;
+
+ private:
+  sigset_t signal_;
+  sigset_t before_;
+};
+
+int resize(int fd, std::size_t bytes) {
+  const FileSizeSignalHeld held;
+  return ::ftruncate(fd, static_cast<off_t>(bytes));
+}
+
+int take(int fd, std::size_t offset, std::size_t bytes) {
+  const FileSizeSignalHeld held;
+  int result = -1;
+  do {
+    result = ::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+  } while (result != 0 && errno == EINTR);
+  return result;
 }
 
 std::byte* map_fd(int fd, std::size_t bytes) {
@@ -105,7 +147,7 @@ Segment Segment::create(const char* name, std::size_t bytes) {
   bytes = round_to_pages(bytes);
   UniqueFd fd(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) throw_errno("memfd_create");
-  if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) {
+  if (resize(fd.get(), bytes) != 0) {
     throw_errno("ftruncate of shared memory to " + std::to_string(bytes) + " bytes");
   }
   if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) throw_errno("sealing a memfd");
@@ -124,14 +166,11 @@ Segment Segment::attach(UniqueFd fd, std::size_t bytes) {
   return Segment(std::move(fd), bytes);
 }
 
-int Segment::reserve(std::size_t offset, std::size_t bytes) {
-  if (bytes == 0) return 0;
-  while (::fallocate(fd_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
-    if (errno != EINTR) return errno;
-  }
+void Segment::reserve(std::size_t offset, std::size_t bytes) {
+  if (bytes == 0) return;
+  if (take(fd_.get(), offset, bytes) != 0) throw_errno("taking " + std::to_string(bytes) + " bytes of shared memory");
   // Mapping the pages now spares a fault per page later. Only a matter of speed, so an old kernel's EINVAL is fine.
   ::madvise(data_ + offset, bytes, MADV_POPULATE_WRITE);
-  return 0;
 }
 
 }  // namespace pycomm::host

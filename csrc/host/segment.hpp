@@ -34,7 +34,8 @@ class UniqueFd {
 class Segment {
  public:
   Segment() = default;
-  /// Create `bytes` (rounded up to pages) of zeros, sealed against shrinking and growing. No memory is taken yet.
+  /// Create `bytes` (rounded up to pages) of zeros, sealed against shrinking and growing. No memory is taken yet. What
+  /// the system refuses is an Error with its code, here and below.
   static Segment create(const char* name, std::size_t bytes);
   /// Map a descriptor that another rank created. Throws if it is smaller than `bytes`.
   static Segment attach(UniqueFd fd, std::size_t bytes);
@@ -56,9 +57,9 @@ class Segment {
   /// The mapping stays, the descriptor goes: once every rank maps the segment nobody needs it.
   void close_fd() { fd_.reset(); }
 
-  /// Take the memory of [offset, offset + bytes) now, on this thread's NUMA node, and map its pages. Returns 0 or an
-  /// errno value, which is better news than a SIGBUS in the middle of a training run.
-  int reserve(std::size_t offset, std::size_t bytes);
+  /// Take the memory of [offset, offset + bytes) now, on this thread's NUMA node, and map its pages. An Error is better
+  /// news than a SIGBUS in the middle of a training run.
+  void reserve(std::size_t offset, std::size_t bytes);
 
  private:
   Segment(UniqueFd fd, std::size_t bytes);

@@ -1,12 +1,13 @@
 #include "host/symmetric_segments.hpp"
 
-#include <sys/sysinfo.h>
-
 #include <algorithm>
-#include <cstdio>
+#include <cerrno>
+#include <cstring>
+#include <new>
 
 #include "host/exchange.hpp"
 #include "host/group.hpp"
+#include "host/memory_limits.hpp"
 #include "pycomm/error.hpp"
 
 namespace pycomm::host {
@@ -14,25 +15,68 @@ namespace pycomm::host {
 namespace {
 
 constexpr std::size_t kMostFreed = 32;  // segments unmapped in one allocation; the rest waits for the next
+constexpr std::size_t kMostLimits = 8;  // of one rank; the tightest count
 
-[[noreturn]] void throw_out_of_memory(const std::vector<int>& errors, std::size_t bytes) {
-  std::string text = "symmetric memory of " + std::to_string(bytes) + " bytes a rank:";
-  for (std::size_t r = 0; r < errors.size(); ++r) {
-    if (errors[r] != 0) text += " rank " + std::to_string(r) + " says \"" + std::strerror(errors[r]) + "\"";
+/// Why a rank cannot have its memory; empty: it can.
+struct Refusal {
+  char text[248] = {};
+
+  bool is_set() const { return text[0] != 0; }
+  void set(const std::string& reason) { reason.copy(text, sizeof(text) - 1); }
+  /// What the system refuses in `step` is a reason.
+  template <class Step>
+  void attempt(const Step& step) {
+    try {
+      step();
+    } catch (const Error& error) {
+      if (error.code == 0) throw;
+      set(error.what());
+    } catch (const std::bad_alloc&) {
+      set(std::strerror(ENOMEM));
+    }
   }
-  throw Error(ErrorKind::kOutOfMemory, text + ". Nothing was allocated");
+};
+
+[[noreturn]] void throw_out_of_memory(const std::string& reasons, std::size_t bytes) {
+  throw Error(ErrorKind::kOutOfMemory,
+              "symmetric memory of " + std::to_string(bytes) + " bytes a rank: " + reasons + ". Nothing was allocated");
 }
 
-/// Bytes that can be had without swapping, as the kernel estimates it.
-std::size_t available_bytes() {
-  std::size_t kib = 0;
-  if (std::FILE* const file = std::fopen("/proc/meminfo", "re"); file != nullptr) {
-    char line[128];
-    while (std::fgets(line, sizeof(line), file) != nullptr && std::sscanf(line, "MemAvailable: %zu kB", &kib) != 1) {
-    }
-    std::fclose(file);
+/// A rank's limits, for all to see.
+struct Limits {
+  std::uint64_t num = 0;
+  MemoryLimit of[kMostLimits] = {};
+
+  static Limits here() {
+    std::vector<MemoryLimit> all = memory_limits();
+    std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.left < b.left; });
+    Limits limits{.num = std::min(all.size(), kMostLimits)};
+    std::copy_n(all.begin(), limits.num, limits.of);
+    return limits;
   }
-  return kib * 1024;
+  const MemoryLimit* begin() const { return of; }
+  const MemoryLimit* end() const { return of + num; }
+};
+
+/// Which ranks have too little left for a part each; ranks that share a limit share what is left. Empty: none.
+std::string too_little(const std::vector<Limits>& ranks, std::size_t part_bytes) {
+  const auto has = [](const Limits& limits, std::uint64_t id) {
+    return std::any_of(limits.begin(), limits.end(), [&](const MemoryLimit& limit) { return limit.id == id; });
+  };
+  std::string reasons;
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    for (const MemoryLimit& limit : ranks[r]) {
+      const auto num_sharing =
+          std::count_if(ranks.begin(), ranks.end(), [&](const Limits& other) { return has(other, limit.id); });
+      const std::size_t needed = part_bytes * static_cast<std::size_t>(num_sharing);
+      if (needed <= limit.left) continue;
+      reasons += (reasons.empty() ? "rank " : "; rank ") + std::to_string(r) + ": " +
+                 (limit.id == MemoryLimit::kHost ? "its host" : "the limit of its memory cgroup") + " leaves " +
+                 std::to_string(limit.left) + " bytes, and its ranks need " + std::to_string(needed);
+      break;
+    }
+  }
+  return reasons;
 }
 
 }  // namespace
@@ -42,7 +86,8 @@ struct SymmetricSegments::Plan {
   std::uint64_t id = 0;
   std::uint64_t part_bytes = 0;
   std::int32_t is_new = 0;
-  std::int32_t error = 0;  // errno: rank 0 could not create the segment
+  std::int32_t num_sent = 0;  // descriptors: to the ranks from 1 on
+  Refusal refusal;            // of rank 0, or by the limits of any
   std::uint64_t num_freed = 0;
   std::uint64_t freed[kMostFreed] = {};
 };
@@ -141,52 +186,84 @@ SymmetricSegments::Plan SymmetricSegments::plan(std::size_t part_bytes) {
   return plan;
 }
 
+/// On rank 0: make what was planned, unless a rank has too little memory, and hand it out.
+std::shared_ptr<SymmetricSegment> SymmetricSegments::create(Plan& plan, const std::string& obstacle) const {
+  std::shared_ptr<SymmetricSegment> segment;
+  if (plan.is_new == 0) return segment;
+  if (!obstacle.empty()) {
+    plan.refusal.set(obstacle);
+    return segment;
+  }
+  plan.refusal.attempt([&] {
+    const std::size_t total = SymmetricSegment::bytes_for(plan.part_bytes, members_.world_size);
+    segment = std::make_shared<SymmetricSegment>(plan.id, plan.part_bytes, Segment::create("pycomm-symmetric", total));
+    for (int r = 1; r < members_.world_size; ++r) {
+      send_fd(members_.sockets[static_cast<std::size_t>(r)], segment->memory().fd(), plan.id);
+      plan.num_sent = r;
+    }
+  });
+  if (plan.refusal.is_set()) plan.refusal.set("rank 0: " + std::string(plan.refusal.text));
+  return segment;
+}
+
+/// On every rank: map what rank 0 has made, and take this rank's part of it.
+std::shared_ptr<SymmetricSegment> SymmetricSegments::join(Group& group, const Plan& plan,
+                                                          std::shared_ptr<SymmetricSegment> segment) const {
+  if (segment == nullptr) {
+    UniqueFd fd = recv_fd(members_.sockets[0], 0, plan.id, group.deadline(), group.interrupt());
+    const std::size_t total = SymmetricSegment::bytes_for(plan.part_bytes, members_.world_size);
+    segment = std::make_shared<SymmetricSegment>(plan.id, plan.part_bytes, Segment::attach(std::move(fd), total));
+  }
+  Segment& memory = segment->memory();
+  memory.reserve(static_cast<std::size_t>(segment->part(members_.rank) - memory.data()), plan.part_bytes);
+  memory.close_fd();
+  return segment;
+}
+
+void SymmetricSegments::drop_freed(const Plan& plan) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(segments_, [&](const auto& old) {
+    return std::find(plan.freed, plan.freed + plan.num_freed, old->id()) != plan.freed + plan.num_freed;
+  });
+}
+
+// Every step that a rank's system may refuse is followed by an exchange, so that all ranks end it in the same way.
 std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::size_t bytes) {
   const std::size_t part_bytes = round_to_pages(std::max<std::size_t>(bytes, 1));
-  {
-    const Entry entry(group, Call{.kind = OpKind::kAllocate, .count = bytes});
-  }
+  const std::vector<Limits> limits = exchange(group, Call{.kind = OpKind::kAllocate, .count = bytes}, Limits::here());
 
   Plan mine;
   std::shared_ptr<SymmetricSegment> segment;
   if (group.rank() == 0) {
     mine = plan(part_bytes);
-    if (mine.is_new != 0) {
-      const std::size_t total = SymmetricSegment::bytes_for(part_bytes, group.world_size());
-      if (part_bytes > Location::kMaxOffset || total > available_bytes()) {
-        mine.error = ENOMEM;
-      } else {
-        segment = std::make_shared<SymmetricSegment>(mine.id, part_bytes, Segment::create("pycomm-symmetric", total));
-        for (int r = 1; r < group.world_size(); ++r) send_fd(members_.sockets[r], segment->memory().fd(), mine.id);
-      }
-    }
+    const bool fits = part_bytes <= Location::kMaxOffset;
+    segment = create(mine, fits ? too_little(limits, part_bytes) : "no rank can have more than 1 TiB at once");
   }
   const Plan plan = exchange(group, mine)[0];
-  if (plan.error != 0) throw_out_of_memory({plan.error}, bytes);
-
-  {
-    const std::lock_guard lock(mutex_);
-    std::erase_if(segments_, [&](const auto& old) {
-      return std::find(plan.freed, plan.freed + plan.num_freed, old->id()) != plan.freed + plan.num_freed;
-    });
+  drop_freed(plan);
+  if (plan.refusal.is_set()) {
+    Refusal late;  // of a descriptor that was on its way
+    if (group.rank() != 0 && group.rank() <= plan.num_sent) {
+      late.attempt([&] { recv_fd(members_.sockets[0], 0, plan.id, group.deadline(), group.interrupt()); });
+    }
+    throw_out_of_memory(plan.refusal.text, bytes);
   }
-  int error = 0;
+
+  Refusal refusal;
   if (plan.is_new != 0) {
     next_id_ = plan.id % (Location::kMaxSegments - 1) + 1;  // ids come round again after 16 million allocations
-    const std::size_t total = SymmetricSegment::bytes_for(plan.part_bytes, group.world_size());
-    if (segment == nullptr) {
-      UniqueFd fd = recv_fd(members_.sockets[0], 0, plan.id, group.deadline(), group.interrupt());
-      segment = std::make_shared<SymmetricSegment>(plan.id, plan.part_bytes, Segment::attach(std::move(fd), total));
-    }
-    error = segment->memory().reserve(static_cast<std::size_t>(segment->part(group.rank()) - segment->memory().data()),
-                                      plan.part_bytes);
-    segment->memory().close_fd();
+    refusal.attempt([&] { segment = join(group, plan, std::move(segment)); });
   } else {
     segment = find(plan.id);
     segment->set_released(group.rank(), false);
   }
-  const std::vector<int> errors = exchange(group, error);
-  if (std::any_of(errors.begin(), errors.end(), [](int e) { return e != 0; })) throw_out_of_memory(errors, bytes);
+  std::string reasons;
+  const std::vector<Refusal> refusals = exchange(group, refusal);
+  for (std::size_t r = 0; r < refusals.size(); ++r) {
+    if (!refusals[r].is_set()) continue;
+    reasons += (reasons.empty() ? "rank " : "; rank ") + std::to_string(r) + ": " + refusals[r].text;
+  }
+  if (!reasons.empty()) throw_out_of_memory(reasons, bytes);
   if (plan.is_new != 0) {
     const std::lock_guard lock(mutex_);
     segments_.push_back(segment);

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "host/bootstrap.hpp"
@@ -71,7 +72,8 @@ class SymmetricSegments {
   SymmetricSegments(const SymmetricSegments&) = delete;
   SymmetricSegments& operator=(const SymmetricSegments&) = delete;
 
-  /// Collective, inside Group::run. Throws kOutOfMemory, on every rank, when one cannot have its memory.
+  /// Collective, inside Group::run. Throws kOutOfMemory, on every rank alike, when one cannot have its memory: for lack
+  /// of memory, by a limit of its process or cgroup, or for lack of descriptors. The group stays usable.
   std::unique_ptr<SymmetricBuffer> allocate(Group& group, std::size_t bytes);
 
   /// Where [data, data + bytes) lies in this rank's part of a segment, or an ordinary location.
@@ -86,6 +88,10 @@ class SymmetricSegments {
   struct Plan;
 
   Plan plan(std::size_t part_bytes);
+  std::shared_ptr<SymmetricSegment> create(Plan& plan, const std::string& obstacle) const;
+  std::shared_ptr<SymmetricSegment> join(Group& group, const Plan& plan,
+                                         std::shared_ptr<SymmetricSegment> segment) const;
+  void drop_freed(const Plan& plan);
   std::shared_ptr<SymmetricSegment> find(std::uint64_t id) const;
   std::shared_ptr<SymmetricSegment> find_address(const void* data, std::size_t bytes) const;
 

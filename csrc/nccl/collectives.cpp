@@ -8,47 +8,31 @@ namespace pycomm::nccl {
 
 namespace {
 
-abi::DataType type_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return abi::kFloat32;
-    case DType::kFloat64:
-      return abi::kFloat64;
-    case DType::kFloat16:
-      return abi::kFloat16;
-    case DType::kBFloat16:
-      return abi::kBfloat16;
-    case DType::kInt8:
-      return abi::kInt8;
-    case DType::kUInt8:
-      return abi::kUint8;
-    case DType::kInt32:
-      return abi::kInt32;
-    case DType::kInt64:
-      return abi::kInt64;
-  }
-  throw std::invalid_argument("unknown dtype");
+/// What NCCL is told of elements: `per_element` numbers of a type it has. Without `op` they are only moved.
+struct Elements {
+  abi::DataType type = abi::kUint8;
+  std::uint64_t per_element = 1;
+  abi::RedOp op = abi::kSum;
+};
+
+abi::DataType type_of(DType number) {
+  constexpr abi::DataType kTypes[] = {abi::kFloat32, abi::kFloat64, abi::kFloat16, abi::kBfloat16,
+                                      abi::kInt8,    abi::kUint8,   abi::kInt32,   abi::kInt64};
+  static_assert(sizeof(kTypes) / sizeof(kTypes[0]) == kNumNumberTypes);
+  return kTypes[static_cast<int>(number)];
 }
 
-/// Throws std::invalid_argument for an average of integers.
-abi::RedOp op_of(ReduceOp op, DType dtype) {
-  switch (op) {
-    case ReduceOp::kSum:
-      return abi::kSum;
-    case ReduceOp::kAvg:
-      if (!is_floating_point(dtype)) {
-        throw std::invalid_argument(std::string("avg of ") + name_of(dtype) +
-                                    " is not defined; sum it and divide, or convert it to a floating-point type");
-      }
-      return abi::kAvg;
-    case ReduceOp::kMin:
-      return abi::kMin;
-    case ReduceOp::kMax:
-      return abi::kMax;
-    case ReduceOp::kProd:
-      return abi::kProd;
-  }
-  throw std::invalid_argument("unknown op");
+Elements moved(DType dtype) {
+  if (static_cast<int>(dtype) < kNumNumberTypes) return {.type = type_of(dtype)};
+  return {.per_element = size_of(dtype)};
+}
+
+/// Throws std::invalid_argument where the operator has no meaning.
+Elements reduced(DType dtype, ReduceOp op) {
+  constexpr abi::RedOp kOps[] = {abi::kSum, abi::kAvg, abi::kMin, abi::kMax, abi::kProd};
+  static_assert(sizeof(kOps) / sizeof(kOps[0]) == kNumReduceOps);
+  const Arithmetic numbers = arithmetic_of(dtype, op);
+  return {type_of(numbers.dtype), numbers.per_element, kOps[static_cast<int>(numbers.op)]};
 }
 
 /// The first result that stops a group from growing.
@@ -85,17 +69,17 @@ abi::Result with_budget(const CallOptions& options, Plain plain, Configured conf
 
 OperationPtr Communicator::all_reduce(const Buffers& buffers, std::uint64_t count, ReduceOp op,
                                       const CallOptions& options) {
-  const abi::RedOp red_op = op_of(op, buffers.dtype);
+  const Elements elements = reduced(buffers.dtype, op);
   const Call call{.kind = OpKind::kAllReduce, .dtype = buffers.dtype, .reduce_op = op, .count = count};
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return with_budget(options, library_->all_reduce, library_->all_reduce_config, buffers.input, buffers.output, count,
-                       type_of(buffers.dtype), red_op, comm, stream);
+    return with_budget(options, library_->all_reduce, library_->all_reduce_config, buffers.input, buffers.output,
+                       count * elements.per_element, elements.type, elements.op, comm, stream);
   });
 }
 
 OperationPtr Communicator::all_reduce_by_kernel(Route route, Location place, DType dtype, std::uint64_t count,
                                                 ReduceOp op, const CallOptions& options, const Launch& launch) {
-  static_cast<void>(op_of(op, dtype));
+  static_cast<void>(arithmetic_of(dtype, op));
   const Call call{.kind = OpKind::kAllReduce,
                   .dtype = dtype,
                   .reduce_op = op,
@@ -114,26 +98,26 @@ OperationPtr Communicator::barrier(void* byte, const CallOptions& options) {
 OperationPtr Communicator::broadcast(const Buffers& buffers, std::uint64_t count, int root,
                                      const CallOptions& options) {
   const Call call{.kind = OpKind::kBroadcast, .dtype = buffers.dtype, .root = root, .count = count};
+  const Elements elements = moved(buffers.dtype);
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return with_budget(options, library_->broadcast, library_->broadcast_config, buffers.input, buffers.output, count,
-                       type_of(buffers.dtype), root, comm, stream);
+    return with_budget(options, library_->broadcast, library_->broadcast_config, buffers.input, buffers.output,
+                       count * elements.per_element, elements.type, root, comm, stream);
   });
 }
 
 OperationPtr Communicator::reduce(const Buffers& buffers, std::uint64_t count, int root, ReduceOp op,
                                   const CallOptions& options) {
-  const abi::RedOp red_op = op_of(op, buffers.dtype);
+  const Elements elements = reduced(buffers.dtype, op);
   const Call call{.kind = OpKind::kReduce, .dtype = buffers.dtype, .reduce_op = op, .root = root, .count = count};
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return with_budget(options, library_->reduce, library_->reduce_config, buffers.input, buffers.output, count,
-                       type_of(buffers.dtype), red_op, root, comm, stream);
+    return with_budget(options, library_->reduce, library_->reduce_config, buffers.input, buffers.output,
+                       count * elements.per_element, elements.type, elements.op, root, comm, stream);
   });
 }
 
 OperationPtr Communicator::reduce_scatter(const Buffers& buffers, const Parts& parts, ReduceOp op,
                                           const CallOptions& options) {
-  const abi::RedOp red_op = op_of(op, buffers.dtype);
-  const abi::DataType type = type_of(buffers.dtype);
+  const Elements elements = reduced(buffers.dtype, op);
   const Call call{.kind = OpKind::kReduceScatter,
                   .dtype = buffers.dtype,
                   .reduce_op = op,
@@ -142,7 +126,8 @@ OperationPtr Communicator::reduce_scatter(const Buffers& buffers, const Parts& p
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
     if (parts.splits == 0) {
       return with_budget(options, library_->reduce_scatter, library_->reduce_scatter_config, buffers.input,
-                         buffers.output, parts.counts.front(), type, red_op, comm, stream);
+                         buffers.output, parts.counts.front() * elements.per_element, elements.type, elements.op, comm,
+                         stream);
     }
     return grouped([&] {
       abi::Result result = abi::kSuccess;
@@ -152,8 +137,8 @@ OperationPtr Communicator::reduce_scatter(const Buffers& buffers, const Parts& p
         void* const output = owner == rank_ ? buffers.output : nullptr;
         if (count != 0) {
           const void* const input = at(buffers.input, start, buffers.dtype);
-          result = with_budget(options, library_->reduce, library_->reduce_config, input, output, count, type, red_op,
-                               owner, comm, stream);
+          result = with_budget(options, library_->reduce, library_->reduce_config, input, output,
+                               count * elements.per_element, elements.type, elements.op, owner, comm, stream);
         }
         start += count;
       }
@@ -163,12 +148,12 @@ OperationPtr Communicator::reduce_scatter(const Buffers& buffers, const Parts& p
 }
 
 OperationPtr Communicator::all_gather(const Buffers& buffers, const Parts& parts, const CallOptions& options) {
-  const abi::DataType type = type_of(buffers.dtype);
+  const Elements elements = moved(buffers.dtype);
   const Call call{.kind = OpKind::kAllGather, .dtype = buffers.dtype, .count = total(parts), .splits = parts.splits};
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
     if (parts.splits == 0) {
       return with_budget(options, library_->all_gather, library_->all_gather_config, buffers.input, buffers.output,
-                         parts.counts.front(), type, comm, stream);
+                         parts.counts.front() * elements.per_element, elements.type, comm, stream);
     }
     return grouped([&] {
       abi::Result result = abi::kSuccess;
@@ -178,8 +163,8 @@ OperationPtr Communicator::all_gather(const Buffers& buffers, const Parts& parts
         void* const output = at(buffers.output, start, buffers.dtype);
         const void* const input = owner == rank_ ? buffers.input : output;
         if (count != 0) {
-          result = with_budget(options, library_->broadcast, library_->broadcast_config, input, output, count, type,
-                               owner, comm, stream);
+          result = with_budget(options, library_->broadcast, library_->broadcast_config, input, output,
+                               count * elements.per_element, elements.type, owner, comm, stream);
         }
         start += count;
       }
@@ -190,7 +175,7 @@ OperationPtr Communicator::all_gather(const Buffers& buffers, const Parts& parts
 
 OperationPtr Communicator::all_to_all(const Buffers& buffers, const Parts& output, const Parts& input,
                                       const CallOptions& options) {
-  const abi::DataType type = type_of(buffers.dtype);
+  const Elements elements = moved(buffers.dtype);
   Call call{.kind = OpKind::kAllToAll, .dtype = buffers.dtype, .splits = output.splits};
   if (output.splits == 0) call.count = total(input);
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
@@ -202,10 +187,12 @@ OperationPtr Communicator::all_to_all(const Buffers& buffers, const Parts& outpu
         const std::uint64_t sent = input.counts[static_cast<std::size_t>(peer)];
         const std::uint64_t received = output.counts[static_cast<std::size_t>(peer)];
         if (sent != 0) {
-          result = library_->send(at(buffers.input, from, buffers.dtype), sent, type, peer, comm, stream);
+          result = library_->send(at(buffers.input, from, buffers.dtype), sent * elements.per_element, elements.type,
+                                  peer, comm, stream);
         }
         if (received != 0 && !stops(result)) {
-          result = library_->recv(at(buffers.output, to, buffers.dtype), received, type, peer, comm, stream);
+          result = library_->recv(at(buffers.output, to, buffers.dtype), received * elements.per_element, elements.type,
+                                  peer, comm, stream);
         }
         from += sent;
         to += received;
@@ -225,12 +212,13 @@ OperationPtr Communicator::scatter(const Buffers& buffers, std::uint64_t count, 
 
 OperationPtr Communicator::with_root(OpKind kind, const void* part, const void* all, DType dtype, std::uint64_t count,
                                      int root, const CallOptions& options) {
-  const abi::DataType type = type_of(dtype);
+  const Elements elements = moved(dtype);
   const Call call{.kind = kind, .dtype = dtype, .root = root, .count = count * static_cast<std::uint64_t>(world_size_)};
   return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
     const auto move = [&](bool is_send, const void* data, int peer) {
-      return is_send ? library_->send(data, count, type, peer, comm, stream)
-                     : library_->recv(const_cast<void*>(data), count, type, peer, comm, stream);
+      const std::uint64_t numbers = count * elements.per_element;
+      return is_send ? library_->send(data, numbers, elements.type, peer, comm, stream)
+                     : library_->recv(const_cast<void*>(data), numbers, elements.type, peer, comm, stream);
     };
     const auto place = [&](int rank) { return at(all, count * static_cast<std::uint64_t>(rank), dtype); };
     const bool to_root = kind == OpKind::kGather;
@@ -265,9 +253,10 @@ OperationPtr Communicator::exchange(std::span<const Message> messages, const Cal
     return grouped([&] {
       abi::Result result = abi::kSuccess;
       for (const Message& message : messages) {
-        const abi::DataType type = type_of(message.dtype);
-        result = message.is_send ? library_->send(message.data, message.count, type, message.peer, comm, stream)
-                                 : library_->recv(message.data, message.count, type, message.peer, comm, stream);
+        const Elements elements = moved(message.dtype);
+        const std::uint64_t count = message.count * elements.per_element;
+        result = message.is_send ? library_->send(message.data, count, elements.type, message.peer, comm, stream)
+                                 : library_->recv(message.data, count, elements.type, message.peer, comm, stream);
         if (stops(result)) break;
       }
       return result;

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C, env
-from pycomm.arguments import checked_timeout
 from pycomm.backends import Calls
 from pycomm.rendezvous import Rendezvous
 
@@ -44,7 +43,7 @@ class Flag:
             PeerTimeoutError, PeerLostError: as a collective's.
             ValueError: there is no such rank, or ``timeout_s`` is not positive.
         """
-        self._wait(self._address, value, rank, self._timeout_s if timeout_s is None else checked_timeout(timeout_s))
+        self._wait(self._address, value, rank, self._timeout_s if timeout_s is None else timeout_s)
 
 
 class ShmBackend:

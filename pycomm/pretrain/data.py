@@ -2,7 +2,8 @@
 
 Both are cached, since they cost seconds and depend on the text alone. A cache entry is one folder that appears complete
 or not at all: it is built under another name and renamed, and a lock lets one of several processes build it while the
-others wait. Entries hold JSON and raw integers, nothing that executes when it is read.
+others wait. Entries hold JSON and raw integers, nothing that executes when it is read; what does not read as it was
+written, checksums among it, is built again.
 
 Ref: "Neural Machine Translation of Rare Words with Subword Units" (2016) for byte-pair encoding; GPT-2 (2019) for doing
 it on bytes, so that every text can be encoded.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +32,12 @@ from pycomm.pretrain.config import ConfigError, PretrainConfig
 from pycomm.pretrain.text import TextSelection, select_text
 
 DOCUMENT_START = "<|document|>"
-FORMAT = 1  # part of the cache key: raise it when a cached entry would mean something else
+FORMAT = 2  # part of the cache key: raise it when a cached entry would mean something else
 ENCODE_AT_ONCE = 256  # documents; bounds the memory that token lists take
+READ_AT_ONCE = 1 << 20  # bytes
+
+_DTYPES = ("<u2", "<u4")  # of tokens.bin
+_log = logging.getLogger("pycomm")
 
 TokenArray = npt.NDArray[np.unsignedinteger]
 
@@ -77,7 +84,14 @@ def prepare(config: PretrainConfig, cache_dir: Path, report: Callable[[str], Non
     with _locked(entry.with_suffix(".lock")):
         if not entry.exists():
             _build(entry, selection, config.model.vocab_size, report)
-    return _open(entry, selection, config)
+        try:
+            stored = _read(entry)
+        except (OSError, ValueError) as error:
+            _log.warning("the cached corpus %s is damaged and is built again: %s", entry, error)
+            shutil.rmtree(entry)
+            _build(entry, selection, config.model.vocab_size, report)
+            stored = _read(entry)
+    return _corpus(stored, selection, config)
 
 
 @contextmanager
@@ -96,6 +110,7 @@ def _build(entry: Path, selection: TextSelection, vocab_size: int, report: Calla
         tokenizer.save(str(work / "tokenizer.json"))
         report(f"tokenizing {selection.num_bytes / 1e6:.1f} MB")
         meta = _write_tokens(work / "tokens.bin", tokenizer, selection.documents)
+        meta["checksums"] = {name: _checksum(work / name) for name in ("tokenizer.json", "tokens.bin")}
         (work / "meta.json").write_text(json.dumps(meta))
         work.rename(entry)
     finally:
@@ -116,8 +131,8 @@ def _train_tokenizer(documents: tuple[str, ...], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _write_tokens(path: Path, tokenizer: Tokenizer, documents: tuple[str, ...]) -> dict[str, object]:
-    """Write all documents' ids after each other, each after a document mark; returns what ``_open`` needs to know."""
+def _write_tokens(path: Path, tokenizer: Tokenizer, documents: tuple[str, ...]) -> dict[str, Any]:
+    """Write all documents' ids after each other, each after a document mark; returns what ``_read`` needs to know."""
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32).newbyteorder("<")
     mark = np.array([tokenizer.token_to_id(DOCUMENT_START)], dtype)
     starts: list[int] = []
@@ -134,21 +149,56 @@ def _write_tokens(path: Path, tokenizer: Tokenizer, documents: tuple[str, ...]) 
     return {"dtype": dtype.str, "num_tokens": num_tokens, "document_starts": starts}
 
 
-def _open(entry: Path, selection: TextSelection, config: PretrainConfig) -> Corpus:
+@dataclass(frozen=True)
+class _Stored:
+    """A cache entry, read and checked."""
+
+    tokenizer: Tokenizer
+    learned: bytes  # the tokenizer's file
+    tokens: TokenArray
+    document_starts: list[int]
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b()
+    with path.open("rb") as file:
+        while block := file.read(READ_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read(entry: Path) -> _Stored:
+    """Raises OSError or ValueError if the entry is not as it was written; nothing in it is trusted before."""
     meta = json.loads((entry / "meta.json").read_text())
+    if not isinstance(meta, dict) or meta.get("dtype") not in _DTYPES:
+        raise ValueError("meta.json names no dtype that tokens have")
+    num_tokens, starts, checksums = meta.get("num_tokens"), meta.get("document_starts"), meta.get("checksums")
+    if not isinstance(num_tokens, int) or not isinstance(starts, list) or not isinstance(checksums, dict):
+        raise ValueError("meta.json lacks num_tokens, document_starts or checksums")
+    if not all(isinstance(start, int) and 0 <= start < num_tokens for start in starts):
+        raise ValueError("a document starts outside of the tokens")
+    for name in ("tokenizer.json", "tokens.bin"):
+        if checksums.get(name) != _checksum(entry / name):
+            raise ValueError(f"{name} is not what was written")
     tokens: TokenArray = np.memmap(entry / "tokens.bin", np.dtype(meta["dtype"]), mode="r")
-    cut = held_out_start(meta["num_tokens"], meta["document_starts"], config.data.held_out)
+    if len(tokens) != num_tokens:
+        raise ValueError(f"tokens.bin has {len(tokens)} tokens, meta.json says {num_tokens}")
+    learned = (entry / "tokenizer.json").read_bytes()
+    return _Stored(Tokenizer.from_buffer(learned), learned, tokens, starts)
+
+
+def _corpus(stored: _Stored, selection: TextSelection, config: PretrainConfig) -> Corpus:
+    tokens = stored.tokens
+    cut = held_out_start(len(tokens), stored.document_starts, config.data.held_out)
     need = config.model.max_seq + 1
     if cut < need or len(tokens) - cut < need:
         raise ConfigError(
             f"too little text: {cut} tokens to learn from and {len(tokens) - cut} held out, but a sequence takes "
             f"{need} (--model.max-seq {config.model.max_seq}); give more --text or a shorter sequence"
         )
-    tokenizer = Tokenizer.from_file(str(entry / "tokenizer.json"))
     # Not the entry's name: another version of the tokenizers library may learn other merges from the same text.
-    learned = (entry / "tokenizer.json").read_bytes()
-    key = hashlib.blake2b(selection.digest().encode() + learned, digest_size=12).hexdigest()
-    return Corpus(tokenizer, tokens[:cut], tokens[cut:], key, selection.describe())
+    key = hashlib.blake2b(selection.digest().encode() + stored.learned, digest_size=12).hexdigest()
+    return Corpus(stored.tokenizer, tokens[:cut], tokens[cut:], key, selection.describe())
 
 
 def held_out_start(num_tokens: int, document_starts: list[int], share: float) -> int:

@@ -6,14 +6,17 @@ then runs on pycomm's communicators, unchanged. docs/torch_backend.md says what 
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from pycomm import _C
+
 if TYPE_CHECKING:
     from torch._C import _distributed_c10d as c10d
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "register", "seconds_of"]
 
 NAME = "pycomm"
 
@@ -32,5 +35,10 @@ def _process_group(
     if backend_options is not None:
         raise ValueError("init_process_group: leave pg_options out: the back end pycomm has none")
     return PycommProcessGroup.connect(
-        options.store, options.group_rank, options.group_size, options.timeout.total_seconds(), options.group_id
+        options.store, options.group_rank, options.group_size, seconds_of(options.timeout), options.group_id
     )
+
+
+def seconds_of(timeout: timedelta) -> float:
+    """As a communicator takes them: torch's users say "for ever" by days that no clock can hold."""
+    return min(timeout.total_seconds(), _C.LONGEST_TIMEOUT_S)

@@ -17,11 +17,11 @@ from torch.distributed import ReduceOp
 
 from pycomm import calls
 from pycomm.communicator import Communicator
+from pycomm.torch_backend import seconds_of
 from pycomm.torch_backend.communicators import Communicators
 from pycomm.torch_backend.tensors import (
     Finish,
     combine,
-    flat,
     kind_of,
     landing,
     operator,
@@ -99,8 +99,7 @@ class Collectives(dist.ProcessGroup):
         parts, num_ranks = _only(inputs), self._communicators.host.world_size
         if len(parts) != num_ranks:
             raise ValueError(f"reduce_scatter: {len(parts)} inputs for {num_ranks} ranks")
-        joined = torch.cat([flat(part) if part.is_contiguous() else part.detach().reshape(-1) for part in parts])
-        return self._reduce_scatter(_only(outputs), joined, [part.numel() for part in parts], opts)
+        return self._reduce_scatter(_only(outputs), *together(parts), opts)
 
     def reduce_scatter_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: c10d.ReduceScatterOptions | None = None
@@ -243,7 +242,7 @@ class Collectives(dist.ProcessGroup):
         return self._work(comm, started, [], None)
 
     def _timeout(self, opts: Any) -> float:
-        seconds: float = opts.timeout.total_seconds()
+        seconds = seconds_of(opts.timeout)
         return seconds if seconds > 0 else self._timeout_s  # torch's "unset" is negative
 
     def _work(self, comm: Communicator, started: calls.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:

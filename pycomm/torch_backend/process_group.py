@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pycomm import calls
 from pycomm.communicator import Communicator
-from pycomm.torch_backend import NAME
+from pycomm.torch_backend import NAME, seconds_of
 from pycomm.torch_backend.collectives import Collectives, Tensors
 from pycomm.torch_backend.communicators import Communicators
 from pycomm.torch_backend.device_work import CudaStreams, DeviceWork, joined
@@ -188,9 +188,7 @@ class PycommProcessGroup(Collectives):
         part = self._communicators.split(min(ranks) if is_member else None, place, store)
         if part is None:
             return None
-        group = PycommProcessGroup(
-            part, self._timeout_s if timeout is None else timeout.total_seconds(), str(group_name)
-        )
+        group = PycommProcessGroup(part, self._timeout_s if timeout is None else seconds_of(timeout), str(group_name))
         group.setGroupDesc(group_desc or "")
         return group
 
@@ -198,7 +196,7 @@ class PycommProcessGroup(Collectives):
         """Communicators number their calls themselves."""
 
     def set_timeout(self, timeout: timedelta) -> None:
-        self._timeout_s = timeout.total_seconds()
+        self._timeout_s = seconds_of(timeout)
 
     _set_default_timeout = set_timeout
 

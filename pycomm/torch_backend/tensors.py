@@ -1,7 +1,7 @@
 """What torch.distributed hands over and what a communicator takes: layouts, dtypes, reduce operators.
 
-A communicator takes contiguous tensors of nine dtypes, on its device. Others are laid out contiguously first, and
-copied back when the operation is over; complex numbers travel as pairs, and dtypes that are only moved as bytes.
+A communicator takes contiguous tensors on its device, of nearly every dtype. Others are laid out contiguously first,
+and copied back when the operation is over.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from functools import partial
 
 import torch
 from torch.distributed import ReduceOp
-
-from pycomm.arguments import MOVED, REDUCED
 
 __all__ = ["Finish", "combine", "flat", "kind_of", "landing", "operator", "reduced", "source", "spread", "together"]
 
@@ -27,15 +25,7 @@ _NAMES = {
     ReduceOp.PRODUCT: "prod",
     ReduceOp.PREMUL_SUM: "sum",  # of inputs that `reduced` has multiplied
 }
-# False and True are bytes of 0 and 1: a sum is true if one is, a product if all are.
-_BOOL_NAMES = {
-    ReduceOp.SUM: "max",
-    ReduceOp.MAX: "max",
-    ReduceOp.BOR: "max",
-    ReduceOp.PRODUCT: "min",
-    ReduceOp.MIN: "min",
-    ReduceOp.BAND: "min",
-}
+_BOOL_NAMES = _NAMES | {ReduceOp.BOR: "max", ReduceOp.BAND: "min"}
 _BITWISE = {
     ReduceOp.BAND: torch.bitwise_and,
     ReduceOp.BOR: torch.bitwise_or,
@@ -50,30 +40,28 @@ def kind_of(op: ReduceOp) -> ReduceOp.RedOpType:
 
 def source(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of ``tensor``, to be read: its own memory if a communicator takes it, a copy otherwise."""
-    if tensor.dtype in MOVED and tensor.is_contiguous():
-        return tensor
-    return _wire(_dense(tensor))
+    tensor = _as_called(tensor)
+    return tensor if _is_dense(tensor) else _dense(tensor)
 
 
 def landing(tensor: torch.Tensor) -> tuple[torch.Tensor, Finish]:
     """Where what is meant for ``tensor`` arrives, with its contents of now, and what brings it there."""
-    if tensor.dtype in MOVED and tensor.is_contiguous():
+    tensor = _as_called(tensor)
+    if _is_dense(tensor):
         return tensor, None
     dense = _dense(tensor)
-    return _wire(dense), (None if dense is tensor else partial(_copy, tensor, dense))
+    return dense, partial(_copy, tensor, dense)
 
 
 def reduced(tensor: torch.Tensor, op: ReduceOp) -> tuple[torch.Tensor, Finish]:
     """As :func:`landing`, for a tensor that ``op`` reduces; multiplied already if the operator says so."""
     if kind_of(op) == ReduceOp.PREMUL_SUM:
+        tensor = _as_called(tensor)
         with torch.no_grad():
             # As NCCL does: every rank's factor, and the product rounded to the tensor's dtype.
             scaled = torch.mul(_dense(tensor), op.factor).to(tensor.dtype)
-        return _numbers(scaled), partial(_copy, tensor, scaled)
-    if tensor.dtype in REDUCED and tensor.is_contiguous():
-        return tensor, None
-    dense = _dense(tensor)
-    return _numbers(dense), (None if dense is tensor else partial(_copy, tensor, dense))
+        return scaled, partial(_copy, tensor, scaled)
+    return landing(tensor)
 
 
 def operator(op: ReduceOp, dtype: torch.dtype) -> str | None:
@@ -131,6 +119,20 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
 
 
+def _as_called(tensor: torch.Tensor) -> torch.Tensor:
+    """The complex tensor of which torch.distributed hands over the pairs of real numbers, so that ranks compare what
+    their callers have. (Not under inference_mode, where torch does not tell that a tensor is a view.)"""
+    base = tensor._base if tensor.dim() and tensor.shape[-1] == 2 else None
+    if base is None or not base.is_complex() or not tensor.is_floating_point():
+        return tensor
+    whole = torch.view_as_complex(tensor.detach())
+    return whole if whole.dim() else whole.view(1)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself if it is laid out contiguously, else its contents in new memory that is.
 
@@ -144,32 +146,6 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
         )
     with torch.no_grad():
         return tensor.resolve_conj().resolve_neg().contiguous()
-
-
-def _wire(dense: torch.Tensor) -> torch.Tensor:
-    """Contiguous memory as a dtype that communicators move; dim 0 stays what it is."""
-    if dense.dtype in MOVED:
-        return dense
-    dense = dense.detach()
-    return torch.view_as_real(dense) if dense.is_complex() else dense.unsqueeze(-1).view(torch.uint8)
-
-
-def _numbers(dense: torch.Tensor) -> torch.Tensor:
-    """Contiguous memory as a dtype that communicators reduce.
-
-    Raises:
-        ValueError: no such dtype.
-    """
-    if dense.is_complex():
-        return torch.view_as_real(dense.detach())
-    if dense.dtype is torch.bool:
-        return dense.view(torch.uint8)
-    if dense.dtype not in REDUCED:
-        raise ValueError(
-            f"the back end pycomm does not reduce {dense.dtype}; it does float32, float64, float16, bfloat16, int8, "
-            f"uint8, int32, int64, bool and complex numbers"
-        )
-    return dense
 
 
 def _copy(target: torch.Tensor, contents: torch.Tensor) -> None:

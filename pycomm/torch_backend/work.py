@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from pycomm import _C
 from pycomm.calls import Work
+from pycomm.torch_backend import seconds_of
 from pycomm.torch_backend.tensors import Finish
 
 __all__ = ["NO_TIMEOUT", "PycommWork"]
@@ -52,7 +53,7 @@ class PycommWork(dist.Work):
     def wait(self, timeout: timedelta = NO_TIMEOUT) -> bool:
         """Return True when the call is over; raise what went wrong in it, or TimeoutError, after which it goes on."""
         if timeout > NO_TIMEOUT:
-            deadline = time.monotonic() + timeout.total_seconds()
+            deadline = time.monotonic() + seconds_of(timeout)
             for operation in self.operations:
                 operation.wait(max(deadline - time.monotonic(), _AT_ONCE_S))
         else:

@@ -24,7 +24,7 @@ def wrong_arguments(comm: Communicator) -> None:
     refused(lambda: comm.reduce_scatter(torch.zeros(11), whole), r"output has 11 elements \(shape \(11,\)\), .* 12")
     refused(lambda: comm.reduce_scatter(part, whole, "mean"), "op mean is not supported")
     refused(lambda: comm.reduce_scatter(part.int(), whole.int(), "avg"), "avg of int32 is not defined")
-    refused(lambda: comm.reduce_scatter(part.bool(), whole.bool()), "bool is not supported")
+    refused(lambda: comm.reduce_scatter(part.bool(), whole.bool(), "avg"), "avg of bool is not defined")
     refused(lambda: comm.reduce_scatter(part, whole, input_splits=[4]), f"one for each of the {n} ranks")
     refused(lambda: comm.reduce_scatter(part, whole, input_splits=[4] * (n - 1) + [5]), f"add up to {4 * n + 1}, dim 0")
     refused(lambda: comm.reduce_scatter(part, whole, input_splits=[-4] + [4] * (n - 1)), "a count is negative")

@@ -118,13 +118,13 @@ def gpu_of(comm: Communicator) -> StandInGpu:
 def standing_in(path: str, folder: str) -> Iterator[StandInGpu]:
     """``init("nccl")`` of this process takes the stand-in at ``path``, whose ranks meet in ``folder``."""
     gpu = StandInGpu(path)
-    moved, reduced = Checked._moved, Checked._reduced
+    read, written = Checked._read, Checked._written
     with (
         patch.dict(os.environ, {"PYCOMM_NCCL_SO": path, "STANDIN_FOLDER": folder}),
         patch("pycomm.backends.nccl.gpu.Gpu.of_this_rank", lambda device=None: gpu),
         patch("pycomm.communicator.offer", lambda asked_for: Offer("2.32.3", "", gpu.driver.device_uuid(0))),
-        patch.object(Checked, "_moved", lambda *args: gpu.hold(moved(*args))),
-        patch.object(Checked, "_reduced", lambda *args: gpu.hold(reduced(*args))),
+        patch.object(Checked, "_read", lambda *args: gpu.hold(read(*args))),
+        patch.object(Checked, "_written", lambda *args: gpu.hold(written(*args))),
     ):
         yield gpu
 

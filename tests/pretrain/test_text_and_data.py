@@ -1,8 +1,11 @@
 """From files to tokens: which text is chosen, and what the cache holds."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +102,65 @@ def test_second_time_comes_from_the_cache(tmp_path: Path) -> None:
     other = prepare(small_config(model=dataclasses.replace(MODEL, vocab_size=400)), tmp_path, said.append)
     assert said
     assert other.key != first.key
+
+
+def damaged(entry: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    meta = json.loads((entry / "meta.json").read_text())
+    change(meta)
+    (entry / "meta.json").write_text(json.dumps(meta))
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a dtype of objects": lambda entry: damaged(entry, lambda meta: meta.update(dtype="O")),
+    "another dtype": lambda entry: damaged(entry, lambda meta: meta.update(dtype="<f8")),
+    "no dtype": lambda entry: damaged(entry, lambda meta: meta.pop("dtype")),
+    "a list": lambda entry: (entry / "meta.json").write_text("[]"),
+    "no JSON": lambda entry: (entry / "meta.json").write_text('{"dtype": "<u2", '),
+    "no text": lambda entry: (entry / "meta.json").write_bytes(b"\xff\xfe\x00"),
+    "no meta.json": lambda entry: (entry / "meta.json").unlink(),
+    "a number that is none": lambda entry: damaged(entry, lambda meta: meta.update(num_tokens="many")),
+    "documents beyond the end": lambda entry: damaged(entry, lambda meta: meta["document_starts"].append(10**9)),
+    "too few tokens": lambda entry: (entry / "tokens.bin").write_bytes((entry / "tokens.bin").read_bytes()[:-10]),
+    "no tokens": lambda entry: (entry / "tokens.bin").write_bytes(b""),
+    "a flipped token": lambda entry: flipped(entry / "tokens.bin"),
+    "a flipped tokenizer": lambda entry: flipped(entry / "tokenizer.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def entry_of_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    text = cache / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(" ".join(f"word{number * k % 97}" for k in range(60)))
+    prepare(small_config(text=(text,)), cache)
+    return cache
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_built_again(entry_of_text: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches faults, tracebacks and other tokens from a cache that is not as it was written."""
+    config = small_config(text=(entry_of_text / "text",))
+    first = prepare(config, entry_of_text)
+    (entry,) = (path for path in (entry_of_text / "pretrain").iterdir() if path.is_dir())
+    expected = np.array(first.train)
+    DAMAGES[damage](entry)
+    said: list[str] = []
+    with caplog.at_level("WARNING", logger="pycomm"):
+        again = prepare(config, entry_of_text, said.append)
+    assert np.array_equal(again.train, expected)
+    assert len(said) == 2
+    assert "is damaged and is built again" in caplog.text
+    caplog.clear()
+    prepare(config, entry_of_text)
+    assert not caplog.text
 
 
 def test_several_at_once_build_it_once(tmp_path: Path) -> None:

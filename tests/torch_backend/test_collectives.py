@@ -1,12 +1,15 @@
 """Every call of torch.distributed on the back end, at 1 to 4 ranks, against what it is defined to give."""
 
 import functools
+import itertools
 import operator
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from pycomm.errors import MismatchError
+from tests.host.dtype_cases import REDUCED
 from tests.torch_backend.helpers import run
 
 SIZES = [1, 2, 3, 4]
@@ -258,6 +261,57 @@ def methods():
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_method_families(pool, world_size):
     run(pool, world_size, methods)
+
+
+def calls_of(whole, part):
+    """What two ranks call on these tensors; rank 0's send is small, so it has returned when the receiver comes."""
+    rank = dist.get_rank()
+    if rank == 0:
+        dist.send(whole, 1)
+    receives = [] if rank == 0 else [lambda: dist.recv(whole, 0)]
+    return [
+        *receives,
+        lambda: dist.broadcast(whole, 0),
+        lambda: dist.all_gather_into_tensor(whole, part),
+        lambda: dist.all_gather([part, part.clone()], part),
+        lambda: dist.all_to_all_single(whole, whole.clone()),
+        lambda: dist.gather(part, [part.clone(), part.clone()] if rank == 0 else None),
+        lambda: dist.scatter(part, [part.clone(), part.clone()] if rank == 0 else None),
+    ], [
+        lambda: dist.all_reduce(whole),
+        lambda: dist.reduce(whole, 1),
+        lambda: dist.reduce_scatter_tensor(part, whole),
+        lambda: dist.reduce_scatter(part, [part.clone(), part.clone()]),
+    ]
+
+
+def foreign_dtypes():
+    """Rank 0 calls with one dtype, rank 1 with another of equally many bytes: nothing is taken for anything else."""
+    rank, said = dist.get_rank(), []
+    pairs = [
+        (torch.int16, torch.bool), (torch.complex64, torch.float32), (torch.float8_e4m3fn, torch.uint8),
+        (torch.bool, torch.uint8), (torch.complex64, torch.float64), (torch.uint64, torch.float64),
+        (torch.float8_e4m3fn, torch.float8_e5m2), (torch.uint64, torch.int64),
+    ]  # fmt: skip
+    for pair, layout in itertools.product(pairs, (torch.clone, strided)):  # as it is, and through other memory
+        whole, part = (layout(torch.ones(size, dtype=torch.uint8).view(pair[rank])) for size in (32, 16))
+        moving, reducing = calls_of(whole, part)
+        for call in moving + (reducing if all(each in REDUCED for each in pair) else []):
+            with pytest.raises(MismatchError) as raised:
+                call()
+            said.append(raised.value.calls[rank])
+            assert str(pair[rank]).removeprefix("torch.") in said[-1]
+            for tensor in (whole, part):
+                assert tensor.contiguous().view(torch.uint8).eq(1).all()
+    dist.barrier()
+    return said
+
+
+def test_no_dtype_passes_for_another(pool):
+    """Catches dtypes that travel as bytes or pairs and are taken for those."""
+    said = run(pool, 2, foreign_dtypes)[0]
+    assert "broadcast(root=0, int16[16])" in said
+    assert "all_reduce(sum, complex64[4])" in said
 
 
 def refusals():

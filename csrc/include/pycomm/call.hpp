@@ -79,4 +79,15 @@ struct Locations {
 /// "all_reduce(sum, float32[1024])", "broadcast(root=1, int64[3])", "barrier()".
 std::string describe(const Call& call);
 
+/// How elements are reduced: as numbers that have arithmetic, one or more of them an element.
+struct Arithmetic {
+  DType dtype;
+  ReduceOp op;
+  std::size_t per_element = 1;
+};
+
+/// bool by "or" (sum, max) and "and" (prod, min), complex numbers as pairs, all others as they are. Throws
+/// std::invalid_argument if `op` over `dtype` has no meaning: the one check of that, for every transport.
+Arithmetic arithmetic_of(DType dtype, ReduceOp op);
+
 }  // namespace pycomm

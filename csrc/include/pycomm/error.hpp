@@ -29,6 +29,7 @@ class Error : public std::runtime_error {
   Error(ErrorKind which, std::string message) : std::runtime_error(std::move(message)), kind(which) {}
 
   ErrorKind kind;
+  int code = 0;                    // kGeneral: errno, where the system has refused something
   std::string op;                  // kTimeout: what this rank was doing
   std::uint64_t seq = 0;           // kTimeout: its sequence number in the group
   std::string group;               // kTimeout: the communicator's name
@@ -38,7 +39,10 @@ class Error : public std::runtime_error {
 
 /// Throw what errno says about `what`.
 [[noreturn]] inline void throw_errno(const std::string& what) {
-  throw Error(ErrorKind::kGeneral, what + ": " + std::strerror(errno));
+  const int code = errno;
+  Error error(ErrorKind::kGeneral, what + ": " + std::strerror(code));
+  error.code = code;
+  throw error;
 }
 
 }  // namespace pycomm

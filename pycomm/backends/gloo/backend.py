@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Hashable, Sequence
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -35,8 +34,8 @@ from pycomm.rendezvous import Rendezvous
 
 __all__ = ["HostsBackend"]
 
+_REASON_BYTES = 512  # why a host's ranks cannot have their memory
 _FAREWELL_S = 1.0  # for the last frames of a rank that leaves
-_MOST_TAG = 2**63 - 1
 _SPLIT = struct.Struct("<?qq")
 
 
@@ -125,15 +124,17 @@ class HostsBackend(HostsCollectives):
         found: list[torch.Tensor] = []
 
         def body(steps: Steps, limit: Limit) -> None:
-            refused = ""
+            reason = b""
             try:
                 found.append(self._local.shm.empty(shape, dtype, limit.local_s))
             except MemoryError as error:
-                refused = str(error)
-            without = [rank for rank, row in enumerate(steps.table(bytes([not refused]), limit)) if not row[0]]
-            if without:
+                reason = self._failure.renumbered(str(error)).encode()[:_REASON_BYTES]
+            reasons = [row.rstrip(b"\0") for row in steps.table(reason.ljust(_REASON_BYTES, b"\0"), limit)]
+            if any(reasons):
                 found.clear()
-                raise MemoryError(refused or f"{call}: rank(s) {without} cannot have their memory")
+                raise MemoryError(
+                    "; ".join(text.decode(errors="replace") for text in dict.fromkeys(filter(None, reasons)))
+                )
 
         call = Call(0, "empty", count=torch.Size(shape).numel() * dtype.itemsize)
         self._run(call, body, False, timeout_s)
@@ -203,9 +204,9 @@ class HostsBackend(HostsCollectives):
         self._queue.submit(operation, lambda: self._execute(call, body, Limit(timeout_s)))
         return self._outcome(operation, async_op)
 
-    def _outcome(self, operation: Operation | LocalOperation | Together, async_op: bool) -> _C.Work | None:
+    def _outcome(self, operation: _C.Work, async_op: bool) -> _C.Work | None:
         if async_op:
-            return cast(_C.Work, operation)  # it has what a Communicator uses of one: wait, done, source
+            return operation
         try:
             operation.wait()
         except KeyboardInterrupt:
@@ -247,8 +248,6 @@ class HostsBackend(HostsCollectives):
         """Start a message: inside the host by the host transport, else by mail."""
         self._check_process()
         is_send, tensor, peer, tag = message
-        if not -_MOST_TAG <= tag <= _MOST_TAG:
-            raise ValueError(f"tag={tag}: it is an integer of 64 bits, and -2**63 is taken")
         if self._failure.cause is not None:
             raise self._failure.cause.error("send" if is_send else "recv", self._seq, self.group, later=True)
         if self._mail is None or (peer is not None and self._topology.is_here(peer)):

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "Call", "call_of", "describe_message", "dtype_name", "hash_of_counts"]
+from pycomm import _C
+from pycomm.arguments import dtype_name
+
+__all__ = ["DTYPES", "Call", "call_of", "describe_message", "hash_of_counts"]
 
 _STRUCT = struct.Struct("<QBBBBiQQ")  # seq, kind, dtype, op, route, root, count, splits
 _OPS = ("sum", "avg", "min", "max", "prod")
@@ -27,8 +30,7 @@ _KINDS = (
     "gather",
     "scatter",
 )
-# In the order of csrc/include/pycomm/types.hpp. Calls that only move elements take bool, too: as bytes.
-DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
+DTYPES = _C.DTYPES
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,6 @@ class Call:
         return replace(self, seq=seq)
 
     def pack(self) -> bytes:
-        if self.op not in _OPS:
-            raise ValueError(f"op {self.op} is not supported; it is one of {', '.join(_OPS)}")
         numbers = _KINDS.index(self.kind), DTYPES.index(self.dtype), _OPS.index(self.op)
         return _STRUCT.pack(self.seq, *numbers, 0, self.root, self.count, self.splits)
 
@@ -82,22 +82,7 @@ class Call:
 
 def call_of(kind: str, tensor: torch.Tensor, **fields: Any) -> Call:
     """A call on ``tensor``; ``fields`` as those of :class:`Call`."""
-    moved = kind not in ("all_reduce", "reduce", "reduce_scatter")
-    return Call(0, kind, dtype_name(tensor.dtype, moved=moved), **{"count": tensor.numel(), **fields})
-
-
-def dtype_name(dtype: torch.dtype, *, moved: bool = False) -> str:
-    """Its name, of those that calls take; ``moved``: bool, too, as bytes.
-
-    Raises:
-        ValueError: no call takes it.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if moved and name == "bool":
-        return "uint8"
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name} is not supported; it is one of {', '.join(DTYPES)}")
-    return name
+    return Call(0, kind, dtype_name(tensor.dtype), **{"count": tensor.numel(), **fields})
 
 
 def hash_of_counts(counts: Sequence[int]) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pycomm import _C
-from pycomm.backends.gloo.calls import Call, call_of, dtype_name, hash_of_counts
+from pycomm.arguments import dtype_name
+from pycomm.backends.gloo.calls import Call, call_of, hash_of_counts
 from pycomm.backends.gloo.steps import Limit, Steps
 from pycomm.backends.gloo.topology import parts_of
 
@@ -26,7 +27,7 @@ class HostsCollectives(ABC):
 
     def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
         call = call_of("all_reduce", tensor, op=op)
-        flat = _flat(tensor)
+        flat = _numbers(tensor)
         return self._run(call, lambda steps, limit: steps.all_reduce(flat, op, limit), async_op, timeout_s)
 
     def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None:
@@ -36,7 +37,7 @@ class HostsCollectives(ABC):
 
     def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
         call = call_of("reduce", tensor, op=op, root=root)
-        flat = _flat(tensor)
+        flat = _numbers(tensor)
         return self._run(call, lambda steps, limit: steps.reduce(flat, root, op, limit), async_op, timeout_s)
 
     def reduce_scatter(
@@ -49,7 +50,8 @@ class HostsCollectives(ABC):
         timeout_s: float,
     ) -> _C.Work | None:
         call = call_of("reduce_scatter", input, op=op, splits=hash_of_counts(counts))
-        out, flat, parts = _flat(output), _flat(input), parts_of(counts)
+        out, flat = _numbers(output), _numbers(input)
+        parts = parts_of([count * 2 for count in counts] if input.is_complex() else counts)
 
         def body(steps: Steps, limit: Limit) -> None:
             mine = steps.reduce_parts(flat, parts, op, limit)
@@ -83,7 +85,7 @@ class HostsCollectives(ABC):
         async_op: bool,
         timeout_s: float,
     ) -> _C.Work | None:
-        call = Call(0, "all_to_all", dtype_name(input.dtype, moved=True), splits=1)
+        call = Call(0, "all_to_all", dtype_name(input.dtype), splits=1)
         out, flat = _flat(output), _flat(input)
 
         def body(steps: Steps, limit: Limit) -> None:
@@ -124,3 +126,8 @@ class HostsCollectives(ABC):
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What is reduced: complex numbers are pairs of real ones, whose sums have the rules of real ones."""
+    return torch.view_as_real(_flat(tensor)).view(-1) if tensor.is_complex() else _flat(tensor)

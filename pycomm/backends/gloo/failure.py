@@ -61,12 +61,13 @@ class Failure:
     def mismatch(self, error: MismatchError) -> MismatchError:
         """Of a message inside this host, with the numbers of the whole group."""
         here = self._topology.neighbours
+        calls = {here[place]: self.renumbered(call) for place, call in error.calls.items()}
+        return MismatchError(self.renumbered(str(error)), calls=calls)
 
-        def renumber(text: str) -> str:
-            return re.sub(r"\b(rank |dst=|src=)(\d+)", lambda found: f"{found[1]}{here[int(found[2])]}", text)
-
-        calls = {here[place]: renumber(call) for place, call in error.calls.items()}
-        return MismatchError(renumber(str(error)), calls=calls)
+    def renumbered(self, text: str) -> str:
+        """A text of the host transport, with the numbers of the whole group."""
+        here = self._topology.neighbours
+        return re.sub(r"\b(rank |dst=|src=)(\d+)", lambda found: f"{found[1]}{here[int(found[2])]}", text)
 
     def close(self, reason: str) -> None:
         """From now on nothing can be called; nobody is told."""

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from pycomm.arguments import dtype_name
 from pycomm.backends.causes import Cause
-from pycomm.backends.gloo.calls import DTYPES, describe_message, dtype_name
+from pycomm.backends.gloo.calls import DTYPES, describe_message
 from pycomm.backends.gloo.frames import BODY_BYTES, Frame, Frames, Kind
 from pycomm.backends.gloo.operations import LocalOperation, Operation
 from pycomm.backends.gloo.wire import Wire, WireError
@@ -52,7 +53,7 @@ class _Message:
 
     @property
     def dtype(self) -> int:
-        return DTYPES.index(dtype_name(self.tensor.dtype, moved=True))
+        return DTYPES.index(dtype_name(self.tensor.dtype))
 
     def fits(self, frame: Frame) -> bool:
         return (self.dtype, self.tensor.numel()) == (frame.dtype, frame.count)
@@ -185,7 +186,7 @@ class Mail:
     # All of these are called with the lock held.
 
     def _message(self, is_send: bool, tensor: torch.Tensor, peer: int | None, tag: int, timeout_s: float) -> _Message:
-        call = describe_message(is_send, peer, tag, dtype_name(tensor.dtype, moved=True), tensor.numel())
+        call = describe_message(is_send, peer, tag, dtype_name(tensor.dtype), tensor.numel())
         return _Message(Operation(call), is_send, tensor.detach(), peer, tag, time.monotonic() + timeout_s, timeout_s)
 
     def _refused(self, message: _Message) -> bool:

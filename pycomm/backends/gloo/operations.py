@@ -3,93 +3,81 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
 
 from pycomm import _C
+from pycomm.errors import PycommError
 
 __all__ = ["CallQueue", "LocalOperation", "Operation", "Together"]
 
 
-class Operation:
-    """What :class:`pycomm._C.Work` is on the host transport: something under way that ends once, well or not."""
+class Operation(_C.Work):
+    """Something under way that Python code ends once, well or not."""
 
     def __init__(self, call: str) -> None:
+        super().__init__()
         self.call = call
         self._lock = threading.Lock()
-        self._over = threading.Event()
         self._error: BaseException | None = None
-        self._source = -1
 
     def finish(self, source: int = -1) -> None:
-        self._end(None, source)
+        with self._lock:
+            super().finish(source)
 
     def fail(self, error: BaseException) -> None:
-        self._end(error, -1)
-
-    def done(self) -> bool:
-        return self._over.is_set()
-
-    def source(self) -> int:
-        return self._source
+        with self._lock:
+            if not self.done():
+                self._error = error
+                super().finish()
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return at its end, or raise its error; TimeoutError after ``timeout_s``, and it goes on."""
-        if not self._over.wait(timeout_s):
-            raise TimeoutError(f"{self.call}: not done after {timeout_s:g} s; it goes on")
+        super().wait(timeout_s)
         if self._error is not None:
             raise self._error.with_traceback(None)
 
-    def _end(self, error: BaseException | None, source: int) -> None:
-        with self._lock:
-            if self._over.is_set():
-                return
-            self._error, self._source = error, source
-            self._over.set()
 
-
-class LocalOperation:
+class LocalOperation(_C.Work):
     """A message inside this host: the host transport's Work, with ranks of the whole group in source and errors."""
 
     def __init__(
         self, work: _C.Work, ranks: Sequence[int], translate: Callable[[BaseException], BaseException]
     ) -> None:
+        super().__init__()
         self._work = work
         self._ranks = ranks
         self._translate = translate
-
-    def done(self) -> bool:
-        return self._work.done()
+        self.finish_after([work])
 
     def source(self) -> int:
         return self._ranks[self._work.source()]
 
     def wait(self, timeout_s: float | None = None) -> None:
+        super().wait(timeout_s)
         try:
-            self._work.wait(timeout_s)
-        except RuntimeError as error:  # all PycommErrors are; a TimeoutError of this wait alone is not
+            self._work.wait()
+        except PycommError as error:
             raise self._translate(error) from None
 
 
-class Together:
-    """Operations that are waited for together."""
+class Together(_C.Work):
+    """Operations that are over together."""
 
-    def __init__(self, operations: Sequence[Operation | LocalOperation]) -> None:
+    def __init__(self, operations: Sequence[_C.Work]) -> None:
+        super().__init__()
         self._operations = operations
-
-    def done(self) -> bool:
-        return all(operation.done() for operation in self._operations)
+        self.finish_after(operations)
 
     def source(self) -> int:
         return next((operation.source() for operation in self._operations), -1)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        end = None if timeout_s is None else time.monotonic() + timeout_s
+        super().wait(timeout_s)
         for operation in self._operations:
-            operation.wait(None if end is None else max(end - time.monotonic(), 0.0))
+            operation.wait()
 
 
 class CallQueue:

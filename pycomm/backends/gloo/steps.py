@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pycomm import _C
-from pycomm.backends.gloo.calls import dtype_name
+from pycomm.arguments import dtype_name
 from pycomm.backends.gloo.local import LocalGroup
 from pycomm.backends.gloo.topology import Part, Topology, even_parts, in_agents_order
 from pycomm.backends.gloo.wire import Wire, WireError

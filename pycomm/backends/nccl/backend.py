@@ -18,7 +18,7 @@ from typing import cast
 import torch
 
 from pycomm import _C
-from pycomm.arguments import Checked, Message
+from pycomm.arguments import REDUCED, Checked, Message, dtype_name
 from pycomm.backends import Backend, Calls
 from pycomm.backends.causes import Cause
 from pycomm.backends.nccl.control import groups_on_the_host, rows_of_all
@@ -37,13 +37,7 @@ __all__ = ["NcclBackend"]
 
 _log = logging.getLogger("pycomm")
 _SPLIT = struct.Struct("<?qq")
-_MOST_TAG = 2**63 - 1
 _NO_BOUND_S = 1e9  # an operation's own deadline ends it
-_NAMES = {
-    getattr(torch, name): name
-    for name in ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
-} | {torch.bool: "uint8"}  # of calls that only move elements
-
 Call = Callable[[_C.NcclOptions], _C.NcclOperation]
 
 
@@ -128,7 +122,8 @@ class NcclBackend:
     def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
         where, count, dtype = _parts(tensor)
         kernel = None
-        if self._symmetric is not None and self._max_ctas == 0:  # a budget is for NCCL to keep
+        # A budget is for NCCL to keep, and the kernels know numbers only.
+        if self._symmetric is not None and self._max_ctas == 0 and tensor.dtype in REDUCED:
             kernel = self._symmetric.all_reduce(where, count, tensor.element_size(), dtype, op)
         if kernel is None:
             return self._collective(lambda o: self._core.all_reduce(where, count, dtype, op, o), async_op, timeout_s)
@@ -342,8 +337,6 @@ class NcclBackend:
         for is_send, tensor, peer, tag in messages:
             if peer is None:
                 raise ValueError("src=None: NCCL cannot receive from any source; name the rank that sends")
-            if not -_MOST_TAG <= tag <= _MOST_TAG:
-                raise ValueError(f"tag={tag}: it is an integer of 64 bits, and -2**63 is taken")
             where, count, dtype = _parts(tensor)
             rows.append((is_send, where, count, dtype, peer, tag))
             to_itself += (1 if is_send else -1) if peer == self.rank else 0
@@ -396,4 +389,4 @@ class NcclBackend:
 
 def _parts(tensor: torch.Tensor) -> tuple[int, int, str]:
     """Address, elements and the core's name of the dtype."""
-    return tensor.data_ptr(), tensor.numel(), _NAMES[tensor.dtype]
+    return tensor.data_ptr(), tensor.numel(), dtype_name(tensor.dtype)
