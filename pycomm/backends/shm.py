@@ -138,4 +138,4 @@ def _view(buffer: _C.SymmetricBuffer, num_elements: int, dtype: torch.dtype) -> 
     """The buffer's memory as a flat tensor that keeps the buffer alive."""
     if num_elements == 0:
         return torch.empty(0, dtype=dtype, device="cpu")
-    return torch.frombuffer(buffer, dtype=dtype, count=num_elements)
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=num_elements * dtype.itemsize).view(dtype)

@@ -85,6 +85,12 @@ def arguments_of_wrong_types(comm: Communicator) -> None:
     for timeout_s, error in {math.inf: ValueError, -1.0: ValueError, "soon": TypeError, True: TypeError}.items():
         with pytest.raises(error, match="timeout_s"):
             comm.barrier(timeout_s=timeout_s)  # type: ignore[arg-type]
+    if comm.backend == "shm":
+        flag = comm.flag(comm.empty(1, dtype=torch.int64))
+        with pytest.raises(ValueError, match="timeout_s=inf"):
+            flag.wait(1, timeout_s=math.inf)
+        with pytest.raises(ValueError, match="rank is 99"):
+            flag.wait(1, rank=99)
     work = comm.barrier(async_op=True)
     assert work is not None
     with pytest.raises(ValueError, match="timeout_s=nan"):

@@ -24,6 +24,10 @@ def every_dtype(comm: Communicator) -> None:
         mine, zeros = tensor_of(dtype, 3), torch.zeros(3 * 32 * n, dtype=torch.uint8).view(dtype)
         comm.all_gather(zeros, mine)
         assert torch.equal(zeros.view(torch.uint8), mine.view(torch.uint8).repeat(n)), dtype
+        if comm.backend == "shm":
+            symmetric = comm.empty(*zeros.shape, dtype=dtype)
+            comm.all_gather(symmetric, mine)
+            assert torch.equal(symmetric.view(torch.uint8), zeros.view(torch.uint8)), dtype
         if dtype not in REDUCED:
             with pytest.raises(ValueError, match=str(dtype).removeprefix("torch.")):
                 comm.all_reduce(mine)
