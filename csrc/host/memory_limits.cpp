@@ -19,10 +19,11 @@ constexpr std::uint64_t kUnlimited = std::uint64_t{1} << 60;  // version 1 write
 struct Version {
   const char* limit;
   const char* usage;
-  const char* droppable;  // in memory.stat
+  const char* droppable[2];  // in memory.stat: cached files
 };
-constexpr Version kVersion1{"/memory.limit_in_bytes", "/memory.usage_in_bytes", "total_inactive_file"};
-constexpr Version kVersion2{"/memory.max", "/memory.current", "inactive_file"};
+constexpr Version kVersion1{
+    "/memory.limit_in_bytes", "/memory.usage_in_bytes", {"total_inactive_file", "total_active_file"}};
+constexpr Version kVersion2{"/memory.max", "/memory.current", {"inactive_file", "active_file"}};
 
 std::optional<std::uint64_t> number_in(const std::string& path) {
   std::ifstream file(path);
@@ -48,8 +49,8 @@ void add_group(std::vector<MemoryLimit>& limits, const std::string& folder, cons
   const auto usage = number_in(folder + version.usage);
   struct stat status{};
   if (!limit || !usage || *limit >= kUnlimited || ::stat(folder.c_str(), &status) != 0) return;
-  const std::uint64_t droppable = std::min(*usage, value_of(folder + "/memory.stat", version.droppable));
-  const std::uint64_t used = *usage - droppable;
+  std::uint64_t used = *usage;
+  for (const char* const files : version.droppable) used -= std::min(used, value_of(folder + "/memory.stat", files));
   const std::uint64_t id = static_cast<std::uint64_t>(status.st_dev) << 40 ^ static_cast<std::uint64_t>(status.st_ino);
   limits.push_back({id, *limit > used ? *limit - used : 0});
 }

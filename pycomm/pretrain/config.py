@@ -14,7 +14,6 @@ from typing import Literal
 
 import tyro
 
-from pycomm.arguments import checked_timeout
 from pycomm.models.gpt import GPTConfig
 
 
@@ -158,10 +157,8 @@ class PretrainConfig:
         _at_least(0, self.optim, "lr", "warmup_steps", "weight_decay", "clip")
         if not 0 < self.data.held_out < 1:
             raise ConfigError(f"--data.held-out must lie between 0 and 1, got {self.data.held_out}")
-        try:
-            checked_timeout(self.run.timeout_s)
-        except ValueError as error:
-            raise ConfigError(f"--run.timeout-s: {error}") from None
+        if self.run.timeout_s <= 0:
+            raise ConfigError(f"--run.timeout-s must be positive, got {self.run.timeout_s}")
         if self.model.vocab_size < 300:
             raise ConfigError(
                 f"--model.vocab-size must be at least 300 (256 bytes, the document mark and some merges), "

@@ -191,7 +191,7 @@ def test_limits_of_cgroups_are_read(tmp_path: Path) -> None:
             "proc/self/mountinfo": "29 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
             "sys/fs/cgroup/jobs/memory.max": "5000000\n",
             "sys/fs/cgroup/jobs/memory.current": "1000000\n",
-            "sys/fs/cgroup/jobs/memory.stat": "anon 500000\ninactive_file 300000\n",
+            "sys/fs/cgroup/jobs/memory.stat": "anon 500000\ninactive_file 200000\nactive_file 100000\n",
             "sys/fs/cgroup/jobs/one/memory.max": "max\n",
             "sys/fs/cgroup/jobs/one/memory.current": "1000000\n",
         }

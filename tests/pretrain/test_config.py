@@ -29,8 +29,6 @@ def test_presets_are_valid_for_one_and_two_workers() -> None:
         ({"optim": OptimConfig(lr=-1.0)}, "lr"),
         ({"run": RunConfig(save_every=0)}, "save_every"),
         ({"run": RunConfig(timeout_s=0.0)}, "timeout-s"),
-        ({"run": RunConfig(timeout_s=float("inf"))}, "timeout-s.*every wait is bounded"),
-        ({"run": RunConfig(timeout_s=float("nan"))}, "timeout-s"),
     ],
 )
 def test_what_does_not_fit_is_told(settings: dict[str, object], message: str) -> None:
