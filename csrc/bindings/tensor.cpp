@@ -115,13 +115,21 @@ Tensor::Tensor(py::handle argument, const char* name, Access access, std::option
                           text(attribute("stride")()) +
                           "): pass tensor.contiguous() and copy the result back, or lay the tensor out contiguously");
   }
-  if (view_.dtype.code == dlpack::kComplex && attribute("is_conj")().cast<bool>()) {
-    throw py::value_error(std::string(name) +
-                          " is a conjugate that torch has not computed yet: pass tensor.resolve_conj()");
-  }
+  check_resolved();
   if (view_.data == nullptr && count_ != 0) {
     throw py::value_error(std::string(name) + " has no memory of its own: pass its local tensor");
   }
+}
+
+/// torch leaves conjugates and negatives for later, and DLPack does not tell. A contiguous negative is the imaginary
+/// part of one conjugate number.
+void Tensor::check_resolved() const {
+  const char* later = nullptr;
+  if (view_.dtype.code == dlpack::kComplex && attribute("is_conj")().cast<bool>()) later = "conj";
+  if (count_ == 1 && is_floating_point(dtype_) && attribute("is_neg")().cast<bool>()) later = "neg";
+  if (later == nullptr) return;
+  throw py::value_error(std::string(name_) + " has values that torch has not computed yet: pass tensor.resolve_" +
+                        later + "()");
 }
 
 /// An array that is no tensor of torch: a tensor on its memory.
@@ -133,7 +141,12 @@ void Tensor::convert(py::handle argument, Access access) {
   if (access == Access::kWrite && is_read_only(argument)) {
     throw py::value_error(std::string(name_) + " is read-only: this call writes it, so pass a copy");
   }
-  converted_ = py::module_::import("torch").attr("from_dlpack")(argument);
+  try {
+    converted_ = py::module_::import("torch").attr("from_dlpack")(argument);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_BufferError)) throw;  // older arrays do not share what is read-only
+    throw py::value_error(std::string(name_) + " does not share its memory (" + error.what() + "): pass a copy");
+  }
   object_ = converted_;
 }
 

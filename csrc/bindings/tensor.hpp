@@ -41,6 +41,7 @@ class Tensor {
   bool is_contiguous() const;
   bool read(const dlpack::ExchangeApi& api);
   void convert(pybind11::handle argument, Access access);
+  void check_resolved() const;
   void check_device(dlpack::Device device) const;
   [[noreturn]] void refuse_device(dlpack::Device device) const;
   [[noreturn]] void refuse_unreadable(std::optional<dlpack::Device> device) const;

@@ -18,6 +18,16 @@ from pycomm.errors import PycommError
 from tests.pool import Pool
 
 
+class OldArray:
+    """As arrays were before DLPack 1: it has no words for what is read-only, so it shares nothing."""
+
+    def __dlpack__(self, stream: None = None) -> object:
+        raise BufferError("Cannot export readonly array since signalling readonly is unsupported by DLPack.")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
 def read_only_memory(comm: Communicator) -> None:
     n, rank = comm.world_size, comm.rank
     with tempfile.NamedTemporaryFile() as file:
@@ -48,6 +58,9 @@ def read_only_memory(comm: Communicator) -> None:
             elif rank == 1:
                 comm.recv(part, 0)
                 assert not part.any()
+        for call in (lambda: comm.all_reduce(OldArray()), lambda: comm.send(OldArray(), 0)):
+            with pytest.raises(ValueError, match="pass a copy"):
+                call()
         comm.barrier()
         assert (frozen == rank).all()
 

@@ -56,6 +56,8 @@ def every_dtype(comm: Communicator) -> None:
     conjugate = torch.ones(3, dtype=torch.complex64).conj()
     with pytest.raises(ValueError, match=r"resolve_conj\(\)"):
         comm.all_reduce(conjugate)
+    with pytest.raises(ValueError, match=r"resolve_neg\(\)"):
+        comm.all_reduce(conjugate[0].imag)
     comm.barrier()
 
 

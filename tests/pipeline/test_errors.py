@@ -88,9 +88,9 @@ class TwoTensors(nn.Linear):
         return (x, x)  # type: ignore[return-value]
 
 
-class Complex(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.complex(x, x)
+class Bits(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).detach().view(torch.uint8).view(torch.bits8)
 
 
 class Raises(nn.Linear):
@@ -105,7 +105,7 @@ def vector_loss(output: Tensor, target: Tensor) -> Tensor:
 FAILURES: dict[str, tuple[int, Callable[[], nn.Module], Any, type[Exception], str]] = {
     "another shape": (0, lambda: OtherShape(2, 2), squared, ValueError, "output of stage 0, micro-batch 1,.*keeps one"),
     "two tensors": (1, lambda: TwoTensors(2, 2), squared, TypeError, "output of stage 1, micro-batch 0, is tuple"),
-    "a dtype": (1, lambda: Complex(2, 2), squared, ValueError, "complex64"),
+    "a dtype": (1, lambda: Bits(2, 2), squared, ValueError, "bits8"),
     "an exception": (2, lambda: Raises(2, 2), squared, KeyError, "planted"),
     "no mean": (2, lambda: nn.Linear(2, 2), vector_loss, ValueError, "must return one number"),
 }
