@@ -16,6 +16,7 @@ from torch import Tensor
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.module import DataParallel
 from pycomm.data_parallel.norms import non_finite_names, norms_of_tensor, total_norm
+from pycomm.data_parallel.partial import PartialGradient
 from pycomm.data_parallel.shards import num_blocks
 from pycomm.errors import PycommError
 
@@ -76,6 +77,9 @@ def clip_grad_norm_(
         return _clip_averages(wrapped, max_norm, mesh, error_if_nonfinite)
     params = [param for param in given if isinstance(param, Tensor) and param.grad is not None]
     grads = [param.grad for param in params if param.grad is not None]
+    for grad in grads:
+        if isinstance(grad, PartialGradient):
+            grad.refuse("clip_grad_norm_ of parameters")
     first_blocks = [0]
     for param in params:
         first_blocks.append(first_blocks[-1] + num_blocks(param.numel()))

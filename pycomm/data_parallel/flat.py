@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from pycomm.communicator import Communicator
 from pycomm.data_parallel.bucket import Bucket, Family, Slot, plan
 from pycomm.data_parallel.gradients import Gradients, Options
 from pycomm.data_parallel.norms import norms_of_runs, norms_of_tensor
+from pycomm.data_parallel.partial import PartialGradient
 from pycomm.data_parallel.shards import NORM_BLOCK, Row, row
 from pycomm.errors import PycommError
 from pycomm.fused import dtype_name
@@ -51,6 +53,11 @@ class FlatGradients(Gradients):
     def shard_between_ranks(self) -> None:
         """From now on only this rank's shard is averaged (ZeRO-1)."""
         self.sharded = True
+        for slot in self.slots:
+            has_gradient = slot.param.grad is slot.view
+            self._show(slot)
+            if has_gradient:
+                slot.param.grad = slot.view
         # Without overlap nothing is gained by averaging before the optimizer's step, which can do it on the way.
         self.deferred = self.fused and not self.options.overlap and self.options.wire_dtype is None
         self._describe()
@@ -196,7 +203,7 @@ class FlatGradients(Gradients):
             return carried
         if slot in self._scattered:
             return [*carried, (slot.shard.begin, self._own(slot))]
-        return [*carried, (0, slot.param.grad)]
+        return [*carried, (0, slot.param.grad.as_subclass(Tensor))]
 
     def scale(self, factor: float) -> None:
         for flat in self.flats.values():
@@ -244,9 +251,14 @@ class FlatGradients(Gradients):
             self._offsets[bucket] = used[bucket.family]
             for slot, start in zip(bucket.slots, bucket.starts(), strict=True):
                 self._starts[slot] = self._offsets[bucket] + start
-                slot.view = slot.view_in(self.flats[slot.family], self._starts[slot])
+                self._show(slot)
             used[bucket.family] += bucket.numel
         self._describe()
+
+    def _show(self, slot: Slot) -> None:
+        """Make the view of the slot's place that becomes ``.grad``."""
+        view = slot.view_in(self.flats[slot.family], self._starts[slot])
+        slot.view = PartialGradient.of(view, slot, weakref.ref(self)) if self.sharded else view
 
     def _describe(self) -> None:
         self._reductions.clear()

@@ -9,8 +9,10 @@ Ref: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Pa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from pycomm.communicator import Communicator, Work
 from pycomm.data_parallel.bucket import Bucket, Family, Slot, plan
 from pycomm.data_parallel.gradients import Gradients, Options
 from pycomm.data_parallel.norms import norms_of_runs
+from pycomm.data_parallel.partial import AbsentGradient
 from pycomm.data_parallel.shards import NORM_BLOCK, Row
 from pycomm.fused import dtype_name
 
@@ -48,7 +51,11 @@ class Load:
 
 
 class PooledGradients(Gradients):
-    """This rank's shard of the averages, added up over backwards until the optimizer takes it or they are zeroed."""
+    """This rank's shard of the averages, added up over backwards until the optimizer takes it or they are zeroed.
+
+    While there are averages, ``.grad`` of every parameter is an AbsentGradient, but for those that are accumulated under
+    no_sync().
+    """
 
     stay = False
 
@@ -64,6 +71,10 @@ class PooledGradients(Gradients):
         self._pool = [self._memory(self._buffer_bytes, torch.uint8) for _ in range(_NUM_BUFFERS)]
         self._num_loads = 0
         self._travelling: list[tuple[Work, Callable[[], None] | None] | None] = [None] * _NUM_BUFFERS
+        self._is_shown = False  # by .grad of the parameters
+        self._shown = [AbsentGradient.standing_for(slot, weakref.ref(self)) for slot in slots]
+        for slot in slots:
+            slot.param.register_hook(partial(_before_accumulation, weakref.ref(self)))
         self._lay_out()
 
     @property
@@ -71,7 +82,16 @@ class PooledGradients(Gradients):
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.shards.values(), *self._pool))
 
     def before_backward(self) -> None:
-        pass
+        self.hide()
+
+    def hide(self) -> None:
+        """Autograd shall store fresh gradients, not add to what stands for averages."""
+        self._notice_zeroing()
+        if self._is_shown:
+            self._is_shown = False
+            for slot in self.slots:
+                if isinstance(slot.param.grad, AbsentGradient):
+                    slot.param.grad = None
 
     def keep(self, slot: Slot) -> None:
         pass  # autograd's own tensor is the place, until the bucket is launched
@@ -93,20 +113,25 @@ class PooledGradients(Gradients):
         self._travelling = [None] * _NUM_BUFFERS
         self._is_zero = False
         self._norms_hold = True
+        self._is_shown = True
+        for slot, absent in zip(self.slots, self._shown, strict=True):
+            slot.param.grad = absent
 
     def drop(self) -> None:
-        self._is_zero = True
+        self.were_zeroed()
         for slot in self.slots:
             slot.param.grad = None
 
     def were_zeroed(self) -> None:
+        self.hide()
         self._is_zero = True
 
     def are_complete(self) -> bool:
+        self._notice_zeroing()
         return not self._is_zero
 
     def were_taken(self) -> None:
-        self._is_zero = True
+        self.were_zeroed()
 
     def give_back(self) -> None:
         self._pool.clear()
@@ -116,7 +141,8 @@ class PooledGradients(Gradients):
         self._norms_hold = False
         shard = self.shards[slot.family][slot.shard.packed : slot.shard.packed + len(slot.shard)]
         averaged = [] if self._is_zero else [(slot.shard.begin, shard)]
-        return averaged if slot.param.grad is None else [*averaged, (0, slot.param.grad)]
+        grad = slot.param.grad
+        return averaged if grad is None or isinstance(grad, AbsentGradient) else [*averaged, (0, grad)]
 
     def scale(self, factor: float) -> None:
         for shard in self.shards.values():
@@ -133,6 +159,11 @@ class PooledGradients(Gradients):
     def reorder(self, slots: Sequence[Slot]) -> None:
         self.buckets = plan(slots, self.options.cap_bytes)
         self._lay_out()
+
+    def _notice_zeroing(self) -> None:
+        """zero_grad() of the plain module takes away what stands for the averages, and so the averages."""
+        if self._is_shown and all(slot.param.grad is None for slot in self.slots):
+            self._is_shown, self._is_zero = False, True
 
     def _lay_out(self) -> None:
         self.layout += 1
@@ -241,3 +272,9 @@ def _taking(buffer: Tensor, load: Load, shard: Tensor, accumulate: bool) -> Call
                 target.copy_(average)
 
     return take
+
+
+def _before_accumulation(gradients: weakref.ref[PooledGradients], _grad: Tensor) -> None:
+    live = gradients()
+    if live is not None:
+        live.hide()

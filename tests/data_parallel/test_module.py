@@ -11,7 +11,7 @@ from torch import nn
 
 from pycomm.data_parallel import DataParallel
 from pycomm.errors import MismatchError, PycommError
-from tests.data_parallel.helpers import batch, bits, differing, gradients, local_gradients, loss_of, message_of, mlp
+from tests.data_parallel.helpers import batch, bits, differing, expected, gradients, local_gradients, loss_of, message_of, mlp
 
 WORLD_SIZES = (1, 2, 3, 4)
 every_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -87,6 +87,37 @@ def message_of_different_models(comm, difference):
     model = different_model(comm.rank, difference)
     bucket_mb = 2.0 if difference == "options" and comm.rank == 1 else 1.0
     return message_of(MismatchError, lambda: DataParallel(model, comm, bucket_mb=bucket_mb))
+
+
+def test_a_module_that_is_wrapped_already_is_refused(pool):
+    """Catches gradients that two wrappers average, each into buckets of its own."""
+    *messages, names = pool.run(2, messages_of_wrapping_again)[0]
+    assert "'0.weight'" in messages[0]
+    assert "'module.0.weight'" in messages[1]
+    assert "'1.0.weight'" in messages[2]
+    assert all("wrap" in message for message in messages)
+    assert "DistributedDataParallel" in messages[3]
+    assert names == []
+
+
+def messages_of_wrapping_again(comm):
+    model, part = mlp(), mlp()
+    ddp, _ = DataParallel(model, comm), DataParallel(part, comm)
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+    theirs = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(theirs)
+    theirs.module = mlp()  # made without a process group
+    modules = (model, Holder(), nn.Sequential(nn.Linear(2, 2), part), nn.Sequential(theirs))
+    messages = [message_of(ValueError, DataParallel, module, comm) for module in modules]
+    del ddp
+    again = DataParallel(model, comm)  # the first one is gone
+    loss_of(again, comm.rank).backward()
+    return *messages, differing(gradients(again.module), expected(comm.world_size))
 
 
 def test_wrong_arguments(pool):

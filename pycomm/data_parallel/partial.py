@@ -1,0 +1,130 @@
+"""``.grad`` under ZeRO: tensors that say so where a rank's part would be taken for the whole gradient.
+
+torch's own tools read ``.grad`` as if it were complete. Under stages 1 and 2 that goes wrong without an error: a norm is
+taken of one rank's shard and of leftovers, or of nothing. So ``.grad`` holds tensors of the types below, which raise
+in such functions and name what to call instead. GradScaler's search for infinities needs no whole gradients, only an
+answer that is the same on all ranks: it gets one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from pycomm.data_parallel.bucket import Slot
+from pycomm.errors import PycommError
+
+if TYPE_CHECKING:
+    from pycomm.data_parallel.gradients import Gradients
+
+_REDUCTIONS = {"sum", "mean", "std", "var", "max", "min", "amax", "amin", "_foreach_max", "_foreach_powsum"}
+_SAME_GRADIENT = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]  # what they return stays partial
+# What code may ask of a gradient without reading or changing it, besides attributes such as shape and dtype.
+_ABOUT_IT = {
+    *("size", "dim", "stride", "storage_offset", "numel", "element_size", "is_floating_point", "is_complex"),
+    *("is_contiguous", "data_ptr", "untyped_storage", "get_device", "detach", "detach_", "requires_grad_"),
+    *("__len__", "__hash__"),
+}
+_VIEWS = {"T", "mT", "H", "mH", "real", "imag"}  # attributes that read it
+_ZERO = {"zero_", "_foreach_zero_"}
+
+
+class PartialGradient(Tensor):
+    """A gradient of which this rank's shard alone is averaged (stage 1). Results of operations are plain tensors."""
+
+    slot: Slot
+    gradients: weakref.ref[Gradients]
+
+    @classmethod
+    def of(cls, memory: Tensor, slot: Slot, gradients: weakref.ref[Gradients]) -> PartialGradient:
+        """``memory`` as the gradient of ``slot``'s parameter."""
+        partial = memory.as_subclass(cls)
+        partial.slot, partial.gradients = slot, gradients
+        return partial
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+            return _unscale(*args, **kwargs)
+        first = next(_partial_in((args, kwargs)))
+        first._check(func)
+        if func.__name__ in _ZERO and isinstance(first, AbsentGradient):
+            return args[0]  # it has no memory; zero_grad() then tells its owner
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        return cls.of(result, first.slot, first.gradients) if func in _SAME_GRADIENT else result
+
+    def _check(self, func: Callable[..., Any]) -> None:
+        if func.__name__ in _REDUCTIONS or "norm" in func.__name__:
+            self.refuse(func.__name__)
+
+    def refuse(self, what: str) -> NoReturn:
+        """Raise the error of ``what``, which needs the whole gradient."""
+        shard = self.slot.shard
+        raise PycommError(
+            f"{what}: of the gradient of {self.slot.name!r} this rank has the average of elements "
+            f"{shard.begin} to {shard.end} alone, since a ShardedAdamW divides it. For norms and clipping call "
+            "pycomm.clip_grad_norm_(ddp, max_norm); ddp.gradient_parts(param) gives this rank's part, to read or change"
+        )
+
+
+class AbsentGradient(PartialGradient):
+    """Stands for a gradient that was averaged and is kept elsewhere (stage 2): shape and dtype, no values."""
+
+    @classmethod
+    def standing_for(cls, slot: Slot, gradients: weakref.ref[Gradients]) -> AbsentGradient:
+        memory = torch.zeros((), dtype=slot.family.grad_dtype, device=slot.param.device).expand(slot.param.shape)
+        absent = cls.of(memory, slot, gradients)
+        assert isinstance(absent, cls)
+        return absent
+
+    def _check(self, func: Callable[..., Any]) -> None:
+        name = func.__name__
+        if name == "__get__":
+            name = func.__self__.__name__  # type: ignore[attr-defined]
+            is_fine = name not in _VIEWS
+        else:
+            is_fine = name in _ABOUT_IT or name in _ZERO
+        if not is_fine:
+            self.refuse(name)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"AbsentGradient({self.slot.name!r}, {list(self.shape)}, {self.dtype}: see ddp.gradient_parts(param))"
+
+
+def _partial_in(values: Any) -> Iterator[PartialGradient]:
+    if isinstance(values, PartialGradient):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _partial_in(value)
+    elif isinstance(values, dict):
+        yield from _partial_in(list(values.values()))
+
+
+@torch.no_grad()
+def _unscale(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """What GradScaler calls: multiply by ``inv_scale``, and say in ``found_inf`` whether an entry is not finite.
+
+    Collective: every rank does it to its parts, and all get the same answer.
+    """
+    parts = [grad for grad in grads if not isinstance(grad, PartialGradient)]
+    comm = None
+    for grad in _partial_in(list(grads)):
+        owner = grad.gradients()
+        if owner is None:
+            raise PycommError(f"the DataParallel to which the gradient of {grad.slot.name!r} belongs is gone")
+        comm = owner.comm
+        parts += [part for _, part in owner.parts(grad.slot)]
+    parts = [part for part in parts if part.numel() > 0]
+    if parts:
+        torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)
+    assert comm is not None
+    comm.all_reduce(found_inf, op="max")
