@@ -23,7 +23,7 @@ from functools import partial
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Variable
 
 from pycomm.communicator import Communicator
@@ -332,6 +332,15 @@ def _check_gradient(slot: Slot) -> None:
             "DataParallel: backward(create_graph=True) is not possible, since averaging is no part of the graph; "
             "torch.autograd.grad(..., create_graph=True) followed by backward() is"
         )
+
+
+def is_averaged(param: nn.Parameter) -> bool:
+    """Whether a wrapper that is in use averages the parameter's gradient already."""
+    hooks: dict[int, object] = param._post_accumulate_grad_hooks or {}
+    return any(
+        isinstance(hook, partial) and hook.func is _on_gradient and hook.args[0]() is not None
+        for hook in hooks.values()
+    )
 
 
 # Hooks live as long as the parameters. They hold no strong reference, so that a wrapper that is gone frees its buckets

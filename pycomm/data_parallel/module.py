@@ -1,5 +1,6 @@
 """DataParallel: the wrapper that users see."""
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.bucket import make_slots
-from pycomm.data_parallel.engine import GradientEngine
+from pycomm.data_parallel.engine import GradientEngine, is_averaged
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.gradients import Options
 from pycomm.data_parallel.join import Joining
@@ -50,7 +51,7 @@ class DataParallel(nn.Module):
             (batch norm's statistics) on every rank. False: they are made equal when wrapping only.
 
     Raises:
-        ValueError: nothing to train, dtypes or a device that do not fit, ``module`` contains a DataParallel, or
+        ValueError: nothing to train, dtypes or a device that do not fit, a part of ``module`` is wrapped already, or
             ``bucket_mb`` is not positive.
         MismatchError: the ranks' models or arguments differ; names the first difference.
 
@@ -250,8 +251,7 @@ def _difference(module: nn.Module, wrapped: list[_Signature]) -> str:
 
 
 def _check_module(module: nn.Module, comm: Communicator) -> None:
-    if any(isinstance(part, DataParallel) for part in module.modules()):
-        raise ValueError("the module contains a DataParallel: its gradients would be averaged twice; wrap only once")
+    _check_wrapped_once(module)
     named = list(module.named_parameters())
     if not any(param.requires_grad for _, param in named):
         raise ValueError("the module has no trainable parameter, so nothing to average; use it without DataParallel")
@@ -261,6 +261,23 @@ def _check_module(module: nn.Module, comm: Communicator) -> None:
             raise ValueError(f"{name!r} is on {param.device}, the communicator on {comm.device}: move the module first")
         if param.requires_grad and param.dtype not in _DTYPES:
             raise ValueError(f"{name!r} is {param.dtype}; trainable can be float32, float64, float16 and bfloat16")
+
+
+def _check_wrapped_once(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, (DataParallel, nn.parallel.DistributedDataParallel)):
+            raise ValueError(
+                f"the module contains a {type(part).__name__}: its gradients would be averaged twice; wrap only once, "
+                "the module that has all parameters"
+            )
+    if any(is_averaged(param) for param in module.parameters()):
+        gc.collect()  # a wrapper that was dropped may be in a cycle
+    for name, param in module.named_parameters():
+        if is_averaged(param):
+            raise ValueError(
+                f"{name!r} is in another DataParallel already: its gradient would be averaged twice; wrap only once, "
+                "the module that has all parameters, or drop the other wrapper and its optimizer before"
+            )
 
 
 def _grad_dtype(name: str, param: nn.Parameter, asked: torch.dtype | None, wire: torch.dtype | None) -> torch.dtype:

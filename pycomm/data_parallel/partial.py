@@ -1,8 +1,8 @@
 """``.grad`` under ZeRO: tensors that say so where a rank's part would be taken for the whole gradient.
 
-torch's own tools read ``.grad`` as if it were complete. Under stages 1 and 2 that goes wrong without an error: a norm is
-taken of one rank's shard and of leftovers, or of nothing. So ``.grad`` holds tensors of the types below, which raise
-in such functions and name what to call instead. GradScaler's search for infinities needs no whole gradients, only an
+torch's own tools read ``.grad`` as if it were complete. Under stages 1 and 2 that goes wrong without an error: a norm
+is taken of one rank's shard and of leftovers, or of nothing. So ``.grad`` holds tensors of the types below, which
+raise in such functions and name what to call instead. GradScaler's search for infinities needs no whole gradients, only an
 answer that is the same on all ranks: it gets one.
 """
 
@@ -95,7 +95,7 @@ class AbsentGradient(PartialGradient):
         if not is_fine:
             self.refuse(name)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AbsentGradient({self.slot.name!r}, {list(self.shape)}, {self.dtype}: see ddp.gradient_parts(param))"
 
 

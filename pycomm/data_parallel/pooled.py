@@ -53,8 +53,8 @@ class Load:
 class PooledGradients(Gradients):
     """This rank's shard of the averages, added up over backwards until the optimizer takes it or they are zeroed.
 
-    While there are averages, ``.grad`` of every parameter is an AbsentGradient, but for those that are accumulated under
-    no_sync().
+    While there are averages, ``.grad`` of every parameter is an AbsentGradient, except of those that have accumulated
+    under no_sync() since.
     """
 
     stay = False

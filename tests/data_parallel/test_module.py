@@ -11,7 +11,17 @@ from torch import nn
 
 from pycomm.data_parallel import DataParallel
 from pycomm.errors import MismatchError, PycommError
-from tests.data_parallel.helpers import batch, bits, differing, expected, gradients, local_gradients, loss_of, message_of, mlp
+from tests.data_parallel.helpers import (
+    batch,
+    bits,
+    differing,
+    expected,
+    gradients,
+    local_gradients,
+    loss_of,
+    message_of,
+    mlp,
+)
 
 WORLD_SIZES = (1, 2, 3, 4)
 every_world_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
