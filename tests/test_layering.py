@@ -20,7 +20,7 @@ PYTHON_LAYERS = (
     {"errors"},
     {"env", "spawn"},
     {"_C"},
-    {"rendezvous", "arguments", "gpu"},
+    {"rendezvous", "arguments", "checkpoints", "gpu"},
     {"backends"},
     {"calls"},
     {"collectives", "messages"},

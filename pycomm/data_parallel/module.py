@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycomm.checkpoints import Part, num_ranks
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.bucket import make_slots
 from pycomm.data_parallel.engine import GradientEngine, is_averaged
@@ -205,8 +206,18 @@ class DataParallel(nn.Module):
         return self._engine.gradients.num_bytes
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the plain module: the same keys, without a prefix."""
-        return self.module.state_dict(*args, **kwargs)
+        """That of the plain module: the same keys, without a prefix.
+
+        Over a mesh with other axes, ranks have other values under these names; torch.distributed.checkpoint, which
+        would lose them, raises.
+        """
+        state = self.module.state_dict(*args, **kwargs)
+        if num_ranks() > self.comm.world_size:
+            of = f"that of {self.comm}, one place of a mesh of {num_ranks()} ranks"
+            for name, value in state.items():
+                if type(value) is Tensor:  # not with keep_vars=True
+                    state[name] = Part.made_of(value, of)
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what ``state_dict`` gave, on every rank the same. Local.

@@ -2,8 +2,8 @@
 
 torch's own tools read ``.grad`` as if it were complete. Under stages 1 and 2 that goes wrong without an error: a norm
 is taken of one rank's shard and of leftovers, or of nothing. So ``.grad`` holds tensors of the types below, which
-raise in such functions and name what to call instead. GradScaler's search for infinities needs no whole gradients, only an
-answer that is the same on all ranks: it gets one.
+raise in such functions and name what to call instead. GradScaler's search for infinities needs no whole gradients,
+only an answer that is the same on all ranks: it gets one.
 """
 
 from __future__ import annotations

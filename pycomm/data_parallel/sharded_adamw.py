@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pycomm.checkpoints import PER_PLACE, are_connected, num_ranks
 from pycomm.data_parallel.bucket import Slot
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.module import DataParallel
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pycomm")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STAGES = (0, 1, 2)
+_NUM_NAMED = 3  # parameters, in an error
 _NUM_PARTS = 4  # of a step that overlaps with forward; each costs the ranks two more meetings
 
 
@@ -219,7 +221,13 @@ class ShardedAdamW(torch.optim.Optimizer):
         self.states_were_read(int(steps.pop()) if steps else 0, others)
 
     def sharded_states(self) -> ShardedStates:
-        """For torch.distributed.checkpoint: every rank writes and reads its own states, nothing is gathered."""
+        """For torch.distributed.checkpoint: every rank writes and reads its own states, nothing is gathered.
+
+        Raises:
+            PycommError: torch.distributed is not initialised, or has other ranks than ``ddp.comm`` (over a mesh with
+                tp or pp above 1): states would be lost, since ranks save different ones under one name.
+        """
+        self._check_checkpoint_ranks()
         # Here, since importing torch.distributed.checkpoint takes most of a second.
         from pycomm.data_parallel.sharded_states import ShardedStates
 
@@ -241,6 +249,23 @@ class ShardedAdamW(torch.optim.Optimizer):
             group.update(saved)
         for state in self._states:
             state.were_read()
+
+    def _check_checkpoint_ranks(self) -> None:
+        own, ranks = self._ddp.comm.world_size, num_ranks()
+        if own == ranks and (are_connected() or ranks == 1):
+            return
+        slots = self._engine.gradients.slots
+        names = ", ".join(repr(slot.name) for slot in slots[:_NUM_NAMED]) + (", …" if len(slots) > _NUM_NAMED else "")
+        if not are_connected():
+            raise PycommError(
+                "sharded_states: torch.distributed is not initialised, so that all ranks would write one file, and the "
+                f"states of {names} would be lost but for one rank's. Call "
+                'torch.distributed.init_process_group("pycomm") before, or save state_dict() on one rank'
+            )
+        raise PycommError(
+            f"sharded_states: a checkpoint is written by the {ranks} ranks of torch.distributed, of which {own} have "
+            f"these states, so that ranks would write different ones under the names of {names}. {PER_PLACE}"
+        )
 
     def _numbers(self) -> dict[int, int]:
         """id of each parameter -> its number in state dicts: in the order of the groups."""

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pycomm.checkpoints import Part
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel import overlap as fused
 from pycomm.tensor_parallel.functional import (
@@ -64,6 +65,15 @@ class ParallelLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._mark_parts()  # copies of parameters lose their attributes
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if keep_vars or self.comm.world_size == 1:
+            return
+        of = f"what tensor-parallel rank {self.comm.rank} of {self.comm.world_size} has of a larger one"
+        for name, shard in self.shards.items():
+            if shard.dim is not None:
+                destination[prefix + name] = Part.made_of(destination[prefix + name], of)
 
     def _mark_parts(self) -> None:
         """Say so to :func:`pycomm.clip_grad_norm_`, for which other parameters are the same on all ranks."""

@@ -1,5 +1,6 @@
 """Optimizer states: saved at one world size and stage, loaded at another, and in torch's own AdamW."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+import pycomm
 from pycomm.data_parallel import DataParallel, ShardedAdamW
+from pycomm.errors import PycommError
+from pycomm.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from tests.data_parallel.helpers import bits, message_of
 from tests.data_parallel.training import loss_on, network, train, weight_bits
 from tests.torch_backend.helpers import torch_distributed
@@ -112,6 +116,120 @@ def refusal_of_another_model(comm, folder, store):
         dcp.save({"optimizer": optimizer.sharded_states()}, checkpoint_id=folder)
         load = partial(dcp.load, {"optimizer": other.sharded_states()}, checkpoint_id=folder)
         return "Size mismatch" in message_of(CheckpointException, load)
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_a_checkpoint_of_a_divided_model_is_refused(pool, tmp_path, axis):
+    """Catches weights and states that are lost since ranks save different tensors under one name."""
+    for outcomes in pool.run(4, outcomes_over_a_mesh, axis, str(tmp_path)):
+        for what, outcome in outcomes.items():
+            assert "0.weight" in outcome, (what, outcome)
+            assert "torch.save(" in outcome, (what, outcome)
+
+
+def outcomes_over_a_mesh(comm, axis, folder):
+    """What the recipe for one axis says or gives back, of weights and states, of states alone, of weights alone."""
+    with pycomm.Mesh(comm, dp=2, **{axis: 2}) as mesh, torch_distributed(comm, "pycomm", f"{folder}/store"):
+        ddp, optimizer = divided(mesh)
+        save_place(mesh, ddp, optimizer, folder)
+        assert load_place(mesh, folder) == everything(ddp, optimizer)
+        model = ddp.module
+        recipes = {
+            "all": lambda: {"model": ddp.state_dict(), "optimizer": optimizer.sharded_states()},
+            "states": lambda: {"optimizer": optimizer.sharded_states()},
+            "weights": lambda: {"model": ddp.state_dict()},
+            "copied weights": lambda: {"model": copy.deepcopy(ddp.state_dict())},
+        }
+        if axis == "tp":
+            recipes["plain model"] = lambda: {"model": model.state_dict()}
+        outcomes = {}
+        for what, recipe in recipes.items():
+            if what == "copied weights":
+                assert all(type(value) is torch.Tensor for value in recipe()["model"].values())
+                continue
+            outcomes[what] = outcome_of(recipe, ddp, optimizer, f"{folder}/{what}")
+        return outcomes
+
+
+def dcp_save(state, folder):
+    dcp.save(state, checkpoint_id=folder)
+
+
+def divided(mesh):
+    """A model of this rank's part, or stage, trained for a step."""
+    torch.manual_seed(mesh.pp_rank)
+    layers = ColumnParallelLinear(8, 2000, mesh.tp), torch.nn.Tanh(), RowParallelLinear(2000, 8, mesh.tp)
+    ddp = DataParallel(torch.nn.Sequential(*layers), mesh.dp)
+    optimizer = ShardedAdamW(ddp, stage=1)
+    ddp(torch.full((2, 8), 1.0 + mesh.dp_rank)).sum().backward()
+    optimizer.step()
+    return ddp, optimizer
+
+
+def outcome_of(recipe, ddp, optimizer, folder, save=dcp_save):
+    """The error of saving with the recipe, or what comes back with other bits."""
+    try:
+        save(recipe(), folder)
+    except (CheckpointException, PycommError) as error:
+        return str(error)
+    before = everything(ddp, optimizer)
+    with torch.no_grad():
+        for tensor in (*ddp.parameters(), *(t for _, _, states in optimizer.shards() for t in states.values())):
+            tensor.zero_()
+    state = recipe()
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        return f"saved, and does not load: {error}"
+    if "model" in state:
+        ddp.load_state_dict(state["model"])
+    after = everything(ddp, optimizer)
+    names = [f"weights {name}" for name in before[0] if before[0][name] != after[0][name]]
+    return f"came back wrong: {names + [f'state {key}' for key in before[1] if before[1][key] != after[1][key]]}"
+
+
+def save_place(mesh, ddp, optimizer, folder):
+    """What the error says to do."""
+    state = {"model": ddp.state_dict(), "optimizer": optimizer.state_dict(root=0)}
+    if mesh.dp_rank == 0:
+        torch.save(state, f"{folder}/pp{mesh.pp_rank}-tp{mesh.tp_rank}.pt")
+    mesh.comm.barrier()
+
+
+def load_place(mesh, folder):
+    """All that another optimizer and its model have after loading the file of their place."""
+    fresh, fresh_optimizer = divided(mesh)
+    state = torch.load(f"{folder}/pp{mesh.pp_rank}-tp{mesh.tp_rank}.pt")
+    with torch.no_grad():
+        for param in fresh.parameters():
+            param.zero_()
+    fresh.load_state_dict(state["model"])
+    fresh_optimizer.load_state_dict(state["optimizer"])
+    return everything(fresh, fresh_optimizer)
+
+
+def test_a_checkpoint_without_torchs_process_group_is_refused(pool, tmp_path):
+    """Catches that all ranks write one file, of which the last one's states are left."""
+    for outcome in pool.run(2, outcome_without_process_group, str(tmp_path / "checkpoint")):
+        assert "'0.weight'" in outcome, outcome
+        assert "init_process_group" in outcome, outcome
+
+
+def outcome_without_process_group(comm, folder):
+    ddp, optimizer, _ = train(comm, 1, num_steps=1)
+    recipe = partial(recipe_of, ddp, optimizer)
+    return outcome_of(recipe, ddp, optimizer, folder, partial(save_one_after_the_other, comm))
+
+
+def recipe_of(ddp, optimizer):
+    return {"model": ddp.state_dict(), "optimizer": optimizer.sharded_states()}
+
+
+def save_one_after_the_other(comm, state, folder):
+    for rank in range(comm.world_size):
+        if comm.rank == rank:
+            dcp.save(state, checkpoint_id=folder)
+        comm.barrier()
 
 
 def test_torch_loads_it(pool):
