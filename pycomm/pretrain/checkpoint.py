@@ -1,16 +1,19 @@
 """Checkpoints of a run: complete or absent, never half-written.
 
-    RUN/checkpoints/step_000100/      weights and optimizer state (torch.distributed.checkpoint), info.json
+    RUN/checkpoints/step_000100/      weights and optimizer state (torch.distributed.checkpoint), info.json, SHA256SUMS
     RUN/checkpoints/latest            a link to the newest
 
 A checkpoint is written as ``step_N.tmp``, flushed to the disk, renamed, and then ``latest`` is moved, each atomically:
-after a crash or a power cut ``latest`` names a complete checkpoint. Parameters go by their names, so that a later
-version with other layouts can read them. torch keeps a checkpoint's own index (``.metadata``) as a pickle, and reading
-a pickle can run code: resume only from folders that you trust.
+after a crash or a power cut ``latest`` names a complete checkpoint. One that is to be deleted loses its name first, so
+that no reader takes what is left of it for a checkpoint. ``SHA256SUMS`` (as ``sha256sum --check`` reads it) has the
+checksums of all files, which are compared before anything in them is used. Parameters go by their names, so that a
+later version with other layouts can read them. torch keeps a checkpoint's own index (``.metadata``) as a pickle, and
+reading a pickle can run code: resume only from folders that you trust.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,12 +29,20 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from pycomm.communicator import Communicator
-from pycomm.pretrain.config import ConfigError, PretrainConfig
+from pycomm.pretrain.config import ConfigError, PretrainConfig, PretrainError
 from pycomm.pretrain.loop import TrainState
 
-FORMAT = 1
+FORMAT = 2
 _WRITER = 0  # the rank that writes and reads the files
 _STEP_DIR = re.compile(r"step_(\d+)")
+_INFO, _SUMS = "info.json", "SHA256SUMS"
+_SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
+_WRITTEN, _REPLACED, _DELETED = ".tmp", ".replaced", ".deleted"  # what is about to happen to a folder, after its name
+_CHUNK_BYTES = 2**20
+
+
+class DamagedCheckpointError(PretrainError):
+    """Files of a checkpoint are not those that were written; names the first, and a checkpoint to use instead."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +65,10 @@ def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: st
         The checkpoint's folder. One of the same step is replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _restore_replaced(folder)
     _remove_leftovers(folder)
     final = folder / f"step_{state.step:06d}"
-    work = final.with_suffix(".tmp")
+    work = final.with_suffix(_WRITTEN)
     work.mkdir()
     with _quiet():
         dcp.save(_saved(state), checkpoint_id=work, no_dist=True)
@@ -67,16 +79,20 @@ def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: st
         "corpus_key": corpus_key,
         "config": config.to_json(),
     }
-    (work / "info.json").write_text(json.dumps(info, indent=1))
+    (work / _INFO).write_text(json.dumps(info, indent=1))
+    (work / _SUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(work.iterdir())))
     for path in [*work.iterdir(), work]:
         _flush(path)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(final.with_suffix(_REPLACED))
     work.rename(final)
     _flush(folder)
     _point_latest(folder, final.name)
     for old in sorted(_complete(folder))[: -config.run.keep]:
-        shutil.rmtree(folder / f"step_{old:06d}")
+        path = folder / f"step_{old:06d}"
+        path.rename(path.with_suffix(_DELETED))
+    _flush(folder)
+    _remove_leftovers(folder)
     return final
 
 
@@ -92,7 +108,12 @@ def load(path: Path, comm: Communicator, state: TrainState) -> None:
         path: the checkpoint's folder; used on rank 0.
         comm: all ranks of the run.
         state: an untrained one of the same model; changed in place.
+
+    Raises:
+        DamagedCheckpointError: on rank 0; nothing was read but checksums.
     """
+    if comm.rank == _WRITER:
+        _check_sums(path)
     progress, weights = _progress(state), _weights(state)
     num_steps = torch.zeros(())  # the same of all parameters
     shards = [
@@ -146,8 +167,10 @@ def read_info(path: Path) -> CheckpointInfo:
 
     Raises:
         ConfigError: it was written by a version with another format.
+        DamagedCheckpointError: it is not what was written.
     """
-    info = json.loads((path / "info.json").read_text())
+    _check_sums(path, _INFO)
+    info = json.loads((path / _INFO).read_text())
     if info.get("format") != FORMAT:
         raise ConfigError(f"{path} has checkpoint format {info.get('format')}, this version reads {FORMAT}")
     return CheckpointInfo(path, info["step"], info["model"], info["corpus_key"], info["config"])
@@ -220,7 +243,8 @@ def _quiet() -> Iterator[None]:
 
 def _checkpoint_in(path: Path) -> Path | None:
     for candidate in (path, path / "latest", path / "checkpoints" / "latest"):
-        if (candidate / "info.json").is_file():
+        _restore_replaced(candidate.parent)
+        if any((candidate / name).is_file() for name in (_INFO, _SUMS)):
             return candidate.resolve()
     return None
 
@@ -234,9 +258,63 @@ def _complete(folder: Path) -> list[int]:
     return [int(match[1]) for path in folder.iterdir() if (match := _STEP_DIR.fullmatch(path.name))]
 
 
+def _restore_replaced(folder: Path) -> None:
+    """Finish what a kill interrupted between the two renames of a checkpoint that is replaced by a newer one."""
+    for path in folder.glob(f"step_*{_REPLACED}"):
+        if not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+
+
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob("step_*.tmp"):
-        shutil.rmtree(path)
+    for suffix in (_WRITTEN, _REPLACED, _DELETED):
+        for path in folder.glob(f"step_*{suffix}"):
+            shutil.rmtree(path)
+
+
+def _check_sums(path: Path, only: str | None = None) -> None:
+    """Compare a checkpoint's files, or one of them, with the checksums that were written with them.
+
+    Raises:
+        DamagedCheckpointError: they differ.
+    """
+    difference = _difference_from_sums(path, only)
+    if difference is None:
+        return
+    steps = sorted((step for step in _complete(path.parent)), reverse=True)
+    others = [path.parent / f"step_{step:06d}" for step in steps]
+    earlier = others[others.index(path) + 1 :] if path in others else others
+    intact = next((other for other in earlier if _difference_from_sums(other) is None), None)
+    instead = (
+        "there is no intact earlier one beside it" if intact is None else f"an intact one is there: --resume {intact}"
+    )
+    raise DamagedCheckpointError(f"the checkpoint {path} is damaged: {difference}; {instead}")
+
+
+def _difference_from_sums(path: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint's files, or with one of them; None: nothing."""
+    if not (path / _SUMS).is_file():
+        return f"{_SUMS} is missing (or an early version wrote it, without checksums)"
+    lines = [_SUM_LINE.fullmatch(line) for line in (path / _SUMS).read_bytes().decode("latin-1").splitlines()]
+    sums = {line[2]: line[1] for line in lines if line is not None}
+    if None in lines:
+        return f"{_SUMS} has changed since it was written"
+    read = {_INFO, ".metadata", *(file.name for file in path.glob("*.distcp"))}
+    for name in [only] if only is not None else sorted(read | sums.keys()):
+        if name not in sums:
+            return f"{name} has no line in {_SUMS}"
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _sha256(path / name) != sums[name]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _point_latest(folder: Path, name: str) -> None:

@@ -1,14 +1,22 @@
 """Checkpoints: complete or absent, exact, and refused where they do not fit."""
 
+import contextlib
 import dataclasses
+import itertools
+import os
+import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 import pycomm
 from pycomm.pretrain import ConfigError, PretrainConfig, RunConfig, TrainState, build_state, checkpoint, train
+from pycomm.pretrain.config import PretrainError
 from pycomm.pretrain.data import Corpus, prepare
 from tests.pretrain.helpers import MODEL, small_config
 
@@ -84,6 +92,130 @@ def test_a_failed_save_keeps_the_last_checkpoint(
     assert checkpoint.find(str(tmp_path), tmp_path) == good
 
 
+def outcome_of_loading(path: Path, state: TrainState, expected: dict[str, torch.Tensor]) -> str:
+    """ "refused", "same", or what came instead."""
+    try:
+        checkpoint.read_info(path)
+        with pycomm.init() as comm:
+            checkpoint.load(path, comm, state)
+    except PretrainError as error:
+        return "refused" if "is damaged" in str(error) else f"{type(error).__name__}: {error}"
+    except (Exception, CheckpointException) as error:  # noqa: BLE001  (whatever torch and json make of damaged files)
+        return f"{type(error).__name__}: {error}"
+    found = weights_and_moments(state)
+    return "same" if all(torch.equal(found[name], value) for name, value in expected.items()) else "other values"
+
+
+def test_damage_is_never_taken_for_a_checkpoint(tmp_path: Path, corpus: Corpus) -> None:
+    """Catches flipped bits, cut and missing files that load with other values, or fail with whatever torch says."""
+    state = trained(small_config(steps=1), corpus)
+    path = checkpoint.save(tmp_path, state, small_config(steps=1), corpus.key)
+    expected = weights_and_moments(state)
+    whole = {file: file.read_bytes() for file in sorted(path.iterdir())}
+    generator = random.Random(1)
+    outcomes = {}
+    for file, content in whole.items():
+        damaged = {f"bit {bit}": flipped(content, bit) for bit in generator.sample(range(8 * len(content)), 14)}
+        damaged |= {"half": content[: len(content) // 2], "all but the end": content[:-1], "emptied": b""}
+        for what, instead in damaged.items():
+            file.write_bytes(instead)
+            outcomes[file.name, what] = outcome_of_loading(path, state, expected)
+        file.unlink()
+        outcomes[file.name, "gone"] = outcome_of_loading(path, state, expected)
+        file.write_bytes(content)
+    wrong = [f"{place}: {outcome[:80]}" for place, outcome in outcomes.items() if outcome not in ("refused", "same")]
+    assert not wrong, "\n".join(wrong)
+    assert list(outcomes.values()).count("refused") > 50
+    assert outcome_of_loading(path, state, expected) == "same", "nothing was damaged any more"
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_damage_is_named_with_what_to_resume_from(tmp_path: Path, corpus: Corpus) -> None:
+    config = small_config(steps=1, run=RunConfig(keep=3))
+    state = trained(config, corpus)
+    paths = []
+    for state.step in (1, 2, 3):
+        paths.append(checkpoint.save(tmp_path, state, config, corpus.key))
+    for path in paths[1:]:
+        (path / "__0_0.distcp").write_bytes(b"something else")
+    with pycomm.init() as comm:
+        with pytest.raises(PretrainError, match=f"__0_0.distcp.*--resume {paths[0]}"):
+            checkpoint.load(checkpoint.find(str(tmp_path), tmp_path) or Path(), comm, state)
+        (paths[0] / "info.json").unlink()
+        with pytest.raises(PretrainError, match="info.json is missing.*no intact"):
+            checkpoint.read_info(checkpoint.find(str(paths[0]), tmp_path) or Path())
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the code under test catches it."""
+
+
+CHANGES = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir")  # of the names in folders, one at a time
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches half-deleted folders that look like checkpoints, and a `latest` that names nothing."""
+    config = small_config(steps=1, run=RunConfig(keep=2))
+    state = trained(config, corpus)
+    original = tmp_path / "original"
+    for state.step in (1, 2):
+        names = {file.name for file in checkpoint.save(original, state, config, corpus.key).iterdir()}
+    saved = {name: (original / "latest" / name).read_bytes() for name in names}
+
+    def write_the_same(*args: object, **kwargs: object) -> None:
+        for name in names - {"info.json", "SHA256SUMS"}:
+            (Path(str(kwargs["checkpoint_id"])) / name).write_bytes(saved[name])
+
+    monkeypatch.setattr(dcp, "save", write_the_same)
+    num_moments = 0
+    for state.step in (3, 2):  # 3: the oldest is pruned; 2: the newest is replaced
+        for moment in itertools.count():
+            folder = tmp_path / f"step{state.step}-moment{moment}"
+            shutil.copytree(original, folder, symlinks=True)
+            with monkeypatch.context() as patch:
+                countdown = kill_at(patch, moment)
+                with contextlib.suppress(Killed):
+                    checkpoint.save(folder, state, config, corpus.key)
+            found = checkpoint.find(str(folder), folder)
+            assert found is not None
+            for path in folder.glob("step_*"):
+                assert path.suffix or {file.name for file in path.iterdir()} == names, (state.step, moment, path)
+            assert {file.name for file in found.iterdir()} == names, (state.step, moment)
+            checkpoint.save(folder, state, config, corpus.key)
+            left = {path.name for path in folder.iterdir()}
+            assert left == {"latest", "step_000002", "step_000003" if state.step == 3 else "step_000001"}, moment
+            if countdown:
+                break
+            num_moments += 1
+    assert num_moments > 20
+
+
+def kill_at(patch: pytest.MonkeyPatch, moment: int) -> list[int]:
+    """Let the change number ``moment`` of a folder not happen, nor anything after it; empty if it was reached."""
+    left = [*range(moment + 1)]
+
+    def before(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(*args: object, **kwargs: object) -> None:
+            if left:
+                left.pop()
+            if not left:
+                raise Killed
+            change(*args, **kwargs)
+
+        return changed
+
+    for name in CHANGES:
+        patch.setattr(os, name, before(getattr(os, name)))
+    return left
+
+
 def test_the_newest_are_kept(tmp_path: Path, corpus: Corpus) -> None:
     config = small_config(steps=1, run=RunConfig(keep=2))
     state = trained(config, corpus)
@@ -125,7 +257,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, corpus: Corpus) -> None:
     assert checkpoint.check_fits(info, changed, corpus.key) == ["optim.lr 0.5 -> 0.25", "seed 0 -> 4", "steps 2 -> 5"]
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "info.json").write_text('{"format": 99}')
+def test_another_format_is_refused(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        path = checkpoint.save(tmp_path, trained(config, corpus), config, corpus.key)
     with pytest.raises(ConfigError, match="format 99"):
-        checkpoint.read_info(tmp_path)
+        checkpoint.read_info(path)
