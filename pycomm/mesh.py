@@ -9,6 +9,7 @@ from types import TracebackType
 
 import torch
 
+from pycomm.annotations import check_types
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError
 
@@ -35,6 +36,7 @@ class Mesh:
         MismatchError: the ranks give different shapes.
     """
 
+    @check_types()
     def __init__(self, comm: Communicator, dp: int = 1, pp: int = 1, tp: int = 1) -> None:
         if min(dp, pp, tp) < 1 or dp * pp * tp != comm.world_size:
             raise ValueError(

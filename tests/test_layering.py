@@ -20,7 +20,7 @@ PYTHON_LAYERS = (
     {"errors"},
     {"env", "spawn"},
     {"_C"},
-    {"rendezvous", "arguments", "checkpoints", "gpu"},
+    {"rendezvous", "annotations", "arguments", "checkpoints", "gpu"},
     {"backends"},
     {"calls"},
     {"collectives", "messages"},

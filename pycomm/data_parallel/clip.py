@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pycomm.annotations import check_type, check_types
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.module import DataParallel
 from pycomm.data_parallel.norms import non_finite_names, norms_of_tensor, total_norm
@@ -34,6 +35,7 @@ class ModelAxes(Protocol):
     def pp(self) -> Communicator: ...
 
 
+@check_types()
 def clip_grad_norm_(
     parameters: DataParallel | Iterable[DataParallel] | Iterable[Tensor],
     max_norm: float,
@@ -69,12 +71,19 @@ def clip_grad_norm_(
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}: it must be positive")
+    if isinstance(parameters, nn.Module) and not isinstance(parameters, DataParallel):
+        raise TypeError(
+            f"clip_grad_norm_: parameters is a {type(parameters).__name__}; it must be its DataParallel, or "
+            "module.parameters() where .grad is complete on this rank"
+        )
     given = [parameters] if isinstance(parameters, (DataParallel, Tensor)) else list(parameters)
     wrapped = [item for item in given if isinstance(item, DataParallel)]
     if wrapped:
         if len(wrapped) != len(given):
             raise TypeError("clip_grad_norm_ takes wrapped modules or parameters, not both at once")
         return _clip_averages(wrapped, max_norm, mesh, error_if_nonfinite)
+    for item in given:
+        check_type("clip_grad_norm_: an element of parameters", item, Tensor)
     params = [param for param in given if isinstance(param, Tensor) and param.grad is not None]
     grads = [param.grad for param in params if param.grad is not None]
     for grad in grads:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycomm.annotations import check_types
 from pycomm.checkpoints import Part, num_ranks
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.bucket import make_slots
@@ -59,6 +60,7 @@ class DataParallel(nn.Module):
     Ref: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training" (2020).
     """
 
+    @check_types()
     def __init__(
         self,
         module: nn.Module,

@@ -10,12 +10,14 @@ Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from pycomm.annotations import check_type, check_types
 from pycomm.checkpoints import PER_PLACE, are_connected, num_ranks
 from pycomm.data_parallel.bucket import Slot
 from pycomm.data_parallel.flat import FlatGradients
@@ -71,6 +73,12 @@ class ShardedAdamW(torch.optim.Optimizer):
         MismatchError: the ranks' arguments or groups differ.
     """
 
+    @check_types(
+        ddp="wrap the module, ddp = pycomm.DataParallel(module, comm), and pass that: ShardedAdamW(ddp, lr=...) "
+        "updates all that it trains; groups of parameters go into param_groups=[...]",
+        lr="groups of parameters go into param_groups=[...]",
+        param_groups='such as [{"params": [...], "weight_decay": 0.0}, ...]',
+    )
     def __init__(
         self,
         ddp: DataParallel,
@@ -90,7 +98,12 @@ class ShardedAdamW(torch.optim.Optimizer):
         self._num_steps = 0
         self._complete = False
         everything = [{"params": [param for param in ddp.parameters() if param.requires_grad]}]
-        groups = [dict(group) for group in param_groups or everything]
+        groups = [dict(group) for group in (everything if param_groups is None else param_groups)]
+        for group in groups:
+            if "params" not in group:
+                raise ValueError(
+                    f'a group in param_groups has {sorted(group)}: it needs "params", a list of parameters'
+                )
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._complete = True
         group_of = {id(param): number for number, group in enumerate(self.param_groups) for param in group["params"]}
@@ -330,11 +343,13 @@ class ShardedAdamW(torch.optim.Optimizer):
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
+    for name, kind in (("lr", float), ("eps", float), ("weight_decay", float), ("betas", tuple[float, float])):
+        check_type(f"ShardedAdamW: {name} of a group", group[name], kind)
     beta1, beta2 = group["betas"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise ValueError(f"betas={group['betas']}: both are at least 0 and less than 1")
     for name in ("lr", "eps", "weight_decay"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name}={group[name]}: it is not negative")
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name}={group[name]}: it is a finite number, not negative")
     if not all(isinstance(param, nn.Parameter) for param in group["params"]):
         raise ValueError("param_groups hold parameters of the DataParallel")

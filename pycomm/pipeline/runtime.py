@@ -9,6 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from pycomm.annotations import check_types
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
 from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, steps
@@ -47,6 +48,7 @@ class Pipeline:
         MismatchError: ranks have different schedules or shared parameters.
     """
 
+    @check_types(schedule='such as build("1f1b", num_ranks, num_microbatches)')
     def __init__(
         self,
         stages: PipelineStage | Sequence[PipelineStage],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pycomm.annotations import check_types
 from pycomm.communicator import Communicator
 from pycomm.pipeline.backward import Leaves, SplitBackward, leaves_of
 from pycomm.pipeline.tokens import check_sendable
@@ -44,6 +45,7 @@ class PipelineStage:
         ValueError: ``stage_index`` is out of range, or a shared parameter is not the module's.
     """
 
+    @check_types()
     def __init__(
         self,
         module: nn.Module,

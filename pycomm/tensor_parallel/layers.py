@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pycomm.annotations import check_at_least, check_types
 from pycomm.checkpoints import Part
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel import overlap as fused
@@ -146,6 +147,7 @@ class ColumnParallelLinear(ParallelLayer):
         segments: outputs are so many parts one after the other, each cut for itself (3: query, key and value).
     """
 
+    @check_types()
     def __init__(
         self,
         in_features: int,
@@ -162,6 +164,8 @@ class ColumnParallelLinear(ParallelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_at_least("ColumnParallelLinear", 0, in_features=in_features, out_features=out_features)
+        check_at_least("ColumnParallelLinear", 1, unit=unit, segments=segments)
         if gather_output and segments > 1:
             raise ValueError("gather_output does not go with segments: their parts would be in the wrong order")
         self.gather_output, self.sequence_parallel, self.overlap = gather_output, sequence_parallel, overlap
@@ -171,6 +175,7 @@ class ColumnParallelLinear(ParallelLayer):
         self._adopt(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype), comm)
 
     @classmethod
+    @check_types()
     def from_linear(
         cls,
         module: nn.Module,
@@ -225,6 +230,7 @@ class RowParallelLinear(ParallelLayer):
         Others as of :class:`ColumnParallelLinear`.
     """
 
+    @check_types()
     def __init__(
         self,
         in_features: int,
@@ -240,11 +246,14 @@ class RowParallelLinear(ParallelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_at_least("RowParallelLinear", 0, in_features=in_features, out_features=out_features)
+        check_at_least("RowParallelLinear", 1, unit=unit)
         self.input_is_parallel, self.sequence_parallel, self.overlap = input_is_parallel, sequence_parallel, overlap
         self.unit = unit
         self._adopt(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype), comm)
 
     @classmethod
+    @check_types()
     def from_linear(
         cls,
         module: nn.Module,
@@ -300,6 +309,7 @@ class VocabParallelEmbedding(ParallelLayer):
         sequence_parallel: the output is cut along dim −2.
     """
 
+    @check_types()
     def __init__(
         self,
         num_embeddings: int,
@@ -312,14 +322,19 @@ class VocabParallelEmbedding(ParallelLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        check_at_least("VocabParallelEmbedding", 0, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(f"VocabParallelEmbedding: padding_idx is {padding_idx}, of {num_embeddings} embeddings")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.comm, self.sequence_parallel = comm, sequence_parallel
         self.shards = {"weight": Shard(0, num_embeddings)}
         self.start, _ = shard_bounds(num_embeddings, comm.world_size, comm.rank)
         full = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.padding_idx = full.padding_idx  # from the end, if it was negative
         self.weight = self._take("weight", full.weight)
 
     @classmethod
+    @check_types()
     def from_embedding(
         cls, module: nn.Embedding, comm: Communicator, sequence_parallel: bool = False
     ) -> VocabParallelEmbedding:

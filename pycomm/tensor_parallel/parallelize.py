@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pycomm.annotations import check_types
 from pycomm.communicator import Communicator
 from pycomm.tensor_parallel.dropout import ParallelDropout
 from pycomm.tensor_parallel.functional import all_gather, copy_to_ranks, gather_from_ranks, scatter_to_ranks
@@ -37,6 +38,7 @@ _SEQUENCE = -2
 _COLUMN_LIKE = ("colwise", "colwise_gather_output", "vocab")
 
 
+@check_types()
 def parallelize(
     model: nn.Module,
     comm: Communicator,

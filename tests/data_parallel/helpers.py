@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pycomm import Communicator
+
 IN, HIDDEN, OUT, ROWS = 12, 24, 5, 4  # ROWS: of one rank's batch
 CONFIGS = [
     {"bucket_mb": bucket_mb, "overlap": overlap, "symmetric": symmetric}
@@ -103,6 +105,8 @@ class Recorder:
 
     def __init__(self, comm, events: list):
         self.comm, self.events = comm, events
+
+    __class__ = Communicator  # to isinstance
 
     def __getattr__(self, name):
         return getattr(self.comm, name)
