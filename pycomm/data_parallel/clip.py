@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pycomm.annotations import check_type, check_types
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.module import DataParallel
-from pycomm.data_parallel.norms import non_finite_names, norms_of_tensor, total_norm
+from pycomm.data_parallel.norms import check_on_host, non_finite_names, norms_of_tensor, total_norm
 from pycomm.data_parallel.partial import PartialGradient
 from pycomm.data_parallel.shards import num_blocks
 from pycomm.errors import PycommError
@@ -67,7 +67,9 @@ def clip_grad_norm_(
         [] float32, or float64 if a gradient is.
 
     Raises:
-        PycommError: ``error_if_nonfinite``; on every rank, names the parameters.
+        PycommError: ``error_if_nonfinite``; on every rank, names the parameters. Or ``.grad`` of a parameter has this
+            rank's part alone, under ZeRO: pass the DataParallel.
+        NotImplementedError: gradients are not on the CPU; nothing was sent.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}: it must be positive")
@@ -89,6 +91,7 @@ def clip_grad_norm_(
     for grad in grads:
         if isinstance(grad, PartialGradient):
             grad.refuse("clip_grad_norm_ of parameters")
+    _check_on_host((f"gradient number {number}", grad) for number, grad in enumerate(grads))
     first_blocks = [0]
     for param in params:
         first_blocks.append(first_blocks[-1] + num_blocks(param.numel()))
@@ -115,6 +118,8 @@ def _clip_averages(
     wrapped: Sequence[DataParallel], max_norm: float, mesh: ModelAxes | None, error_if_nonfinite: bool
 ) -> Tensor:
     engines = [ddp._engine for ddp in wrapped]
+    for engine in engines:
+        _check_on_host((repr(slot.name), slot.param) for slot in engine.gradients.slots)
     tables = []
     for engine in engines:
         engine.settle()
@@ -138,6 +143,12 @@ def _clip_averages(
         named = [repr(name) for slots, table in slots_and_tables for name in non_finite_names(slots, table)]
         _say_non_finite(norm, named, error_if_nonfinite)
     return _as_tensor(norm, [family.grad_dtype for engine in engines for family in engine.gradients.families])
+
+
+def _check_on_host(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    check_on_host(
+        "clip_grad_norm_", tensors, "torch.nn.utils.clip_grad_norm_ takes gradients that are not divided there"
+    )
 
 
 def _counts(param: Tensor, mesh: ModelAxes | None) -> bool:

@@ -6,7 +6,7 @@ buckets, the shards and the number of passes that it took (docs/determinism.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,21 @@ from pycomm import _C
 from pycomm.data_parallel.bucket import Slot, dense_strides
 from pycomm.data_parallel.shards import Row, num_blocks
 from pycomm.fused import dtype_name
+
+
+def check_on_host(what: str, tensors: Iterable[tuple[str, Tensor]], instead: str) -> None:
+    """Raise NotImplementedError for what is not on the CPU: the passes over gradients read memory by its address.
+
+    Args:
+        what: needs them there.
+        tensors: each with what the error calls it.
+        instead: what works on other devices.
+    """
+    for name, tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise NotImplementedError(
+                f"{what} works on the CPU alone as yet, and {name} is on {tensor.device}; {instead}"
+            )
 
 
 def total_norm(table: Tensor) -> float:

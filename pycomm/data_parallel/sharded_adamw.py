@@ -22,6 +22,7 @@ from pycomm.checkpoints import PER_PLACE, are_connected, num_ranks
 from pycomm.data_parallel.bucket import Slot
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.module import DataParallel
+from pycomm.data_parallel.norms import check_on_host
 from pycomm.data_parallel.pending import PendingStep
 from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.replicas import check_same
@@ -71,6 +72,7 @@ class ShardedAdamW(torch.optim.Optimizer):
     Raises:
         ValueError: an argument is out of range, parameters are missing or of another dtype, ``ddp`` has a ShardedAdamW.
         MismatchError: the ranks' arguments or groups differ.
+        NotImplementedError: parameters are not on the CPU; nothing was sent.
     """
 
     @check_types(
@@ -108,6 +110,11 @@ class ShardedAdamW(torch.optim.Optimizer):
         self._complete = True
         group_of = {id(param): number for number, group in enumerate(self.param_groups) for param in group["params"]}
         slots = self._engine.gradients.slots
+        check_on_host(
+            "ShardedAdamW",
+            ((repr(slot.name), slot.param) for slot in slots),
+            "torch.optim.AdamW(ddp.parameters()) takes what DataParallel averages there",
+        )
         options = f"{stage=} {overlap_forward=} " + " ".join(
             f"{k}={v}" for g in self.param_groups for k, v in g.items() if k != "params"
         )

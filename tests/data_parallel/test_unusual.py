@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pycomm.data_parallel import DataParallel
+import pycomm
+from pycomm.data_parallel import DataParallel, ShardedAdamW
 from pycomm.errors import PycommError
 from tests.data_parallel.helpers import (
     HIDDEN,
@@ -270,3 +271,39 @@ def messages_of_impossible_backwards(comm):
     sparse = message_of(PycommError, lambda: embedding(torch.tensor([1, 2])).sum().backward())
     twice = DataParallel(Twice(), comm)
     return create_graph, sparse, message_of(PycommError, lambda: twice(x).sum().backward())
+
+
+# Parameters that are not on the CPU
+
+
+def test_gradients_elsewhere_are_refused_before_anything_is_sent(pool):
+    """Catches that addresses of a GPU's memory are read by the host, and that parameters are moved to it."""
+    for messages, num_sent in pool.run(2, refusals_of_other_devices):
+        assert all("works on the CPU alone" in message and "on meta" in message for message in messages), messages
+        assert num_sent == 0
+
+
+class Counting(Recorder):
+    """Counts what is called, averages or not."""
+
+    def __getattr__(self, name):
+        self.events.append(name)
+        return super().__getattr__(name)
+
+
+def refusals_of_other_devices(comm):
+    """On a wrapper whose parameters are told to be elsewhere, as no GPU is here."""
+    events = []
+    ddp = DataParallel(mlp(), Counting(comm, events))
+    ddp(batch(comm.rank)[0]).sum().backward()
+    on_meta = nn.Parameter(torch.empty(4, device="meta"))
+    on_meta.grad = torch.empty(4, device="meta")
+    for slot in ddp._engine.gradients.slots:
+        slot.param = on_meta
+    events.clear()
+    messages = [
+        message_of(NotImplementedError, ShardedAdamW, ddp),
+        message_of(NotImplementedError, pycomm.clip_grad_norm_, ddp, 1.0),
+        message_of(NotImplementedError, pycomm.clip_grad_norm_, [on_meta], 1.0),
+    ]
+    return messages, len([name for name in events if name not in ("rank", "world_size", "device")])
