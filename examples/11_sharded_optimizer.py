@@ -51,7 +51,7 @@ def train(
         x = torch.randn(ROWS, 64, generator=generator)
         optimizer.zero_grad()
         nn.functional.mse_loss(ddp(x), x.sum(dim=1, keepdim=True).tanh()).backward()
-        pycomm.clip_grad_norm_(ddp, 1.0)  # torch.nn.utils' would see this rank's shard only
+        pycomm.clip_grad_norm_(ddp, 1.0)  # torch.nn.utils' needs whole gradients, and raises
         optimizer.step()
     optimizer.synchronize()  # before anybody but the model itself reads the weights
     return ddp, optimizer

@@ -31,9 +31,10 @@ from pycomm.data_parallel.bucket import Slot
 from pycomm.data_parallel.gradients import Gradients
 from pycomm.data_parallel.join import Joining
 from pycomm.data_parallel.pending import PendingStep
-from pycomm.errors import PycommError
+from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
 
 _NUM_NAMED = 5  # parameters that an error message names
+_JOIN = "If ranks have different numbers of batches, let the loop run inside `with ddp.join():`"
 
 
 class GradientEngine:
@@ -129,7 +130,11 @@ class GradientEngine:
             if self._observed is not None:
                 self._observed.append(slot)
             if self._overlap:
-                self._launch_ready()
+                try:
+                    self._launch_ready()
+                except PycommError as error:
+                    self._explain(error)
+                    raise
 
     def backward_began(self) -> None:
         """Backward has reached an output of forward."""
@@ -241,9 +246,16 @@ class GradientEngine:
             errors.insert(0, error)
         self._become_idle()
         if errors:
+            self._explain(errors[0])
             raise errors[0]
         self.has_averages = True
         self.grad_scale, self.norm_is_finite = 1.0, True
+
+    def _explain(self, error: PycommError) -> None:
+        """Add what is nearly always behind it if a rank does not come to this backward."""
+        left = isinstance(error, (MismatchError, PeerTimeoutError)) or "exited normally" in str(error)
+        if left and self.joining is None and _JOIN not in str(error):
+            error.args = (f"{error}. {_JOIN}", *error.args[1:])
 
     def _become_idle(self) -> None:
         self._end = None
