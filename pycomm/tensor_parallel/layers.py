@@ -76,6 +76,13 @@ class ParallelLayer(nn.Module):
             if shard.dim is not None:
                 destination[prefix + name] = Part.made_of(destination[prefix + name], of)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.shards:
+            value = state_dict.get(prefix + name)
+            if isinstance(value, Part):  # of which no parameter can be made, as assign=True does
+                state_dict[prefix + name] = value.as_subclass(Tensor)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _mark_parts(self) -> None:
         """Say so to :func:`pycomm.clip_grad_norm_`, for which other parameters are the same on all ranks."""
         for name, shard in self.shards.items():

@@ -1,6 +1,8 @@
 """Optimizer states: saved at one world size and stage, loaded at another, and in torch's own AdamW."""
 
 import copy
+import io
+import pickle
 from functools import partial
 
 import pytest
@@ -9,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import pycomm
+from pycomm.checkpoints import Part
 from pycomm.data_parallel import DataParallel, ShardedAdamW
 from pycomm.errors import PycommError
 from pycomm.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -138,17 +141,10 @@ def outcomes_over_a_mesh(comm, axis, folder):
             "all": lambda: {"model": ddp.state_dict(), "optimizer": optimizer.sharded_states()},
             "states": lambda: {"optimizer": optimizer.sharded_states()},
             "weights": lambda: {"model": ddp.state_dict()},
-            "copied weights": lambda: {"model": copy.deepcopy(ddp.state_dict())},
         }
         if axis == "tp":
             recipes["plain model"] = lambda: {"model": model.state_dict()}
-        outcomes = {}
-        for what, recipe in recipes.items():
-            if what == "copied weights":
-                assert all(type(value) is torch.Tensor for value in recipe()["model"].values())
-                continue
-            outcomes[what] = outcome_of(recipe, ddp, optimizer, f"{folder}/{what}")
-        return outcomes
+        return {what: outcome_of(recipe, ddp, optimizer, f"{folder}/{what}") for what, recipe in recipes.items()}
 
 
 def dcp_save(state, folder):
@@ -206,6 +202,29 @@ def load_place(mesh, folder):
     fresh.load_state_dict(state["model"])
     fresh_optimizer.load_state_dict(state["optimizer"])
     return everything(fresh, fresh_optimizer)
+
+
+def test_parts_are_plain_tensors_to_everybody_else(pool):
+    """Catches copies, files and models that get the type that the checkpoint refuses."""
+    assert pool.run(2, types_made_of_parts) == [{torch.Tensor}] * 2
+
+
+def types_made_of_parts(comm):
+    layer, other = ColumnParallelLinear(8, 8, comm), ColumnParallelLinear(8, 8, comm)
+    state = layer.state_dict()
+    assert type(state["weight"]) is Part
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    copies = [copy.deepcopy(state), torch.load(file), pickle.loads(pickle.dumps(state))]
+    for found in (state, *copies):
+        other.load_state_dict(found)
+        other.load_state_dict(found, assign=True)
+        assert torch.equal(other.weight, layer.weight)
+        assert type(other.weight) is torch.nn.Parameter
+        assert other.weight.is_part
+    made = [value for found in copies for value in found.values()]
+    return {type(value) for value in (*made, state["weight"] + 1, state["weight"][0], state["weight"].clone())}
 
 
 def test_a_checkpoint_without_torchs_process_group_is_refused(pool, tmp_path):
