@@ -8,6 +8,7 @@ only an answer that is the same on all ranks: it gets one.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -61,8 +62,14 @@ class PartialGradient(Tensor):
             result = func(*args, **kwargs)
         return cls.of(result, first.slot, first.gradients) if func in _SAME_GRADIENT else result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
     def _check(self, func: Callable[..., Any]) -> None:
-        if func.__name__ in _REDUCTIONS or "norm" in func.__name__:
+        if func.__name__ in _REDUCTIONS or func.__name__.endswith("norm"):
             self.refuse(func.__name__)
 
     def refuse(self, what: str) -> NoReturn:

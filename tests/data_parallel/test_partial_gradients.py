@@ -1,5 +1,7 @@
 """``.grad`` under ZeRO: what would take this rank's part for the whole works on all of it, or raises."""
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -39,6 +41,23 @@ def messages_of_norms(comm, stage):
         "pycomm's on parameters": lambda: pycomm.clip_grad_norm_(params, 1.0),
     }
     return {name: message_of(PycommError, norm) for name, norm in norms.items()}
+
+
+def test_stage_1_shows_its_values(pool):
+    """Catches that reading, changing or copying this rank's part is refused, too, or gives the refusing type."""
+    assert pool.run(2, uses_of_partial_gradients) == [({torch.Tensor}, True)] * 2
+
+
+def uses_of_partial_gradients(comm):
+    """The types that come out, and whether values are those of gradient_parts()."""
+    ddp, _, _ = train(comm, 1, num_steps=0)
+    loss_on(ddp, comm.rank, 0).backward()
+    param = ddp.module[0].weight
+    ((begin, part),) = ddp.gradient_parts(param)
+    nn.utils.clip_grad_value_([param], float(part.abs().max()) / 2)  # in place
+    copies = [param.grad.flatten(), copy.deepcopy(param.grad), pickle.loads(pickle.dumps(param.grad)), param.grad * 1]
+    mine = [copied.flatten()[begin : begin + part.numel()] for copied in copies]
+    return {type(copied) for copied in copies}, all(torch.equal(values, part) for values in mine)
 
 
 def test_stage_2_shows_no_values(pool):
