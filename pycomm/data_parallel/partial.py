@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pycomm.data_parallel.gradients import Gradients
 
 _REDUCTIONS = {"sum", "mean", "std", "var", "max", "min", "amax", "amin", "_foreach_max", "_foreach_powsum"}
-_SAME_GRADIENT = (Tensor.detach, Tensor.data.__get__)  # type: ignore[attr-defined]  # what they return stays partial
+# What stands between .grad and a norm in code that takes norms by hand: its results are partial, too.
+_STEPS_TO_NORMS = {"detach", "data", "to", "type", "float", "double", "abs", "square", "pow", "__pow__"}
 # What code may ask of a gradient without reading or changing it, besides attributes such as shape and dtype.
 _ABOUT_IT = {
     *("size", "dim", "stride", "storage_offset", "numel", "element_size", "is_floating_point", "is_complex"),
@@ -54,13 +55,16 @@ class PartialGradient(Tensor):
         kwargs = kwargs or {}
         if func is torch._amp_foreach_non_finite_check_and_unscale_:
             return _unscale(*args, **kwargs)
+        name: str = func.__name__
+        if name == "__get__":
+            name = func.__self__.__name__  # type: ignore[attr-defined]  # of the attribute
         first = next(_partial_in((args, kwargs)))
-        first._check(func)
-        if func.__name__ in _ZERO and isinstance(first, AbsentGradient):
+        first._check(name, is_attribute=func.__name__ == "__get__")
+        if name in _ZERO and isinstance(first, AbsentGradient):
             return args[0]  # it has no memory; zero_grad() then tells its owner
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        return cls.of(result, first.slot, first.gradients) if func in _SAME_GRADIENT else result
+        return cls.of(result, first.slot, first.gradients) if name in _STEPS_TO_NORMS else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.as_subclass(Tensor), memo)
@@ -68,9 +72,10 @@ class PartialGradient(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
-    def _check(self, func: Callable[..., Any]) -> None:
-        if func.__name__ in _REDUCTIONS or func.__name__.endswith("norm"):
-            self.refuse(func.__name__)
+    def _check(self, name: str, *, is_attribute: bool) -> None:
+        """Raise if the function or attribute takes the part for the whole."""
+        if name in _REDUCTIONS or name.endswith("norm"):
+            self.refuse(name)
 
     def refuse(self, what: str) -> NoReturn:
         """Raise the error of ``what``, which needs the whole gradient."""
@@ -92,13 +97,8 @@ class AbsentGradient(PartialGradient):
         assert isinstance(absent, cls)
         return absent
 
-    def _check(self, func: Callable[..., Any]) -> None:
-        name = func.__name__
-        if name == "__get__":
-            name = func.__self__.__name__  # type: ignore[attr-defined]
-            is_fine = name not in _VIEWS
-        else:
-            is_fine = name in _ABOUT_IT or name in _ZERO
+    def _check(self, name: str, *, is_attribute: bool) -> None:
+        is_fine = name not in _VIEWS if is_attribute else name in _ABOUT_IT or name in _ZERO
         if not is_fine:
             self.refuse(name)
 

@@ -38,6 +38,7 @@ def messages_of_norms(comm, stage):
         "the norm alone": lambda: nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]),
         "one by one": lambda: [p.grad.norm() for p in params if p.grad is not None],
         "written by hand": lambda: torch.stack([p.grad.detach().data.norm(2) for p in params if p.grad is not None]),
+        "in another dtype": lambda: [p.grad.detach().double().pow(2).sum() for p in params if p.grad is not None],
         "pycomm's on parameters": lambda: pycomm.clip_grad_norm_(params, 1.0),
     }
     return {name: message_of(PycommError, norm) for name, norm in norms.items()}
