@@ -101,6 +101,23 @@ class Completions:
 def memory_left(root: str, /) -> list[int]:
     """Bytes that the host and each memory cgroup of this process still grant; ``root``: in place of "/", for tests."""
 
+def tell_of(processes: Sequence[int], text: str, /) -> None:
+    """This process knows that a group failed because of ``processes`` (tokens), in the words of ``text``: should it end
+    before its next call in another group, that group's ranks learn of them."""
+
+def num_heard() -> int:
+    """How many failures this process has heard of."""
+
+def last_heard() -> tuple[list[int], str]:
+    """The last one: the processes at its root, and its text."""
+
+class Activity:
+    """In its block, peers on this host whose wait for this process runs out are told that it is in ``what``."""
+
+    def __init__(self, what: str) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
 class SymmetricBuffer:
     """A range of symmetric memory, through the buffer protocol; dropping it releases the range locally."""
 
@@ -133,6 +150,10 @@ class HostCommunicator:
     def world_size(self) -> int: ...
     @property
     def name(self) -> str: ...
+    @property
+    def tokens(self) -> list[int]:
+        """By rank, its process: a random number, the same in all its communicators."""
+
     def tuning(self) -> dict[str, int]:
         """Sizes and thresholds in bytes, by name (docs/tuning.md); rank 0's, on every rank."""
 

@@ -17,29 +17,31 @@ class InFlight:
 
     def __init__(self) -> None:
         self._operations: deque[tuple[_C.Work, tuple[Any, ...]]] = deque()
-        self._lock = threading.Lock()  # any thread may call
+        self._dropping = threading.Lock()
 
     def add(self, core: _C.Work, tensors: tuple[Any, ...]) -> None:
+        self._operations.append((core, tensors))
         self.drop_finished()
-        with self._lock:
-            self._operations.append((core, tensors))
 
     def drop_finished(self) -> None:
-        with self._lock:
+        if not self._dropping.acquire(blocking=False):
+            return  # another thread is at it, or this one, below a signal handler
+        try:
             while self._operations and self._operations[0][0].done():
                 self._operations.popleft()
+        except IndexError:
+            pass  # clear() came between
+        finally:
+            self._dropping.release()
 
     def wait(self) -> None:
         """Wait for all that are under way now; raise what went wrong in the first of them that failed."""
-        with self._lock:
-            operations = list(self._operations)
-        for core, _ in operations:
+        for core, _ in list(self._operations):
             core.wait()
         self.drop_finished()
 
     def clear(self) -> None:
-        with self._lock:
-            self._operations.clear()
+        self._operations.clear()
 
 
 class Work:

@@ -8,7 +8,11 @@ copied. Any other contiguous tensor works too, staged. The calls that move data 
 
 from __future__ import annotations
 
+import atexit
+import functools
+import itertools
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +36,7 @@ from pycomm.rendezvous import Rendezvous
 __all__ = ["Communicator", "Flag", "Work", "init"]
 
 _log = logging.getLogger("pycomm")
-_EXIT_DRAIN_S = 10.0  # at interpreter exit, operations that no peer joins may hold the process back so long
+_EXIT_DRAIN_S = 10.0  # at interpreter exit, calls that no peer joins may hold the process back so long, all together
 
 
 class Communicator(FusedCalls, Messages):
@@ -52,6 +56,8 @@ class Communicator(FusedCalls, Messages):
         self.name = backend.group
         self._rendezvous = rendezvous  # rank 0's store serves as long as somebody may come for it
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
+        self._finalizer.atexit = False
+        _open_at_exit().add(self)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
         """Itself: copies of a module that has a communicator communicate with it."""
@@ -153,18 +159,35 @@ class Communicator(FusedCalls, Messages):
         with self._backend.cta_budget(max_ctas):
             yield
 
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """In the block this rank works on ``what`` ("training the tokenizer") and calls nothing. Peers on its host are
+        told so when their wait for it runs out."""
+        with _C.Activity(what):
+            yield
+
     def abort(self, reason: str) -> None:
-        """Tell all peers that this rank cannot go on: their waits raise ``PeerLostError`` with the reason at once."""
+        """Tell all peers that this rank cannot go on: their waits raise ``PeerLostError`` with the reason at once.
+
+        If it cannot go on because other ranks were lost, in this group or another, peers are told of those
+        (``lost_ranks``).
+        """
         checked_type(reason, str, "reason", "a text")
-        self._backend.abort(reason)
+        self._backend.abort(reason.encode(errors="backslashreplace").decode())
 
     def close(self) -> None:
         """Finish what is queued and leave the group. Local; peers that still wait for this rank are told. Idempotent.
 
+        Calls of other threads that are under way are waited for, up to ``timeout_s``, and then aborted. In a signal
+        handler inside a call of this communicator, that call ends at once, with ``PeerLostError``.
+
         Tensors of :meth:`empty` stay valid.
         """
+        self._leave(self.timeout_s)
+
+    def _leave(self, drain_s: float) -> None:
         if self._finalizer.detach() is not None:
-            _close(self._backend, self._in_flight, self.timeout_s)
+            _close(self._backend, self._in_flight, drain_s)
 
     def __enter__(self) -> Communicator:
         return self
@@ -251,3 +274,26 @@ def init(
 def _close(backend: Backend, in_flight: InFlight, drain_s: float) -> None:
     backend.close(drain_s)
     in_flight.clear()
+
+
+class _OpenAtExit:
+    """Closes what is still open when the interpreter exits, the latest first, in ``_EXIT_DRAIN_S`` in all: daemon
+    threads may be in calls of any of them."""
+
+    def __init__(self) -> None:
+        self._communicators: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
+        atexit.register(self._close)
+
+    def add(self, communicator: Communicator) -> None:
+        self._communicators[next(self._numbers)] = communicator
+
+    def _close(self) -> None:
+        deadline = time.monotonic() + _EXIT_DRAIN_S
+        for _, communicator in sorted(self._communicators.items(), reverse=True):
+            communicator._leave(max(deadline - time.monotonic(), 0.0))
+
+
+@functools.cache
+def _open_at_exit() -> _OpenAtExit:
+    return _OpenAtExit()

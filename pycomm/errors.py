@@ -23,6 +23,9 @@ __all__ = [
 class PycommError(RuntimeError):
     """Base of all errors of pycomm that are not about a wrong argument."""
 
+    # Of a loss or a timeout: the processes at the root of it, by their tokens, and what happened to them.
+    _root: tuple[Sequence[int], str] = ((), "")
+
 
 class PeerTimeoutError(PycommError, TimeoutError):
     """Ranks did not arrive before the deadline. The communicator cannot be used any more.

@@ -81,6 +81,7 @@ void bind_communicator(py::module_& module) {
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("name", &Communicator::name)
+      .def_property_readonly("tokens", &Communicator::tokens)
       .def("tuning", [](const Communicator& self) { return host::thresholds_of(self.tuning()); })
       .def("empty", &Communicator::empty, py::arg("bytes"), py::arg("timeout_s"), NoGil())
       .def("peer", [](Communicator& self, std::uintptr_t data, std::size_t bytes,

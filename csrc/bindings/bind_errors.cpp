@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.hpp"
+#include "host/groups.hpp"
 #include "pycomm/error.hpp"
 
 namespace py = pybind11;
@@ -27,9 +28,23 @@ const char* class_of(ErrorKind kind) {
   }
 }
 
+struct ActivityScope {
+  explicit ActivityScope(std::string text) : what(std::move(text)) {}
+  std::string what;
+  std::optional<host::Activity> shown;
+};
+
+/// Some of it may come from a peer's memory: whatever is not UTF-8 is replaced.
+py::object text_of(const std::string& text) {
+  PyObject* const decoded = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace");
+  if (decoded == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(decoded);
+}
+
 void raise(const Error& error) {
-  if (error.kind == ErrorKind::kWaitExpired) return PyErr_SetString(PyExc_TimeoutError, error.what());
-  if (error.kind == ErrorKind::kOutOfMemory) return PyErr_SetString(PyExc_MemoryError, error.what());
+  const py::object text = text_of(error.what());
+  if (error.kind == ErrorKind::kWaitExpired) return PyErr_SetObject(PyExc_TimeoutError, text.ptr());
+  if (error.kind == ErrorKind::kOutOfMemory) return PyErr_SetObject(PyExc_MemoryError, text.ptr());
   const py::object type = py::module_::import("pycomm.errors").attr(class_of(error.kind));
   py::dict fields;
   if (error.kind == ErrorKind::kTimeout) {
@@ -44,7 +59,13 @@ void raise(const Error& error) {
     for (std::size_t rank = 0; rank < error.calls.size(); ++rank) calls[py::int_(rank)] = error.calls[rank];
     fields["calls"] = calls;
   }
-  PyErr_SetObject(type.ptr(), type(error.what(), **fields).ptr());
+  const py::object raised = type(text, **fields);
+  if (!error.root.processes.empty()) {
+    raised.attr("_root") = py::make_tuple(error.root.processes, text_of(error.root.text));
+    host::tell_of(error.root);  // now it is known to the caller, whatever was called since it happened
+    py::module_::import("pycomm.backends.causes").attr("pass_on")(error.root.processes, text_of(error.root.text));
+  }
+  PyErr_SetObject(type.ptr(), raised.ptr());
 }
 
 }  // namespace
@@ -54,7 +75,7 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-void bind_errors(py::module_&) {
+void bind_errors(py::module_& module) {
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
@@ -62,6 +83,18 @@ void bind_errors(py::module_&) {
       raise(error);
     }
   });
+  module.def("tell_of", [](std::vector<std::uint64_t> processes, std::string text) {
+    host::tell_of({std::move(processes), std::move(text)});
+  });
+  module.def("num_heard", &host::num_heard);
+  module.def("last_heard", [] {
+    const Root root = host::last_heard();
+    return py::make_tuple(root.processes, text_of(root.text));
+  });
+  py::class_<ActivityScope>(module, "Activity")
+      .def(py::init<std::string>(), py::arg("what"))
+      .def("__enter__", [](ActivityScope& self) { self.shown.emplace(self.what); })
+      .def("__exit__", [](ActivityScope& self, const py::args&) { self.shown.reset(); });
 }
 
 }  // namespace pycomm::bindings

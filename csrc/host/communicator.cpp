@@ -21,6 +21,7 @@ namespace pycomm::host {
 namespace {
 
 constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+constexpr double kEndS = 2;  // in which a call ends once it is aborted
 
 struct SplitChoice {
   std::int64_t color = 0;
@@ -52,7 +53,7 @@ Communicator::Communicator(std::string name, Membership members, double timeout_
     : timeout_s_(timeout_s),
       interrupt_(interrupt),
       group_(std::make_unique<Group>(std::move(name), std::move(members), std::move(graph))),
-      progress_(std::make_unique<Progress>()),
+      progress_(std::make_unique<Progress>(&group_->members())),
       messenger_(std::make_unique<Messenger>(*group_, interrupt)),
       generation_(fork_generation()) {}
 
@@ -77,6 +78,41 @@ void Communicator::check_not_forked() const {
   }
 }
 
+void Communicator::check_open() const {
+  check_not_forked();
+  if (closed_.load(std::memory_order_relaxed)) {
+    throw Error(ErrorKind::kGeneral, "communicator '" + group_->name() + "' is closed");
+  }
+}
+
+/// A signal handler inside a collective would wait for it here, and it for the handler.
+void Communicator::check_outside() const {
+  if (!turn_.is_taken()) return;
+  const Inside* const inside = Inside::find(&group_->members(), Inside::Kind::kCollective);
+  if (inside == nullptr) return;
+  throw Error(ErrorKind::kGeneral, "rank " + std::to_string(rank()) + " is inside " + inside->what() +
+                                       ": a signal handler cannot make another call of that communicator there. Let it "
+                                       "set a flag for after the call, or call close() or abort(), which end the call");
+}
+
+void Communicator::take_turn(const CallOptions& options) {
+  if (turn_.try_take()) return;
+  const Inside waiting(
+      &group_->members(), Inside::Kind::kOther, [](const void*) { return std::string("a wait for its turn"); },
+      nullptr);
+  const InterruptCheck interrupt = options.async_op ? nullptr : interrupt_;
+  const auto check = [&] {
+    if (interrupt != nullptr) interrupt();
+    group_->waiter().check_aborted();
+  };
+  // An asynchronous call's deadline counts from its start: what is before it has one of its own.
+  if (turn_.take(Deadline::after(options.async_op ? kNoLimit : options.timeout_s), check)) return;
+  Error error(ErrorKind::kTimeout, "rank " + std::to_string(rank()) + ": another thread is inside " +
+                                       group_->running() + ", and was not done within " + seconds(options.timeout_s));
+  error.group = group_->name();
+  throw error;
+}
+
 void Communicator::check_root(int root) const {
   if (root >= 0 && root < world_size()) return;
   throw std::invalid_argument("root is " + std::to_string(root) + ", it must be 0 to " +
@@ -91,7 +127,8 @@ void Communicator::check_parts(const Parts& parts) const {
 
 template <class Body>
 std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
-  check_not_forked();
+  check_open();
+  check_outside();
   std::vector<std::uint32_t> issue;
   std::shared_ptr<void> under_way;
   if (const auto& graph = group_->graph(); graph != nullptr) {
@@ -100,15 +137,16 @@ std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
     if (options.async_op) under_way = graph->start_async();
   }
   if (options.async_op) {
-    return progress_->submit(
-        [this, timeout_s = options.timeout_s, issue = std::move(issue), under_way, body = std::move(body)]() mutable {
-          const std::lock_guard lock(executing_);
-          group_->set_patient(true);
-          group_->run(timeout_s, nullptr, std::move(issue), body);
-        });
+    return progress_->submit([this, options, issue = std::move(issue), under_way, body = std::move(body)]() mutable {
+      take_turn(options);
+      const Turn::Holder turn(turn_);
+      group_->set_patient(true);
+      group_->run(options.timeout_s, nullptr, std::move(issue), body);
+    });
   }
   if (progress_->busy()) progress_->drain(kNoLimit, interrupt_);  // issue order; each of those has its own deadline
-  const std::lock_guard lock(executing_);
+  take_turn(options);
+  const Turn::Holder turn(turn_);
   group_->set_patient(false);
   group_->run(options.timeout_s, interrupt_, std::move(issue), body);
   return nullptr;
@@ -205,39 +243,41 @@ std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
 }
 
 void Communicator::send(const MessageSpec& spec, double timeout_s) {
-  check_not_forked();
+  check_open();
   messenger_->send(spec, timeout_s);
 }
 
 int Communicator::recv(const MessageSpec& spec, double timeout_s) {
-  check_not_forked();
+  check_open();
   return messenger_->recv(spec, timeout_s);
 }
 
 std::vector<int> Communicator::run_messages(const std::vector<MessageSpec>& specs, double timeout_s) {
-  check_not_forked();
+  check_open();
   return messenger_->run(specs, timeout_s);
 }
 
 std::shared_ptr<Work> Communicator::start_messages(const std::vector<MessageSpec>& specs, double timeout_s) {
-  check_not_forked();
+  check_open();
   return messenger_->start(specs, timeout_s);
 }
 
 std::shared_ptr<Work> Communicator::receive_arrived(const MessageSpec& spec, double timeout_s) {
-  check_not_forked();
+  check_open();
   return messenger_->start_arrived(spec, timeout_s);
 }
 
 void Communicator::post(std::uint64_t& flag, std::uint64_t value) {
-  check_not_forked();
+  check_open();
   group_->post(flag, value);
 }
 
 void Communicator::wait_posted(const std::uint64_t& flag, std::uint64_t value, int only, double timeout_s) {
-  check_not_forked();
+  check_open();
+  check_outside();
   if (progress_->busy()) progress_->drain(kNoLimit, interrupt_);
-  const std::lock_guard lock(executing_);
+  take_turn({.timeout_s = timeout_s});
+  const Turn::Holder turn(turn_);
   group_->set_patient(false);
   group_->run(timeout_s, interrupt_, {}, [&](Group& group) { group.wait_posted(flag, value, only); });
 }
@@ -249,7 +289,7 @@ std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double t
 }
 
 std::unique_ptr<SymmetricBuffer> Communicator::peer(const void* data, std::size_t bytes, int rank) {
-  check_not_forked();
+  check_open();
   if (rank < 0 || rank >= world_size()) throw std::invalid_argument("no rank " + std::to_string(rank));
   return group_->segments().peer(data, bytes, rank);
 }
@@ -294,27 +334,39 @@ void Communicator::abort(const std::string& reason) {
   group_->abort(reason);
 }
 
+bool Communicator::drain(double drain_s, InterruptCheck interrupt) {
+  const Deadline deadline = Deadline::after(drain_s);
+  const auto left_s = [&] { return std::chrono::duration<double>(deadline.left()).count(); };
+  return progress_->drain(left_s(), interrupt) && messenger_->drain(left_s(), interrupt) &&
+         turn_.take(deadline, interrupting(interrupt));
+}
+
+void Communicator::finish(bool has_turn) {
+  progress_->stop();
+  messenger_->stop();
+  group_->close(has_turn);
+  if (has_turn) turn_.give_back();
+}
+
 void Communicator::leave(double drain_s, InterruptCheck interrupt) {
-  if (closed_ || generation_ != fork_generation()) return;
-  closed_ = true;
-  const auto finish = [this] {
-    progress_->stop();
-    messenger_->stop();
-    const std::lock_guard lock(executing_);
-    group_->close();
-  };
+  if (generation_ != fork_generation() || closed_.exchange(true)) return;
+  if (const Inside* const inside = Inside::find(&group_->members()); inside != nullptr) {
+    group_->abort("closed inside " + inside->what());
+    return finish(inside->kind() != Inside::Kind::kCollective && turn_.take(Deadline::after(kEndS), [] {}));
+  }
+  bool has_turn = false;
   try {
-    const Deadline deadline = Deadline::after(drain_s);
-    const auto left_s = [&] { return std::chrono::duration<double>(deadline.left()).count(); };
-    if (!progress_->drain(left_s(), interrupt) || !messenger_->drain(left_s(), interrupt)) {
-      group_->abort("closed with operations that no peer had joined after " + std::to_string(drain_s) + " s");
-    }
+    has_turn = drain(drain_s, interrupt);
   } catch (...) {  // Ctrl-C
     group_->abort("closed by an interrupt with operations under way");
-    finish();
+    finish(turn_.take(Deadline::after(kEndS), [] {}));
     throw;
   }
-  finish();
+  if (!has_turn) {
+    group_->abort("closed with operations that no peer had joined after " + seconds(drain_s));
+    has_turn = turn_.take(Deadline::after(kEndS), [] {});
+  }
+  finish(has_turn);
 }
 
 }  // namespace pycomm::host

@@ -2,9 +2,9 @@
 // the calling thread or asynchronous on the progress thread. Pointers stay valid until the call (or its Work) is done.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -14,6 +14,7 @@
 #include "host/messenger.hpp"
 #include "host/parts.hpp"
 #include "host/progress.hpp"
+#include "host/turn.hpp"
 
 namespace pycomm::host {
 
@@ -34,6 +35,8 @@ class Communicator {
   int rank() const { return group_->rank(); }
   int world_size() const { return group_->world_size(); }
   const std::string& name() const { return group_->name(); }
+  /// The processes of the ranks, each the same in all its communicators.
+  const std::vector<std::uint64_t>& tokens() const { return group_->members().tokens; }
   double timeout_s() const { return timeout_s_; }
   const Tuning& tuning() const { return group_->tuning(); }
 
@@ -80,17 +83,23 @@ class Communicator {
   std::unique_ptr<Communicator> split(std::optional<std::int64_t> color, std::int64_t key, double timeout_s);
 
   void abort(const std::string& reason);
-  /// Finish what is queued, tell the peers, give up the sockets. What is not finished after `drain_s` is aborted.
-  /// Idempotent.
+  /// Finish what is queued or running, tell the peers, give up the sockets. What is not finished after `drain_s` is
+  /// aborted. A call that the calling thread is inside of (inside.hpp) is aborted at once. Idempotent.
   void close(double drain_s) { leave(drain_s, interrupt_); }
 
  private:
   template <class Body>
   std::shared_ptr<Work> run(const CallOptions& options, Body body);
   void check_not_forked() const;
+  /// Of every call: whether it may be issued.
+  void check_open() const;
+  void check_outside() const;
+  void take_turn(const CallOptions& options);
   void check_root(int root) const;
   void check_parts(const Parts& parts) const;
   void leave(double drain_s, InterruptCheck interrupt);
+  bool drain(double drain_s, InterruptCheck interrupt);
+  void finish(bool has_turn);
   void give_up_in_child();
 
   double timeout_s_;
@@ -98,10 +107,10 @@ class Communicator {
   std::unique_ptr<Group> group_;
   std::unique_ptr<Progress> progress_;
   std::unique_ptr<Messenger> messenger_;
-  std::mutex executing_;  // one collective at a time
+  Turn turn_;  // one collective at a time
   std::uint64_t num_splits_ = 0;
   std::uint64_t generation_;
-  bool closed_ = false;
+  std::atomic<bool> closed_ = false;                      // or about to be: no new calls
   ForkGuard fork_guard_{[this] { give_up_in_child(); }};  // last: it touches the others
 };
 

@@ -9,10 +9,13 @@
 // when it is done with s - 2.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "host/channel.hpp"
 #include "host/segment.hpp"
@@ -26,6 +29,25 @@ enum class RankState : std::uint32_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 inline constexpr int kMaxRanks = 240;  // descriptors in one SCM_RIGHTS message are limited to 253
 inline constexpr std::size_t kRankWords = (kMaxRanks + 63) / 64;  // of a bit set of ranks
 inline constexpr std::size_t kReasonBytes = 448;
+inline constexpr std::size_t kActivityBytes = 224;
+
+/// Put as much of a UTF-8 text as fits, whole characters and a zero behind. Peers read it once they have seen a flag
+/// that is stored after it.
+template <std::size_t kBytes>
+void put_text(char (&to)[kBytes], std::string_view text) {
+  std::size_t length = std::min(text.size(), kBytes - 1);
+  const auto continues = [&](std::size_t i) { return (static_cast<unsigned char>(text[i]) & 0xC0) == 0x80; };
+  if (length < text.size()) {
+    while (length != 0 && continues(length)) --length;
+  }
+  std::memcpy(to, text.data(), length);
+  to[length] = '\0';
+}
+/// What a peer has put.
+template <std::size_t kBytes>
+std::string text_in(const char (&from)[kBytes]) {
+  return {from, ::strnlen(from, kBytes)};
+}
 
 /// What wakes a rank. One for collectives and one for messages, since different threads may sleep on them.
 struct alignas(kCacheLine) Bell {
@@ -57,11 +79,15 @@ struct RankFlags {
   alignas(kCacheLine) std::uint64_t completed;  // the last call that this rank is done with, for error messages
   Bell calls;
   Bell messages;
-  alignas(kCacheLine) std::uint32_t state;  // RankState, written last of the fields below
+  alignas(kCacheLine) std::uint32_t state;  // RankState, written after the root and the reason
   std::uint32_t aborted;                    // 1: comm.abort() here; every rank shall stop
-  std::uint64_t lost[kRankWords];           // kFailed: bit set of the ranks at the root of the failure
+  std::uint32_t num_roots;                  // processes at the root of this rank's end, if that is not the rank itself,
+  std::uint64_t roots[kMaxRanks];           // by their tokens. kAlive: of a failure in another group of its process,
+                                            // since which it has called nothing here; they count if it ends now
   std::uint32_t order[2][kMaxRanks];        // strict: issue numbers of the call in slot s % 2, by peer
-  char reason[kReasonBytes];                // kFailed or aborted: why, zero-terminated
+  char reason[kReasonBytes];                // why it ended, or what happened to the roots; zero-terminated
+  std::uint32_t is_active;                  // 1: `activity` holds
+  char activity[kActivityBytes];            // what the process is in, in whichever group; for error messages
   WaitRecord waiting;
   Verdict verdict;
 };

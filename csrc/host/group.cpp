@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
+
+#include "host/groups.hpp"
 
 namespace pycomm::host {
 
@@ -9,12 +12,16 @@ Group::Group(std::string name, Membership members, std::shared_ptr<WaitGraph> gr
     : name_(std::move(name)),
       members_(std::move(members)),
       segments_(members_),
-      waiter_(members_, &RankFlags::calls),
+      waiter_(members_, name_, &RankFlags::calls),
       graph_(std::move(graph)) {
-  if (members_.tuning.strict == 0) return;
-  if (graph_ == nullptr) graph_ = std::make_shared<WaitGraph>(members_);
-  world_ranks_ = graph_->ranks_of(members_.tokens);
+  if (members_.tuning.strict != 0) {
+    if (graph_ == nullptr) graph_ = std::make_shared<WaitGraph>(members_);
+    world_ranks_ = graph_->ranks_of(members_.tokens);
+  }
+  enroll(*this);
 }
+
+Group::~Group() { dismiss(*this); }
 
 std::byte* Group::symmetric_input(int rank) const {
   const Location& location = members_.control.slot(rank, seq_).locations.input;
@@ -47,6 +54,7 @@ void Group::wait(std::uint64_t phase, int only) const {
 
 void Group::post(std::uint64_t& flag, std::uint64_t value) {
   check_usable();
+  carry_on();
   if (!segments_.locate(&flag, sizeof(flag)).symmetric())
     throw std::invalid_argument("the flag is not symmetric memory");
   store_flag(flag, value);
@@ -130,34 +138,85 @@ void Group::check_usable() const {
   again.seq = failure_->seq;
   again.group = failure_->group;
   again.ranks = failure_->ranks;
+  again.surfaced = failure_->surfaced;
+  again.root = failure_->root;
   throw again;
 }
 
-void Group::show_end(RankState state, const std::string& reason, const std::vector<int>& lost) {
+void Group::show_root(const std::vector<std::uint64_t>& roots, const std::string& text) {
   RankFlags& mine = members_.control.flags(rank());
-  const std::size_t length = std::min(reason.size(), kReasonBytes - 1);
-  std::memcpy(mine.reason, reason.data(), length);
-  mine.reason[length] = '\0';
-  for (const int r : lost) mine.lost[r / 64] |= std::uint64_t{1} << (r % 64);
-  store_flag(mine.state, static_cast<std::uint32_t>(state));
+  const std::size_t number = std::min<std::size_t>(roots.size(), kMaxRanks);
+  store_flag(mine.num_roots, 0u);
+  std::copy_n(roots.begin(), number, mine.roots);
+  put_text(mine.reason, text);
+  store_flag(mine.num_roots, static_cast<std::uint32_t>(number));
+}
+
+/// An abort may follow another end, whose reason stays: peers may be reading it.
+void Group::show_end(RankState state, const std::string& reason, const std::vector<std::uint64_t>& roots, bool aborts) {
+  RankFlags& mine = members_.control.flags(rank());
+  const bool is_first = !std::exchange(has_ended_, true);
+  if (is_first && (!is_noted_ || !roots.empty())) {
+    show_root(roots, reason);
+  } else if (is_first && !reason.empty()) {  // the roots stay
+    const std::string heard = text_in(mine.reason);
+    put_text(mine.reason, reason.find(heard) != std::string::npos ? reason : reason + ", after a failure: " + heard);
+  }
+  if (aborts) store_flag(mine.aborted, 1u);  // before the state, so that it is never taken for a call that failed
+  if (is_first) store_flag(mine.state, static_cast<std::uint32_t>(state));
   waiter_.ring();
 }
 
 void Group::fail(const Error& error) {
+  {
+    const std::lock_guard lock(ending_);
+    if (failure_ != nullptr) return;
+    failure_ = std::make_unique<Error>(error);
+    unusable_ = true;
+    segments_.quarantine();  // a stopped peer may wake up and write
+    show_end(RankState::kFailed, error.root.text.empty() ? error.what() : error.root.text, error.root.processes);
+  }
+  if (!error.root.processes.empty()) tell_of(error.root);
+}
+
+void Group::note(const Root& root) {
   const std::lock_guard lock(ending_);
-  if (failure_ != nullptr) return;
-  failure_ = std::make_unique<Error>(error);
-  unusable_ = true;
-  segments_.quarantine();  // a stopped peer may wake up and write
-  show_end(RankState::kFailed, error.what(), error.kind == ErrorKind::kPeerLost ? error.ranks : std::vector<int>{});
+  if (has_ended_) return;
+  show_root(root.processes, root.text);
+  is_noted_ = true;
+}
+
+void Group::forget_note() {
+  const std::lock_guard lock(ending_);
+  if (has_ended_) return;
+  show_root({}, "");
+  is_noted_ = false;
+}
+
+void Group::show_activity(const std::string& what) {
+  RankFlags& mine = members_.control.flags(rank());
+  store_flag(mine.is_active, 0u);
+  if (what.empty()) return;
+  put_text(mine.activity, what);
+  store_flag(mine.is_active, 1u);
+}
+
+std::string Group::running() const {
+  const std::string number = call_.kind == OpKind::kAwait ? "" : " #" + std::to_string(seq_);
+  return describe(call_) + number + " of group '" + name_ + "'";
 }
 
 void Group::abort(const std::string& reason) {
   RankFlags& mine = members_.control.flags(rank());
-  if (load_flag(mine.aborted) != 0) return;
-  show_end(RankState::kFailed, reason, {});
-  store_flag(mine.aborted, 1u);
-  waiter_.ring();
+  {
+    const std::lock_guard lock(ending_);
+    if (closed_ || load_flag(mine.aborted) != 0) return;
+    show_end(RankState::kFailed, reason, {}, true);
+    if (mine.num_roots != 0) return;  // not of itself
+  }
+  const std::string name = std::to_string(rank());
+  tell_of({{members_.tokens[static_cast<std::size_t>(rank())]},
+           "rank " + name + " aborted: " + reason + " (group '" + name_ + "')"});
 }
 
 bool Group::aborted() const {
@@ -167,14 +226,12 @@ bool Group::aborted() const {
   return false;
 }
 
-void Group::close() {
+void Group::close(bool alone) {
   const std::lock_guard lock(ending_);
   if (closed_) return;
   closed_ = unusable_ = true;
-  if (failure_ == nullptr && load_flag(members_.control.flags(rank()).aborted) == 0) {
-    show_end(RankState::kClosed, "", {});
-  }
-  members_.sockets.clear();
+  show_end(RankState::kClosed, "", {});
+  if (alone) members_.sockets.clear();
 }
 
 void Entry::enter() {

@@ -28,6 +28,7 @@ class Group {
   Group(std::string name, Membership members, std::shared_ptr<WaitGraph> graph = nullptr);
   Group(const Group&) = delete;  // peers hold its addresses
   Group& operator=(const Group&) = delete;
+  ~Group();
 
   int rank() const { return members_.rank; }
   int world_size() const { return members_.world_size; }
@@ -78,6 +79,7 @@ class Group {
   void run(double timeout_s, InterruptCheck check, std::vector<std::uint32_t> issue, const Body& body) {
     const IssueGuard guard(*this, std::move(issue));
     check_usable();
+    carry_on();
     deadline_ = Deadline::after(timeout_s);
     interrupt_ = check;
     try {
@@ -96,14 +98,24 @@ class Group {
   void abort(const std::string& reason);
   /// Whether some rank, this one included, has called abort.
   bool aborted() const;
-  /// Show the peers that this rank leaves and give up the sockets. Idempotent.
-  void close();
+  /// Show the peers that this rank leaves. Where `alone`, no call is running, so the sockets go, too. Idempotent.
+  void close(bool alone);
   /// Throws if a call has failed for good, or the group is closed. Thread-safe.
   void check_usable() const;
   /// No further call can succeed; tells the peers. Thread-safe; the first cause stays.
   void fail(const Error& error);
   /// Whether an error leaves the ranks out of step.
   static bool poisons(ErrorKind kind) { return !in_step(kind) && kind != ErrorKind::kOutOfMemory; }
+  /// This process has heard of a failure in another group: if it ends before it calls anything here, this is why.
+  void note(const Root& root);
+  /// At the start of a call: whatever was heard before, this rank goes on.
+  void carry_on() {
+    if (is_noted_.load(std::memory_order_relaxed)) forget_note();
+  }
+  /// What this process is in, for peers whose wait for it runs out; empty: nothing.
+  void show_activity(const std::string& what);
+  /// "barrier() #5 of group 'world'": the running call.
+  std::string running() const;
   const Deadline& deadline() const { return deadline_; }
   InterruptCheck interrupt() const { return interrupt_; }
   void set_patient(bool patient) {
@@ -133,7 +145,10 @@ class Group {
 
   /// Every rank ended the call in the same way, so that all can go on.
   static bool in_step(ErrorKind kind) { return kind == ErrorKind::kMismatch || kind == ErrorKind::kStrictOrder; }
-  void show_end(RankState state, const std::string& reason, const std::vector<int>& lost);
+  void show_end(RankState state, const std::string& reason, const std::vector<std::uint64_t>& roots,
+                bool aborts = false);
+  void show_root(const std::vector<std::uint64_t>& roots, const std::string& text);
+  void forget_note();
   void begin(const Call& call, const Locations& locations);
   void enter();
   void check_match() const;
@@ -153,8 +168,10 @@ class Group {
   std::vector<std::uint32_t> issue_;  // strict: the running call's issue number for each peer, else empty
   bool entered_ = false;              // by all ranks
   std::uint64_t seq_ = 0;
-  mutable std::mutex ending_;  // the two below: collectives and messages may fail on different threads
+  mutable std::mutex ending_;  // those below: collectives, messages and other groups may fail on different threads
   std::unique_ptr<Error> failure_;
+  bool has_ended_ = false;  // the peers have been shown an end
+  std::atomic<bool> is_noted_ = false;
   std::atomic<bool> unusable_ = false;
   bool closed_ = false;
 };

@@ -57,7 +57,7 @@ class Messenger {
   std::shared_ptr<Work> start(const std::vector<MessageSpec>& specs, double timeout_s);
   /// Receive from whoever has sent a message with this tag already; nullptr if nobody has.
   std::shared_ptr<Work> start_arrived(const MessageSpec& spec, double timeout_s);
-  /// Return once no asynchronous message is active; false if `timeout_s` passes before.
+  /// Return once no message is active; false if `timeout_s` passes before.
   bool drain(double timeout_s, InterruptCheck interrupt);
   /// Join the thread; the group must have failed, or nothing be active. Idempotent.
   void stop();
@@ -104,14 +104,14 @@ class Messenger {
     std::deque<Reply> replies;       // no room yet
   };
 
-  std::shared_ptr<Batch> make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const;
+  std::shared_ptr<Batch> make_batch(const std::vector<MessageSpec>& specs, double timeout_s);
   void wait(Batch& batch, const Waiter& waiter, InterruptCheck interrupt, bool until_changed);
   WaitContext context(const Batch& batch, InterruptCheck interrupt, const std::function<Needs()>& needs) const;
   void fail(const Error& error);
   void loop();
 
   /// Of every call: whether it may be issued.
-  void begin() const;
+  void begin();
   bool send_at_once(const MessageSpec& spec);
   bool recv_at_once(const MessageSpec& spec);
 

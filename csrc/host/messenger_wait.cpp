@@ -18,6 +18,8 @@ Call call_of(const MessageSpec& spec) {
           .splits = static_cast<std::uint64_t>(spec.tag)};
 }
 
+std::string describe_drain(const void*) { return "close()"; }
+
 /// Whether all that the batch still waits for may come from any rank.
 template <class Batch>
 bool is_from_any(const Batch& batch) {
@@ -32,8 +34,8 @@ Messenger::Messenger(Group& group, InterruptCheck interrupt)
     : group_(group),
       members_(group.members()),
       interrupt_(interrupt),
-      waiter_(members_, &RankFlags::messages),
-      patient_waiter_(members_, &RankFlags::messages),
+      waiter_(members_, group.name(), &RankFlags::messages),
+      patient_waiter_(members_, group.name(), &RankFlags::messages),
       outgoing_(static_cast<std::size_t>(members_.world_size)),
       incoming_(static_cast<std::size_t>(members_.world_size)) {
   patient_waiter_.set_patient(true);
@@ -41,7 +43,7 @@ Messenger::Messenger(Group& group, InterruptCheck interrupt)
 
 Messenger::~Messenger() { stop(); }
 
-std::shared_ptr<Messenger::Batch> Messenger::make_batch(const std::vector<MessageSpec>& specs, double timeout_s) const {
+std::shared_ptr<Messenger::Batch> Messenger::make_batch(const std::vector<MessageSpec>& specs, double timeout_s) {
   begin();
   auto batch = std::make_shared<Batch>();
   batch->deadline = Deadline::after(timeout_s);
@@ -69,9 +71,10 @@ void Messenger::post(Batch& batch) {
   progress();
 }
 
-void Messenger::begin() const {
+void Messenger::begin() {
   group_.check_usable();
   waiter_.check_aborted();
+  group_.carry_on();
   if (group_.graph() != nullptr) group_.graph()->issue();
 }
 
@@ -97,6 +100,7 @@ std::vector<int> Messenger::run(const std::vector<MessageSpec>& specs, double ti
   {
     const std::lock_guard lock(mutex_);
     std::erase(synchronous_, batch);
+    if (synchronous_.empty()) changed_.notify_all();  // drain() may wait for that
   }
   if (batch->error != nullptr) throw Error(*batch->error);
   std::vector<int> sources;
@@ -106,7 +110,7 @@ std::vector<int> Messenger::run(const std::vector<MessageSpec>& specs, double ti
 
 std::shared_ptr<Work> Messenger::start(const std::vector<MessageSpec>& specs, double timeout_s) {
   const std::shared_ptr<Batch> batch = make_batch(specs, timeout_s);
-  auto work = std::make_shared<Work>();
+  auto work = std::make_shared<Work>(&members_);
   batch->work = work;
   if (specs.empty()) {
     work->finish(nullptr);
@@ -119,7 +123,7 @@ std::shared_ptr<Work> Messenger::start(const std::vector<MessageSpec>& specs, do
 
 std::shared_ptr<Work> Messenger::start_arrived(const MessageSpec& spec, double timeout_s) {
   const std::shared_ptr<Batch> batch = make_batch({spec}, timeout_s);
-  batch->work = std::make_shared<Work>();
+  batch->work = std::make_shared<Work>(&members_);
   const std::lock_guard lock(mutex_);
   if (!has_arrived(spec.tag)) return nullptr;
   start(batch);
@@ -217,7 +221,7 @@ void Messenger::wait(Batch& batch, const Waiter& waiter, InterruptCheck interrup
     } catch (const Error& error) {
       // From any source: the loss of one rank does not end it while another may send.
       if (error.kind == ErrorKind::kPeerLost && is_from_any(batch) && !group_.aborted() &&
-          error.ranks == std::vector<int>{batch.candidate}) {
+          error.surfaced == std::vector<int>{batch.candidate}) {
         const std::lock_guard relock(mutex_);
         if (next_candidate(batch, batch.candidate + 1)) continue;
       }
@@ -290,15 +294,21 @@ void Messenger::loop() {
 
 bool Messenger::drain(double timeout_s, InterruptCheck interrupt) {
   std::unique_lock lock(mutex_);
-  return wait_in_slices(lock, changed_, Deadline::after(timeout_s), interrupt,
-                        [this] { return asynchronous_.empty(); });
+  const Inside inside(&members_, Inside::Kind::kOther, &describe_drain, nullptr);
+  return wait_in_slices(lock, changed_, Deadline::after(timeout_s), interrupting(interrupt),
+                        [this] { return asynchronous_.empty() && synchronous_.empty(); });
 }
 
 void Messenger::stop() {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
-    if (!asynchronous_.empty()) drop_all(Error(ErrorKind::kGeneral, "the communicator is closed"));
+    try {
+      waiter_.check_aborted();
+      drop_all(Error(ErrorKind::kGeneral, "the communicator is closed"));
+    } catch (const Error& aborted) {
+      drop_all(aborted);
+    }
   }
   changed_.notify_all();
   waiter_.ring(members_.rank);

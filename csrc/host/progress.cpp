@@ -12,6 +12,12 @@
 
 namespace pycomm::host {
 
+namespace {
+
+std::string describe_work(const void*) { return "a wait for asynchronous operations"; }
+
+}  // namespace
+
 bool Work::done() const {
   const std::lock_guard lock(mutex_);
   return done_;
@@ -63,7 +69,8 @@ int Work::source() const {
 void Work::wait(std::optional<double> timeout_s, InterruptCheck interrupt) {
   const Deadline deadline = Deadline::after(timeout_s.value_or(std::numeric_limits<double>::infinity()));
   std::unique_lock lock(mutex_);
-  if (!wait_in_slices(lock, finished_, deadline, interrupt, [this] { return done_; })) {
+  const Inside inside(owner_, Inside::Kind::kOther, &describe_work, nullptr);
+  if (!wait_in_slices(lock, finished_, deadline, interrupting(interrupt), [this] { return done_; })) {
     throw Error(ErrorKind::kWaitExpired,
                 "wait: the operation is not done after " + std::to_string(deadline.timeout_s()) + " s; it goes on");
   }
@@ -71,7 +78,7 @@ void Work::wait(std::optional<double> timeout_s, InterruptCheck interrupt) {
 }
 
 std::shared_ptr<Work> Progress::submit(std::function<void()> operation) {
-  Task task{.operation = std::move(operation), .work = std::make_shared<Work>(), .floating_point = {}};
+  Task task{.operation = std::move(operation), .work = std::make_shared<Work>(owner_), .floating_point = {}};
   std::fegetenv(&task.floating_point);
   auto work = task.work;
   {
@@ -91,7 +98,9 @@ bool Progress::busy() const {
 
 bool Progress::drain(double timeout_s, InterruptCheck interrupt) {
   std::unique_lock lock(mutex_);
-  return wait_in_slices(lock, emptied_, Deadline::after(timeout_s), interrupt, [this] { return tasks_.empty(); });
+  const Inside inside(owner_, Inside::Kind::kOther, &describe_work, nullptr);
+  return wait_in_slices(lock, emptied_, Deadline::after(timeout_s), interrupting(interrupt),
+                        [this] { return tasks_.empty(); });
 }
 
 void Progress::stop() {

@@ -20,28 +20,38 @@
 
 #include "host/bootstrap.hpp"
 #include "host/completions.hpp"
+#include "host/inside.hpp"
 
 namespace pycomm::host {
 
-/// Wait for `ready` until the deadline, looking for interrupts between slices; false if it passed.
-template <class Ready>
+/// Wait for `ready` until the deadline; false if it passed. Between slices `check` runs, without the lock, and may
+/// throw.
+template <class Check, class Ready>
 bool wait_in_slices(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, const Deadline& deadline,
-                    InterruptCheck interrupt, const Ready& ready) {
+                    const Check& check, const Ready& ready) {
   constexpr auto kSlice = std::chrono::milliseconds(50);
   while (!ready()) {
     if (changed.wait_for(lock, std::min<Deadline::Clock::duration>(kSlice, deadline.left()), ready)) break;
     if (deadline.expired()) return false;
-    if (interrupt == nullptr) continue;
-    lock.unlock();  // the interrupt takes the GIL
-    interrupt();
+    lock.unlock();  // an interrupt check takes the GIL
+    check();
     lock.lock();
   }
   return true;
 }
 
-/// The handle of one asynchronous operation, whoever runs it: threads of this library, or code in Python.
+inline auto interrupting(InterruptCheck interrupt) {
+  return [interrupt] {
+    if (interrupt != nullptr) interrupt();
+  };
+}
+
+/// The handle of one asynchronous operation, whoever runs it: threads of this library, or code in Python. `owner`: as
+/// Inside's.
 class Work {
  public:
+  explicit Work(const void* owner = nullptr) : owner_(owner) {}
+
   bool done() const;
   /// Return when the operation is over; rethrow what it threw. Throws kWaitExpired after `timeout_s`; it goes on then.
   void wait(std::optional<double> timeout_s, InterruptCheck interrupt);
@@ -58,6 +68,7 @@ class Work {
   /// Call `listener` when the operation is over, at once if it is; in the thread that ends it, which shall not wait.
   void when_over(std::function<void()> listener);
 
+  const void* owner_;
   mutable std::mutex mutex_;
   std::condition_variable finished_;
   bool done_ = false;
@@ -68,7 +79,8 @@ class Work {
 
 class Progress {
  public:
-  Progress() = default;
+  /// `owner`: as Inside's.
+  explicit Progress(const void* owner) : owner_(owner) {}
   Progress(const Progress&) = delete;  // its thread holds its address
   Progress& operator=(const Progress&) = delete;
   ~Progress() { stop(); }
@@ -90,6 +102,7 @@ class Progress {
 
   void loop();
 
+  const void* owner_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::condition_variable emptied_;

@@ -1,7 +1,6 @@
 #include "host/wait_graph.hpp"
 
 #include <algorithm>
-#include <cstring>
 
 #include "host/bootstrap.hpp"
 #include "pycomm/error.hpp"
@@ -28,14 +27,6 @@ std::vector<int> bits(const std::uint64_t* words, int world_size) {
     if (has_bit(words, r)) ranks.push_back(r);
   }
   return ranks;
-}
-
-/// Text that peers read once they have seen a flag that is stored after it.
-template <std::size_t kBytes>
-void put_text(char (&to)[kBytes], const std::string& text) {
-  const std::size_t length = std::min(text.size(), kBytes - 1);
-  std::memcpy(to, text.data(), length);
-  to[length] = '\0';
 }
 
 }  // namespace

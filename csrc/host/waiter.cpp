@@ -10,8 +10,9 @@
 #include <cstdio>
 #include <ctime>
 #include <limits>
+#include <span>
 
-#include "pycomm/error.hpp"
+#include "host/groups.hpp"
 
 namespace pycomm::host {
 
@@ -33,9 +34,64 @@ std::string plural(const std::vector<int>& ranks) {
   return text;
 }
 
-std::string where(const WaitContext& context) {
-  return describe(context.call) + " #" + std::to_string(context.seq) + " of group '" + std::string(context.group) + "'";
-}
+/// The ends of peers, as one error.
+class Ends {
+ public:
+  explicit Ends(const Membership& members) : members_(members) {}
+
+  bool empty() const { return error_.surfaced.empty(); }
+
+  /// `rank` has ended; `how` follows its name.
+  void add(int rank, const std::string& how) {
+    const RankFlags& flags = members_.control.flags(rank);
+    const std::size_t num_roots = std::min<std::size_t>(load_flag(flags.num_roots), kMaxRanks);
+    const std::uint64_t own = token(rank);
+    const std::span<const std::uint64_t> roots(num_roots == 0 ? &own : flags.roots,
+                                               std::max<std::size_t>(num_roots, 1));
+    why_ += (why_.empty() ? "rank " : "; rank ") + std::to_string(rank) + how;
+    if (num_roots == 0) is_seen_ = true;
+    if (num_roots != 0 && passed_on_.empty()) passed_on_ = text_in(flags.reason);
+    bool is_named = false;
+    for (int r = 0; r < members_.world_size; ++r) {
+      // Not this rank: the other one was lost to it, whoever is to blame.
+      if (num_roots == 0 || r == members_.rank || std::ranges::find(roots, token(r)) == roots.end()) continue;
+      add_new(error_.ranks, r);
+      is_named = true;
+    }
+    if (!is_named) add_new(error_.ranks, rank);
+    for (const std::uint64_t root : roots) add_new(error_.root.processes, root);
+    error_.surfaced.push_back(rank);
+  }
+
+  /// `prefix`: what this rank is in. `group`: for other groups, where that does not say it.
+  Error error(const std::string& prefix, const std::string& group = "") const {
+    Error named(ErrorKind::kPeerLost, prefix + why_);
+    named.ranks = error_.ranks;
+    std::ranges::sort(named.ranks);
+    named.surfaced = error_.surfaced;
+    // What was seen here explains it; else it is told as it was heard, so that it stays one sentence from group to
+    // group.
+    named.root = {error_.root.processes, is_seen_ ? prefix + why_ + group : passed_on_};
+    return named;
+  }
+
+ private:
+  std::uint64_t token(int rank) const { return members_.tokens[static_cast<std::size_t>(rank)]; }
+  template <class T>
+  static void add_new(std::vector<T>& to, const T& value) {
+    if (std::ranges::find(to, value) == to.end()) to.push_back(value);
+  }
+
+  const Membership& members_;
+  Error error_{ErrorKind::kPeerLost, ""};
+  std::string why_;
+  std::string passed_on_;
+  bool is_seen_ = false;
+};
+
+std::string describe_wait(const void* context) { return where(*static_cast<const WaitContext*>(context)); }
+
+}  // namespace
 
 std::string seconds(double value) {
   char text[32];
@@ -43,7 +99,9 @@ std::string seconds(double value) {
   return text;
 }
 
-}  // namespace
+std::string where(const WaitContext& context) {
+  return describe(context.call) + " #" + std::to_string(context.seq) + " of group '" + std::string(context.group) + "'";
+}
 
 int usable_cores() {
   cpu_set_t set;
@@ -51,7 +109,8 @@ int usable_cores() {
   return ::sched_getaffinity(0, sizeof(set), &set) == 0 ? std::max(1, CPU_COUNT(&set)) : 1;
 }
 
-Waiter::Waiter(const Membership& members, Bell RankFlags::* bell) : members_(members), bell_(bell) {
+Waiter::Waiter(const Membership& members, std::string_view group, Bell RankFlags::* bell)
+    : members_(members), group_(group), bell_(bell) {
   usual_spins_ = members.world_size <= usable_cores() ? kSpins : 0;
   set_patient(false);
 }
@@ -81,6 +140,10 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
   Bell& mine = members_.control.flags(members_.rank).*bell_;
   bool warned = false;
   std::optional<WatchedWait> watched;
+  std::optional<Activity> shown;
+  const bool is_collective = bell_ == &RankFlags::calls && context.interrupt != nullptr;
+  const Inside inside(&members_, is_collective ? Inside::Kind::kCollective : Inside::Kind::kOther, &describe_wait,
+                      &context);
   while (true) {
     // The order of these three is the protocol of signal.hpp: announce, remember the bell, look again.
     add_flag(mine.sleepers, 1u);
@@ -94,7 +157,9 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
     add_flag(mine.sleepers, ~0u);  // minus one
     if (arrived || advance()) return;
     check_aborted();
-    if (context.watch.graph != nullptr && Deadline::Clock::now() - start >= kSlice) {
+    const bool is_long = Deadline::Clock::now() - start >= kSlice;
+    if (is_long && context.interrupt != nullptr && !shown) shown.emplace(where(context));
+    if (context.watch.graph != nullptr && is_long) {
       if (!watched) watched.emplace(*context.watch.graph, *context.watch.ranks, where(context));
       look_at_graph(*watched, ready, context);
     }
@@ -125,46 +190,32 @@ void Waiter::check_aborted() const {
   for (int r = 0; r < members_.world_size; ++r) {
     const RankFlags& flags = members_.control.flags(r);
     if (load_flag(flags.aborted) == 0) continue;
-    Error error(ErrorKind::kPeerLost, "rank " + std::to_string(r) + " aborted: " + flags.reason);
-    error.ranks = {r};
-    throw error;
+    Ends ends(members_);
+    ends.add(r, " aborted: " + text_in(flags.reason));
+    throw ends.error("", " (group '" + std::string(group_) + "')");
   }
 }
 
 void Waiter::check_peers(ReadyRef ready, const WaitContext& context) const {
-  std::string why;
-  std::vector<bool> lost(static_cast<std::size_t>(members_.world_size), false);
-  const auto add = [&](int rank, const std::string& reason) {
-    lost[static_cast<std::size_t>(rank)] = true;
-    why += (why.empty() ? "" : "; ") + reason;
-  };
+  Ends ends(members_);
   for (int r = 0; r < members_.world_size; ++r) {
     if (ready(r)) continue;
     const RankFlags& flags = members_.control.flags(r);
     const auto state = static_cast<RankState>(load_flag(flags.state));
     const bool gone = dead(r);
     if ((state == RankState::kAlive && !gone) || ready(r)) continue;  // what it did before it ended counts
-    const std::string name = "rank " + std::to_string(r);
+    const bool has_root = load_flag(flags.num_roots) != 0;
     if (state == RankState::kFailed) {
-      why += (why.empty() ? "" : "; ") + name + " gave up: " + flags.reason;
-      bool root_is_elsewhere = false;
-      for (int root = 0; root < members_.world_size; ++root) {
-        if ((flags.lost[root / 64] >> (root % 64) & 1) == 0) continue;
-        lost[static_cast<std::size_t>(root)] = root_is_elsewhere = true;
-      }
-      if (!root_is_elsewhere) lost[static_cast<std::size_t>(r)] = true;
-    } else if (state == RankState::kClosed) {
-      add(r, name + " exited normally (it closed the communicator)");
+      ends.add(r, (load_flag(flags.aborted) != 0 ? " aborted: " : " gave up: ") + text_in(flags.reason));
     } else {
-      add(r, name + " (process " + std::to_string(members_.pids[r]) + ") died");
+      const std::string process = " (process " + std::to_string(members_.pids[static_cast<std::size_t>(r)]) + ")";
+      const std::string how = state == RankState::kClosed
+                                  ? has_root ? " left" : " exited normally (it closed the communicator)"
+                                  : process + " died";
+      ends.add(r, how + (has_root ? " after a failure: " + text_in(flags.reason) : ""));
     }
   }
-  if (why.empty()) return;
-  Error error(ErrorKind::kPeerLost, where(context) + ": " + why);
-  for (int r = 0; r < members_.world_size; ++r) {
-    if (lost[static_cast<std::size_t>(r)]) error.ranks.push_back(r);
-  }
-  throw error;
+  if (!ends.empty()) throw ends.error(where(context) + ": ");
 }
 
 std::string Waiter::activity(int rank, std::uint64_t seq) const {
@@ -175,11 +226,13 @@ std::string Waiter::activity(int rank, std::uint64_t seq) const {
     if (load_flag(slot.seq) != 0 && (last == nullptr || load_flag(slot.seq) > load_flag(last->seq))) last = &slot;
   }
   const std::string name = "rank " + std::to_string(rank);
-  if (last == nullptr) return name + " has called nothing yet";
+  const RankFlags& flags = members_.control.flags(rank);
+  const std::string shown = load_flag(flags.is_active) != 0 ? name + " is in " + text_in(flags.activity) : "";
+  if (last == nullptr) return shown.empty() ? name + " has called nothing yet" : shown;
   const std::uint64_t called = load_flag(last->seq);
   const std::string what = describe(last->call) + " #" + std::to_string(called);
   if (called > completed) return name + (called == seq ? " is in the same call, not done" : " is in " + what);
-  return name + " completed " + what + " and has called nothing since";
+  return shown.empty() ? name + " completed " + what + " and has called nothing since" : shown;
 }
 
 void Waiter::expire(ReadyRef ready, const WaitContext& context) const {
@@ -195,6 +248,8 @@ void Waiter::expire(ReadyRef ready, const WaitContext& context) const {
   named.op = describe(context.call);
   named.seq = context.seq;
   named.group = context.group;
+  for (const int r : error.ranks) named.root.processes.push_back(members_.tokens[static_cast<std::size_t>(r)]);
+  named.root.text = named.what();
   named.ranks = std::move(error.ranks);
   throw named;
 }

@@ -4,12 +4,13 @@
 // rank's doorbell in slices of 50 ms. After each slice it looks at the peers it still waits for:
 //   dead     its pidfd says so                        -> Error kPeerLost
 //   left     closed its communicator                  -> Error kPeerLost, "exited normally"
-//   failed   gave up on a call, with the root cause   -> Error kPeerLost, naming the root
+//   failed   gave up on a call                        -> Error kPeerLost
 //   aborted  any rank called abort(reason)            -> Error kPeerLost with the reason
 //   late     after 30 s                               -> a warning on stderr that names it
 //   expired  at the deadline                          -> Error kTimeout, naming it and what it is in
 //   waits for this rank, strict (wait_graph.hpp)      -> Error kDeadlock, naming the cycle
-// A peer's flag is looked at once more after its end was seen: what it did before it left counts.
+// A peer's flag is looked at once more after its end was seen: what it did before it left counts. A peer that ended
+// because of others says so (RankFlags::roots), and the error names those.
 #pragma once
 
 #include <functional>
@@ -17,7 +18,9 @@
 #include <utility>
 
 #include "host/bootstrap.hpp"
+#include "host/inside.hpp"
 #include "host/wait_graph.hpp"
+#include "pycomm/error.hpp"
 
 namespace pycomm::host {
 
@@ -38,10 +41,16 @@ struct WaitContext {
   Watch watch;
 };
 
+/// "0.5 s".
+std::string seconds(double value);
+/// "barrier() #5 of group 'world'".
+std::string where(const WaitContext& context);
+
 class Waiter {
  public:
-  /// `bell`: what its sleeping threads are woken by, &RankFlags::calls or &RankFlags::messages.
-  Waiter(const Membership& members, Bell RankFlags::* bell);
+  /// `group`: its name, which lives as long. `bell`: what its sleeping threads are woken by, &RankFlags::calls or
+  /// &RankFlags::messages.
+  Waiter(const Membership& members, std::string_view group, Bell RankFlags::* bell);
 
   /// Return once ready(rank) holds for every rank. `ready` must be monotonic: once true it stays true.
   template <class Ready>
@@ -114,6 +123,7 @@ class Waiter {
   std::string activity(int rank, std::uint64_t seq) const;
 
   const Membership& members_;
+  std::string_view group_;
   Bell RankFlags::* bell_;
   int spins_ = 0;
   int usual_spins_ = 0;

@@ -74,13 +74,18 @@ class Calls(Protocol):
 
 
 class Backend(Protocol):
-    """What a Communicator needs: the calls of its group, and the group's memory and life."""
+    """What a Communicator needs: the calls of its group, and the group's memory and life.
+
+    Attributes:
+        tokens: the processes of the ranks, each the same number in all its groups; of nobody else.
+    """
 
     name: str
     device: torch.device
     rank: int
     world_size: int
     group: str
+    tokens: list[int]
     calls: Calls
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor: ...

@@ -58,6 +58,7 @@ class ShmBackend:
         self.rank = core.rank
         self.world_size = core.world_size
         self.group = core.name
+        self.tokens = core.tokens
 
     @classmethod
     def connect(

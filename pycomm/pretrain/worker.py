@@ -147,7 +147,8 @@ def shared_corpus(comm: Communicator, config: PretrainConfig, say: Say) -> Corpu
         ConfigError: no text, too little of it, or the ranks' texts differ.
     """
     if comm.rank == 0:
-        corpus = prepare(config, env.cache_dir(), say)
+        with comm.busy("preparing the text and its tokenizer"):
+            corpus = prepare(config, env.cache_dir(), say)
         comm.barrier(timeout_s=PREPARE_TIMEOUT_S)
     else:
         comm.barrier(timeout_s=PREPARE_TIMEOUT_S)

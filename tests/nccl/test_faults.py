@@ -82,6 +82,32 @@ def test_a_stopped_rank_is_named_at_the_deadline(standin: Path, tmp_path: Path) 
             assert 1.9 <= seconds < 2 + SOON_S
 
 
+def close_in_a_handler(comm: Communicator, connection: Any) -> None:
+    comm.barrier()
+    if comm.rank == 1:
+        with pytest.raises(PeerLostError, match="rank 0 aborted: closed inside barrier") as caught:
+            connection.recv()
+            comm.barrier()
+        assert caught.value.lost_ranks == [0]
+        return
+    signal.signal(signal.SIGALRM, lambda *_: comm.close())
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(PeerLostError, match="rank 0 aborted: closed inside barrier"):
+        comm.barrier()
+    with pytest.raises(PycommError, match="'world' is closed"):
+        comm.barrier()
+
+
+def test_close_in_a_handler_ends_the_barrier_that_it_is_inside_of(standin: Path, tmp_path: Path) -> None:
+    """It used to wait for the barrier, as long as that lasts."""
+    with ranks(2, standin, tmp_path, close_in_a_handler, timeout_s=TIMEOUT_S) as group:
+        result, seconds = group.result(0)
+        assert result is None, result
+        assert seconds < TIMEOUT_S / 2
+        group.connections[1].send("go")
+        assert group.result(1)[0] is None, group.result(1)
+
+
 def first_call_without_a_rank(comm: Communicator, connection: Any) -> None:
     """NCCL connects in the first collective, so this hangs on the host and not on the device."""
     if comm.rank == 1:

@@ -24,6 +24,12 @@ enum class ErrorKind {
   kUnavailable,  // BackendUnavailableError: a library or device is not here
 };
 
+/// A failure as it travels from group to group, in which ranks have other numbers.
+struct Root {
+  std::vector<std::uint64_t> processes;  // at the root of it, by their tokens (Membership::tokens)
+  std::string text;                      // what happened to them; names them and their group
+};
+
 class Error : public std::runtime_error {
  public:
   Error(ErrorKind which, std::string message) : std::runtime_error(std::move(message)), kind(which) {}
@@ -33,7 +39,9 @@ class Error : public std::runtime_error {
   std::string op;                  // kTimeout: what this rank was doing
   std::uint64_t seq = 0;           // kTimeout: its sequence number in the group
   std::string group;               // kTimeout: the communicator's name
-  std::vector<int> ranks;          // kTimeout: missing; kPeerLost: lost
+  std::vector<int> ranks;          // kTimeout: missing; kPeerLost: at the root of the failure
+  std::vector<int> surfaced;       // kPeerLost: the ranks that ended, whoever is at the root
+  Root root;                       // kTimeout, kPeerLost: the same for processes that are not in this group
   std::vector<std::string> calls;  // kMismatch: calls[rank]
 };
 

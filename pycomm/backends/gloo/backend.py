@@ -18,14 +18,14 @@ import torch.distributed as dist
 from pycomm import _C, env
 from pycomm.arguments import Checked, Message
 from pycomm.backends import Backend, Calls
-from pycomm.backends.causes import Cause
+from pycomm.backends.causes import Cause, Heard, listeners, raised
 from pycomm.backends.gloo.calls import Call
 from pycomm.backends.gloo.collectives import Body, HostsCollectives
 from pycomm.backends.gloo.failure import Failure
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
 from pycomm.backends.gloo.local import LocalGroup
 from pycomm.backends.gloo.mail import Mail
-from pycomm.backends.gloo.operations import CallQueue, LocalOperation, Operation, Together
+from pycomm.backends.gloo.operations import CallQueue, LocalOperation, Operation, Together, Waits
 from pycomm.backends.gloo.steps import Limit, Steps
 from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.gloo.wire import Wire, WireError, open_device
@@ -37,6 +37,7 @@ __all__ = ["HostsBackend"]
 _REASON_BYTES = 512  # why a host's ranks cannot have their memory
 _FAREWELL_S = 1.0  # for the last frames of a rank that leaves
 _SPLIT = struct.Struct("<?qq")
+_TOKEN = struct.Struct("<Q")
 
 
 class HostsBackend(HostsCollectives):
@@ -75,6 +76,11 @@ class HostsBackend(HostsCollectives):
         self._num_splits = 0
         self._closed = False
         self._queue = CallQueue("pycomm-hosts")
+        self._waits = Waits(self.rank, group)
+        self.tokens = [0] * self.world_size
+        for place, rank in enumerate(topology.neighbours):
+            self.tokens[rank] = local.tokens[place]
+        self._has_told = False  # peers have been sent a HEARD that holds
         self._wire: Wire | None = None
         self._frames: Frames | None = None
         self._mail: Mail | None = None
@@ -86,11 +92,15 @@ class HostsBackend(HostsCollectives):
             self._wire = wires[0]
             self._frames = Frames(wires[1], self.rank, self.world_size, self._on_frame, self._on_gone)
             # The data of messages go the way of their frames, so that both arrive in order.
-            self._mail = Mail(self.rank, strict, wires[1], self._frames, self._fail, self._receive_here)
-        self._failure = Failure(topology, self._frames, self._cut)
+            self._mail = Mail(self.rank, strict, wires[1], self._frames, self._fail, self._receive_here, self._waits)
+        self._failure = Failure(topology, self._frames, self._cut, self.tokens, group)
         self._steps = Steps(topology, local, self._wire)
         if self._frames is not None:
             self._frames.start()
+            self._show_tokens()
+        self._heard = Heard(self.rank, self.tokens)
+        if self._frames is not None:
+            listeners().add(self)
 
     @classmethod
     def connect(
@@ -117,7 +127,9 @@ class HostsBackend(HostsCollectives):
 
     def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
         operations = [self._post(message, timeout_s) for message in messages]
-        return self._outcome(Together(operations), async_op) or [operation.source() for operation in operations]
+        return self._outcome(Together(operations, self._waits), async_op) or [
+            operation.source() for operation in operations
+        ]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
         """Symmetric inside each host."""
@@ -171,7 +183,15 @@ class HostsBackend(HostsCollectives):
 
     def abort(self, reason: str) -> None:
         self._check_process()
-        self._fail(Cause("lost", (self.rank,), f"rank {self.rank} aborted: {reason}"))
+        how = f"aborted: {reason}"
+        self._fail(self._heard.cause(how) or Cause("lost", (self.rank,), f"rank {self.rank} {how}"))
+
+    def on_heard(self, processes: Sequence[int], text: str) -> None:
+        """Another group of this process has failed: if this rank ends now, that is why."""
+        cause = self._heard.cause("died")
+        if cause is not None and self._failure.cause is None and not self._closed and self._process == os.getpid():
+            self._has_told = True
+            self._tell(Frame(Kind.HEARD, self.rank, body=cause.encode().encode()))
 
     def close(self, drain_s: float) -> None:
         """Finish what is queued, tell the others, close all connections. Local; idempotent."""
@@ -179,19 +199,20 @@ class HostsBackend(HostsCollectives):
             return
         self._closed = True
         limit = Limit(drain_s)
-        done = self._queue.drain(limit.left_s) and (self._mail is None or self._mail.drain(limit.left_s))
-        if not done:
+        inside = self._waits.of_this_thread()
+        if inside is not None:
+            self.abort(f"closed inside {inside}")
+        elif not (self._queue.drain(limit.left_s) and (self._mail is None or self._mail.drain(limit.left_s))):
             self.abort(f"closed with operations that no peer had joined after {drain_s:g} s")
         if self._frames is not None:
-            for rank in range(self.world_size):
-                if rank != self.rank:
-                    self._frames.send(rank, Frame(Kind.LEFT, self.rank))
+            cause = self._heard.cause("left")
+            self._tell(Frame(Kind.LEFT, self.rank, body=b"" if cause is None else cause.encode().encode()))
             self._frames.flush(Limit(_FAREWELL_S).deadline)
         self._local.close(limit.left_s)
         self._failure.close("the communicator is closed")
         if self._wire is not None:
             self._wire.cut()
-        self._queue.stop()
+        self._queue.stop(_FAREWELL_S)
         if self._mail is not None:
             self._mail.stop()
         if self._frames is not None:
@@ -199,10 +220,14 @@ class HostsBackend(HostsCollectives):
 
     def _run(self, call: Call, body: Body, async_op: bool, timeout_s: float) -> _C.Work | None:
         """Queue a collective; wait for it unless asynchronous."""
-        self._check_process()
-        operation = Operation(str(call))
+        self._begin()
+        self._waits.check_outside()
+        operation = Operation(str(call), self._waits)
         self._queue.submit(operation, lambda: self._execute(call, body, Limit(timeout_s)))
-        return self._outcome(operation, async_op)
+        if async_op:
+            return self._outcome(operation, True)
+        with self._waits.inside(operation.call, collective=True):
+            return self._outcome(operation, False)
 
     def _outcome(self, operation: _C.Work, async_op: bool) -> _C.Work | None:
         if async_op:
@@ -226,10 +251,8 @@ class HostsBackend(HostsCollectives):
             body(self._steps, limit)
         except MismatchError:
             raise
-        except WireError as error:
-            cause = self._fail(self._failure.of_wire(error, limit.timeout_s))
-        except PycommError as error:
-            cause = self._fail(self._failure.of_host(error, limit.timeout_s))
+        except (WireError, PycommError) as error:
+            cause = self._cause_of(error, limit.timeout_s)
         else:
             return
         raise cause.error(f"{call}, call {call.seq} of {self.group!r}", call.seq, self.group)
@@ -246,27 +269,35 @@ class HostsBackend(HostsCollectives):
 
     def _post(self, message: Message, timeout_s: float) -> Operation | LocalOperation:
         """Start a message: inside the host by the host transport, else by mail."""
-        self._check_process()
+        self._begin()
         is_send, tensor, peer, tag = message
         if self._failure.cause is not None:
-            raise self._failure.cause.error("send" if is_send else "recv", self._seq, self.group, later=True)
+            call = "send" if is_send else "recv"
+            raise raised(self._failure.cause.error(call, self._seq, self.group, later=True))
         if self._mail is None or (peer is not None and self._topology.is_here(peer)):
             place = None if peer is None else self._topology.local_of[peer]
-            if is_send:
-                assert place is not None
-                return self._here(self._local.send(tensor, place, tag, timeout_s))
-            return self._here(self._local.receive(tensor, place, tag, timeout_s))
+            try:
+                if is_send:
+                    assert place is not None
+                    return self._here(self._local.send(tensor, place, tag, timeout_s))
+                return self._here(self._local.receive(tensor, place, tag, timeout_s))
+            except PycommError as error:  # the host knows of a failure before this rank does
+                raise raised(self._of_host(error)) from None
         if is_send:
             assert peer is not None
             return self._mail.send(tensor, peer, tag, timeout_s)
         return self._mail.receive(tensor, peer, tag, timeout_s)
 
     def _receive_here(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> LocalOperation | None:
-        work = self._local.receive_arrived(tensor, tag, timeout_s)
+        try:
+            work = self._local.receive_arrived(tensor, tag, timeout_s)
+        except PycommError as error:
+            self._of_host(error)  # ends all messages
+            return None
         return None if work is None else self._here(work)
 
     def _here(self, work: _C.Work) -> LocalOperation:
-        return LocalOperation(work, self._topology.neighbours, self._of_host)
+        return LocalOperation(work, self._topology.neighbours, self._of_host, self._waits)
 
     def _of_host(self, error: BaseException) -> BaseException:
         """An error of a message inside this host, with the group's ranks; it ends the group unless it is a mismatch."""
@@ -282,15 +313,27 @@ class HostsBackend(HostsCollectives):
         if frame.kind == Kind.FAILED:
             cause = Cause.decode(frame.body.decode(errors="replace"))
             self._failure.settle(cause or Cause("lost", (frame.rank,), "it failed"), announce=False)
-        elif frame.kind == Kind.LEFT:
-            self._failure.left.add(frame.rank)
-            self._on_gone(frame.rank)
+        elif frame.kind in (Kind.LEFT, Kind.HEARD):
+            cause = Cause.decode(frame.body.decode(errors="replace"))
+            if cause is None:
+                self._failure.told.pop(frame.rank, None)
+            else:
+                self._failure.told[frame.rank] = cause
+            if frame.kind == Kind.LEFT:
+                self._failure.left.add(frame.rank)
+                self._on_gone(frame.rank)
         else:
             self._mail.on_frame(frame)
 
     def _on_gone(self, rank: int) -> None:
         assert self._mail is not None
         self._mail.on_gone(rank, self._failure.of_gone(rank))
+
+    def _cause_of(self, error: WireError | PycommError, timeout_s: float) -> Cause:
+        """The group cannot go on because of ``error``; returns what counts."""
+        if isinstance(error, WireError):
+            return self._fail(self._failure.of_wire(error, timeout_s))
+        return self._fail(self._failure.of_host(error, timeout_s))
 
     def _fail(self, cause: Cause) -> Cause:
         return self._failure.settle(cause, announce=True)
@@ -310,6 +353,34 @@ class HostsBackend(HostsCollectives):
             return local.shm
         topology = Topology.of(ranks.index(self.rank), hosts)
         return HostsBackend(self.name, group, topology, local, self._store, self._device, self._strict, self._timeout_s)
+
+    def _show_tokens(self) -> None:
+        """Learn which processes the ranks are. Collective."""
+        limit = Limit(self._timeout_s)
+        try:
+            rows = self._steps.table(_TOKEN.pack(self.tokens[self.rank]), limit)
+        except (WireError, PycommError) as error:
+            cause = self._cause_of(error, self._timeout_s)
+            assert self._frames is not None
+            self._frames.close()
+            raise cause.error("init", 0, self.group) from None
+        self.tokens[:] = [_TOKEN.unpack(row)[0] for row in rows]
+
+    def _tell(self, frame: Frame) -> None:
+        assert self._frames is not None
+        for rank in range(self.world_size):
+            if rank != self.rank:
+                self._frames.send(rank, frame)
+
+    def _begin(self) -> None:
+        """Of every call: whether it may be issued."""
+        self._check_process()
+        if self._closed:
+            raise PycommError(f"communicator {self.group!r} is closed")
+        self._heard.carry_on()
+        if self._has_told:
+            self._has_told = False
+            self._tell(Frame(Kind.HEARD, self.rank))
 
     def _check_process(self) -> None:
         if self._process != os.getpid():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from pycomm.backends.causes import LEFT, Cause, ranks_text
+from pycomm.backends.causes import LEFT, Cause, heard, ranks_text
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
 from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.gloo.wire import WireError
@@ -28,19 +28,32 @@ class Failure:
 
     Args:
         cut: ends all waits of this rank, and of its peers for it.
+        tokens: the processes of the group, by rank.
+        group: its name.
     """
 
-    def __init__(self, topology: Topology, frames: Frames | None, cut: Callable[[Cause], None]) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        frames: Frames | None,
+        cut: Callable[[Cause], None],
+        tokens: Sequence[int],
+        group: str,
+    ) -> None:
         self.cause: Cause | None = None
         self.left: set[int] = set()  # ranks that have closed their communicator
+        self.told: dict[int, Cause] = {}  # why a rank has ended, or will have if it ends now
+        self._tokens = tokens
+        self._group = group
         self._topology = topology
         self._frames = frames
         self._cut = cut
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come while this thread holds it
         self._known = threading.Event()
 
     def settle(self, cause: Cause, *, announce: bool) -> Cause:
         """The group cannot go on because of ``cause``, unless it has failed already; returns what counts."""
+        cause = cause.rooted(self._tokens)
         with self._lock:
             if self.cause is not None:
                 return self.cause
@@ -52,11 +65,13 @@ class Failure:
                     self._frames.send(rank, news)
         self._cut(cause)
         self._known.set()
+        if cause.roots:
+            heard(cause.roots, f"{cause.text} (group {self._group!r})")
         return cause
 
     def of_host(self, error: PycommError, timeout_s: float) -> Cause:
         """What an error of the host transport says, with the numbers of the whole group."""
-        return Cause.of_host(error, timeout_s, self._topology.neighbours)
+        return Cause.of_host(error, timeout_s, self._tokens, self._topology.neighbours)
 
     def mismatch(self, error: MismatchError) -> MismatchError:
         """Of a message inside this host, with the numbers of the whole group."""
@@ -89,5 +104,7 @@ class Failure:
         return self.of_gone(error.rank)
 
     def of_gone(self, rank: int) -> Cause:
-        """A rank's connection is closed, and it has not said why."""
+        """A rank's connection is closed."""
+        if rank in self.told:
+            return self.told[rank]
         return Cause("lost", (rank,), f"rank {rank} {LEFT if rank in self.left else 'died'}")

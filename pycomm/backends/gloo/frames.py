@@ -37,7 +37,8 @@ class Kind(IntEnum):
     TAKEN = 3  # the receiver has it
     REFUSE = 4  # the receive that matched has another dtype or count, these
     FAILED = 5  # the group cannot go on; a Cause behind
-    LEFT = 6  # the rank has closed its communicator
+    LEFT = 6  # the rank has closed its communicator; a Cause behind if another group's failure is why
+    HEARD = 7  # another group's failure, a Cause, is why the rank ends if it ends now; nothing behind: it goes on
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Frames:
         self._wire = wire
         self._on_frame = on_frame
         self._on_gone = on_gone
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come while this thread holds it
         # Sends whose end nobody has seen. Much older ones have gone, or their receiver has.
         self._kept: deque[tuple[int, dist.Work, torch.Tensor]] = deque(maxlen=_MOST_KEPT)
         self._threads = [

@@ -22,6 +22,7 @@ class LocalGroup:
     def __init__(self, core: _C.HostCommunicator) -> None:
         self.shm = ShmBackend(core)
         self.size = core.world_size
+        self.tokens = core.tokens
         self._core = core
 
     @classmethod

@@ -20,7 +20,7 @@ from pycomm.arguments import dtype_name
 from pycomm.backends.causes import Cause
 from pycomm.backends.gloo.calls import DTYPES, describe_message
 from pycomm.backends.gloo.frames import BODY_BYTES, Frame, Frames, Kind
-from pycomm.backends.gloo.operations import LocalOperation, Operation
+from pycomm.backends.gloo.operations import LocalOperation, Operation, Waits
 from pycomm.backends.gloo.wire import Wire, WireError
 from pycomm.errors import MismatchError, PycommError
 
@@ -65,6 +65,7 @@ class Mail:
     Args:
         fail: called with the cause when a message fails for good.
         local_receive: looks inside this host for receives from any source; None: nobody else is there.
+        waits: of the communicator.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Mail:
         frames: Frames,
         fail: Callable[[Cause], object],
         local_receive: LocalReceive | None,
+        waits: Waits,
     ) -> None:
         self._rank = rank
         self._strict = strict
@@ -82,6 +84,7 @@ class Mail:
         self._frames = frames
         self._fail = fail
         self._local_receive = local_receive
+        self._waits = waits
         self._changed = threading.Condition()
         self._next_id = 0
         self._sends: dict[int, _Message] = {}  # by id, until TAKEN
@@ -187,7 +190,9 @@ class Mail:
 
     def _message(self, is_send: bool, tensor: torch.Tensor, peer: int | None, tag: int, timeout_s: float) -> _Message:
         call = describe_message(is_send, peer, tag, dtype_name(tensor.dtype), tensor.numel())
-        return _Message(Operation(call), is_send, tensor.detach(), peer, tag, time.monotonic() + timeout_s, timeout_s)
+        return _Message(
+            Operation(call, self._waits), is_send, tensor.detach(), peer, tag, time.monotonic() + timeout_s, timeout_s
+        )
 
     def _refused(self, message: _Message) -> bool:
         if self._error is not None:

@@ -4,23 +4,63 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from pycomm import _C
+from pycomm.backends.causes import raised
 from pycomm.errors import PycommError
 
-__all__ = ["CallQueue", "LocalOperation", "Operation", "Together"]
+__all__ = ["CallQueue", "LocalOperation", "Operation", "Together", "Waits"]
+
+
+class Waits:
+    """What each thread waits for in a communicator, innermost last. A signal handler runs inside such a wait.
+
+    Args:
+        rank: for messages.
+    """
+
+    def __init__(self, rank: int, group: str) -> None:
+        self._rank = rank
+        self._group = group
+        self._calls: dict[int, list[tuple[str, bool]]] = {}
+
+    @contextmanager
+    def inside(self, call: str, *, collective: bool = False) -> Iterator[None]:
+        calls = self._calls.setdefault(threading.get_ident(), [])
+        calls.append((call, collective))
+        try:
+            yield
+        finally:
+            calls.pop()
+
+    def of_this_thread(self) -> str | None:
+        """The call that this thread waits in, or None."""
+        calls = self._calls.get(threading.get_ident())
+        return f"{calls[-1][0]} of group {self._group!r}" if calls else None
+
+    def check_outside(self) -> None:
+        """PycommError inside a collective that is waited for: as on the host transport, which could not go on."""
+        found = [call for call, collective in self._calls.get(threading.get_ident(), ()) if collective]
+        if found:
+            raise PycommError(
+                f"rank {self._rank} is inside {found[-1]} of group {self._group!r}: a signal handler cannot make "
+                "another call of that communicator there. Let it set a flag for after the call, or call close() or "
+                "abort(), which end the call"
+            )
 
 
 class Operation(_C.Work):
     """Something under way that Python code ends once, well or not."""
 
-    def __init__(self, call: str) -> None:
+    def __init__(self, call: str, waits: Waits) -> None:
         super().__init__()
         self.call = call
-        self._lock = threading.Lock()
+        self._waits = waits
+        self._lock = threading.RLock()  # a signal handler may come while this thread holds it
         self._error: BaseException | None = None
 
     def finish(self, source: int = -1) -> None:
@@ -35,47 +75,52 @@ class Operation(_C.Work):
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return at its end, or raise its error; TimeoutError after ``timeout_s``, and it goes on."""
-        super().wait(timeout_s)
+        with self._waits.inside(self.call):
+            super().wait(timeout_s)
         if self._error is not None:
-            raise self._error.with_traceback(None)
+            raise raised(self._error.with_traceback(None))
 
 
 class LocalOperation(_C.Work):
     """A message inside this host: the host transport's Work, with ranks of the whole group in source and errors."""
 
     def __init__(
-        self, work: _C.Work, ranks: Sequence[int], translate: Callable[[BaseException], BaseException]
+        self, work: _C.Work, ranks: Sequence[int], translate: Callable[[BaseException], BaseException], waits: Waits
     ) -> None:
         super().__init__()
         self._work = work
         self._ranks = ranks
         self._translate = translate
+        self._waits = waits
         self.finish_after([work])
 
     def source(self) -> int:
         return self._ranks[self._work.source()]
 
     def wait(self, timeout_s: float | None = None) -> None:
-        super().wait(timeout_s)
+        with self._waits.inside("a message inside the host"):
+            super().wait(timeout_s)
         try:
             self._work.wait()
         except PycommError as error:
-            raise self._translate(error) from None
+            raise raised(self._translate(error)) from None
 
 
 class Together(_C.Work):
     """Operations that are over together."""
 
-    def __init__(self, operations: Sequence[_C.Work]) -> None:
+    def __init__(self, operations: Sequence[_C.Work], waits: Waits) -> None:
         super().__init__()
         self._operations = operations
+        self._waits = waits
         self.finish_after(operations)
 
     def source(self) -> int:
         return next((operation.source() for operation in self._operations), -1)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        super().wait(timeout_s)
+        with self._waits.inside("a batch of messages"):
+            super().wait(timeout_s)
         for operation in self._operations:
             operation.wait()
 
@@ -93,6 +138,8 @@ class CallQueue:
 
     def submit(self, operation: Operation, body: Callable[[], None]) -> None:
         with self._changed:
+            if self._stopping:
+                raise PycommError("the communicator is closed")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
                 self._thread.start()
@@ -104,13 +151,13 @@ class CallQueue:
         with self._changed:
             return self._changed.wait_for(lambda: not self._calls and not self._busy, timeout_s)
 
-    def stop(self) -> None:
-        """End the thread after the call that it is in. Idempotent."""
+    def stop(self, timeout_s: float) -> None:
+        """End the thread after the call that it is in, which takes ``timeout_s`` at most or is left to itself."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     @torch.no_grad()
     def _loop(self) -> None:

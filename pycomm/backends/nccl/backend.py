@@ -21,6 +21,7 @@ from pycomm import _C
 from pycomm.arguments import REDUCED, Checked, Message, dtype_name
 from pycomm.backends import Backend, Calls
 from pycomm.backends.causes import Cause
+from pycomm.backends.gloo.operations import Waits
 from pycomm.backends.nccl.control import groups_on_the_host, rows_of_all
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.library import load_nccl
@@ -80,10 +81,12 @@ class NcclBackend:
         self._num_splits = 0
         self._max_ctas = 0
         self._closed = False
+        self._waits = Waits(rank, group)
         self._process = os.getpid()
         self.thresholds = Thresholds.agreed(desk, world_size, timeout_s)
         self._byte = torch.zeros(1, dtype=torch.uint8, device=gpu.device)  # what barriers reduce
         self._watchdog = Watchdog(core, control, gpu.driver, group, timeout_s)
+        self.tokens = self._watchdog.tokens
         self._watchdog.start()
         self._mapper = None if desk is None or world_size == 1 else Mapper(core, library, gpu, desk, self._table)
         self._symmetric: Symmetric | None = None
@@ -296,13 +299,16 @@ class NcclBackend:
 
     def abort(self, reason: str) -> None:
         self._check_process()
-        self._watchdog.settle(Cause("lost", (self.rank,), f"rank {self.rank} aborted: {reason}"))
+        self._watchdog.abort(reason)
 
     def close(self, drain_s: float) -> None:
         """Finish what is queued, tell the others, leave. Local; idempotent."""
         if self._closed or self._process != os.getpid():
             return
         self._closed = True
+        inside = self._waits.of_this_thread()
+        if inside is not None:
+            self.abort(f"closed inside {inside}")
         if self._watchdog.cause is None and not self._core.close(drain_s):
             self.abort(f"closed with operations that did not end within {drain_s:g} s")
         self._watchdog.leave(self.rank)
@@ -345,7 +351,7 @@ class NcclBackend:
         return self._enqueue(lambda o: self._core.exchange(rows, o), async_op, timeout_s, False)
 
     def _enqueue(self, call: Call, async_op: bool, timeout_s: float, of_all: bool) -> _C.NcclOperation:
-        self._check_process()
+        self._begin()
         self._watchdog.check("this call", self._core.num_calls() + 1)
         if of_all:
             self._watchdog.check_all_here("this call")
@@ -360,7 +366,8 @@ class NcclBackend:
 
     def _work(self, operation: _C.NcclOperation, source: int = -1, *, blocks: bool = False) -> _C.Work:
         # It has what a Communicator uses of one: wait, done, source.
-        return cast(_C.Work, NcclWork(operation, self._watchdog.check, self._gpu.current_stream, source, blocks))
+        check, current_stream = self._watchdog.check, self._gpu.current_stream
+        return cast(_C.Work, NcclWork(operation, check, current_stream, self._waits, source, blocks))
 
     def _host_wait(self, work: _C.Work) -> None:
         try:
@@ -371,7 +378,7 @@ class NcclBackend:
 
     def _table(self, call: str, row: bytes, timeout_s: float) -> list[bytes]:
         """Every rank's row, by rank, over the host."""
-        self._check_process()
+        self._begin()
         self._watchdog.check(call, self._core.num_calls() + 1)
         if self._desk is None:
             return [row]
@@ -379,12 +386,18 @@ class NcclBackend:
         try:
             return rows_of_all(self._desk, row, timeout_s)
         except PycommError as error:
-            cause = Cause.of_host(error, timeout_s)
+            cause = Cause.of_host(error, timeout_s, self.tokens)
             raise self._watchdog.settle(cause).error(call, self._core.num_calls(), self.group) from None
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise PycommError("this is a forked process: the communicator belongs to its parent")
+
+    def _begin(self) -> None:
+        """Of every call: whether it may be issued."""
+        self._check_process()
+        if self._closed:
+            raise PycommError(f"communicator {self.group!r} is closed")
 
 
 def _parts(tensor: torch.Tensor) -> tuple[int, int, str]:

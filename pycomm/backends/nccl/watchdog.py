@@ -18,7 +18,7 @@ import torch
 
 from pycomm import _C
 from pycomm.backends import Backend
-from pycomm.backends.causes import LEFT, Cause, ranks_text
+from pycomm.backends.causes import LEFT, Cause, Heard, heard, ranks_text
 from pycomm.backends.nccl.pulse import Comparison, Round
 from pycomm.errors import PeerTimeoutError, PycommError
 
@@ -49,7 +49,10 @@ class Watchdog:
         self._control = control
         self._driver = driver
         self._group = group
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come while this thread holds it
+        self._rank = 0 if control is None else control.rank
+        self.tokens = [0] if control is None else control.tokens
+        self._heard = Heard(self._rank, self.tokens)
         self._known = threading.Event()
         self._comparison = Comparison(core, group)
         self._round: Round | None = None
@@ -66,15 +69,22 @@ class Watchdog:
     def leave(self, rank: int) -> None:
         """Tell the others that this rank leaves in peace, and stop. Idempotent."""
         if self.cause is None and self._control is not None:
-            self._control.abort(Cause("lost", (rank,), f"{ranks_text([rank])} {LEFT}").encode())
+            cause = self._heard.cause("left") or Cause("lost", (rank,), f"rank {rank} {LEFT}")
+            self._control.abort(cause.encode())
         with self._lock:
             self.cause = self.cause or Cause("lost", (rank,), "the communicator is closed")
         self._stopping.set()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join()
 
+    def abort(self, reason: str) -> None:
+        """This rank gives up."""
+        how = f"aborted: {reason}"
+        self.settle(self._heard.cause(how) or Cause("lost", (self._rank,), f"rank {self._rank} {how}"))
+
     def check(self, call: str, seq: int) -> None:
-        """Raise what has gone wrong so far."""
+        """Of every call: raise what has gone wrong so far."""
+        self._heard.carry_on()
         if self.cause is not None:
             raise self.cause.error(call, seq, self._group, later=True)
 
@@ -85,6 +95,7 @@ class Watchdog:
 
     def settle(self, cause: Cause, *, announce: bool = True) -> Cause:
         """The group cannot go on because of ``cause``, unless it has failed already; returns what counts."""
+        cause = cause.rooted(self.tokens)
         with self._lock:
             if self.cause is not None:
                 return self.cause
@@ -95,6 +106,8 @@ class Watchdog:
         self._core.abort()
         for callback in self.callbacks:
             callback()
+        if cause.roots:
+            heard(cause.roots, f"{cause.text} (group {self._group!r})")
         return cause
 
     def failed_call(self, error: PycommError, timeout_s: float) -> PycommError:
@@ -176,7 +189,7 @@ class Watchdog:
 
     def _lost(self, error: PycommError) -> None:
         """The control group has failed."""
-        cause = Cause.of_host(error, _ROUND_S)
+        cause = Cause.of_host(error, _ROUND_S, self.tokens)
         if LEFT in cause.text:
             self._gone = cause
         else:

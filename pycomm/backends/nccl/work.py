@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pycomm import _C
+from pycomm.backends.gloo.operations import Waits
 
 __all__ = ["NcclWork"]
 
@@ -18,6 +19,7 @@ class NcclWork:
         operation: what was enqueued.
         check: raises what has gone wrong with the communicator.
         current_stream: the handle of the caller's stream.
+        waits: of the communicator.
         source: of a receive.
         blocks: waiting blocks the host (barriers), instead of ordering the current stream behind the operation.
     """
@@ -27,12 +29,14 @@ class NcclWork:
         operation: _C.NcclOperation,
         check: Callable[[str, int], None],
         current_stream: Callable[[], int],
+        waits: Waits,
         source: int = -1,
         blocks: bool = False,
     ) -> None:
         self._operation = operation
         self._check = check
         self._current_stream = current_stream
+        self._waits = waits
         self._source = source
         self._blocks = blocks
 
@@ -55,6 +59,8 @@ class NcclWork:
         operation.make_wait(self._current_stream())
         if timeout_s is None and not self._blocks:
             return
-        if not operation.wait(_NO_BOUND_S if timeout_s is None else timeout_s):
+        with self._waits.inside(operation.call):
+            is_over = operation.wait(_NO_BOUND_S if timeout_s is None else timeout_s)
+        if not is_over:
             raise TimeoutError(f"{operation.call}: not done after {timeout_s:g} s; it goes on")
         self._check(operation.call, operation.seq)

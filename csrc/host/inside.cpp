@@ -1,0 +1,30 @@
+#include "host/inside.hpp"
+
+namespace pycomm::host {
+
+namespace {
+
+thread_local const Inside* innermost = nullptr;
+
+}  // namespace
+
+Inside::Inside(const void* owner, Kind kind, Describe describe, const void* object)
+    : owner_(owner), kind_(kind), describe_(describe), object_(object), outer_(innermost) {
+  innermost = this;
+}
+
+Inside::~Inside() { innermost = outer_; }
+
+const Inside* Inside::find(const void* owner) {
+  const Inside* inside = innermost;
+  while (inside != nullptr && inside->owner_ != owner) inside = inside->outer_;
+  return inside;
+}
+
+const Inside* Inside::find(const void* owner, Kind kind) {
+  const Inside* inside = innermost;
+  while (inside != nullptr && (inside->owner_ != owner || inside->kind_ != kind)) inside = inside->outer_;
+  return inside;
+}
+
+}  // namespace pycomm::host

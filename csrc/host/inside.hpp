@@ -1,0 +1,35 @@
+// What the calling thread is inside of. A long wait runs Python's signal handlers and finalizers now and then (its
+// interrupt check), on the same thread. These may call the communicator that the wait belongs to; whoever would then
+// wait for the call below finds out here that it cannot end before they return.
+#pragma once
+
+#include <string>
+
+namespace pycomm::host {
+
+class Inside {
+ public:
+  using Describe = std::string (*)(const void* object);
+  enum class Kind { kCollective, kOther };  // a collective has its communicator's turn (turn.hpp)
+
+  /// `owner`: the Membership of the wait's group; `describe(object)`: the call, for messages.
+  Inside(const void* owner, Kind kind, Describe describe, const void* object);
+  Inside(const Inside&) = delete;  // marks one scope
+  Inside& operator=(const Inside&) = delete;
+  ~Inside();
+
+  /// The innermost wait of `owner` that this thread is inside of, or nullptr.
+  static const Inside* find(const void* owner);
+  static const Inside* find(const void* owner, Kind kind);
+  Kind kind() const { return kind_; }
+  std::string what() const { return describe_(object_); }
+
+ private:
+  const void* owner_;
+  Kind kind_;
+  Describe describe_;
+  const void* object_;
+  const Inside* outer_;
+};
+
+}  // namespace pycomm::host
