@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from pycomm_command import StopSignals
+
 USAGE = """\
 usage: pycomm [--version] [--help] COMMAND ...
 
@@ -19,23 +21,24 @@ commands:
 """
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Args:
         argv: arguments without the program's name; default: those of this process.
+        signals: what listens to SIGINT and SIGTERM in this process; None: Python's own handlers do.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    signals = signals or StopSignals()
     try:
-        return _dispatch(args)
+        return _dispatch(args, signals)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return signals.exit_code()
 
 
-def _dispatch(args: list[str]) -> int:
+def _dispatch(args: list[str], signals: StopSignals) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if args else sys.stderr)
         return 0 if args else EXIT_USAGE
@@ -48,10 +51,10 @@ def _dispatch(args: list[str]) -> int:
     if command is None:
         print(f"pycomm: there is no command {args[0]!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_USAGE
-    return command(args[1:])
+    return command(args[1:], signals)
 
 
-def _pretrain(args: list[str]) -> int:
+def _pretrain(args: list[str], signals: StopSignals) -> int:
     # Imports wait until they are needed, so that `pycomm --help` does not load torch.
     import tyro
 
@@ -74,19 +77,21 @@ def _pretrain(args: list[str]) -> int:
         if config.nproc > 1:
             from pycomm.pretrain.launch import launch, worker_code
 
-            return launch(config.nproc, ["-c", worker_code(), "pretrain", *args])
+            return launch(config.nproc, worker_code(), ["pretrain", *args], signals)
     from pycomm.pretrain import worker
 
-    return worker.main(config, command)
+    return worker.main(config, command, signals)
 
 
-def _doctor(args: list[str]) -> int:
+def _doctor(args: list[str], signals: StopSignals) -> int:
     from pycomm import doctor
+
+    signals.interrupt()  # it has processes and a folder to clear away
 
     return doctor.main(args)
 
 
-def _schedule(args: list[str]) -> int:
+def _schedule(args: list[str], signals: StopSignals) -> int:
     from pycomm.pipeline import command
 
     return command.main(args)
@@ -109,10 +114,12 @@ PRETRAIN_HELP = """\
 Pretrain a small GPT on text that every machine has, with several processes that share the batch. Starts its own
 workers; inside torchrun it uses those. Ctrl-C ends all workers after the current step and keeps a checkpoint."""
 
-COMMANDS: Mapping[str, Callable[[list[str]], int]] = MappingProxyType(
+COMMANDS: Mapping[str, Callable[[list[str], StopSignals], int]] = MappingProxyType(
     {"pretrain": _pretrain, "schedule": _schedule, "doctor": _doctor}
 )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _signals = StopSignals()
+    _signals.listen()
+    sys.exit(main(signals=_signals))

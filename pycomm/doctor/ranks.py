@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pycomm.spawn import same_imports
+from pycomm.spawn import ends_with_this_process, same_imports
 
 
 @contextmanager
@@ -15,7 +15,8 @@ def started_ranks(worker: str, num_ranks: int, arguments: Sequence[str]) -> Iter
     """Run module ``worker`` once a rank, with the arguments STORE NUM_RANKS, ``arguments`` and RANK; whatever happens,
     none is left in the end."""
     with tempfile.TemporaryDirectory(prefix="pycomm-doctor-") as scratch:
-        code = f"{same_imports()}\nimport runpy; runpy.run_module({worker!r}, run_name='__main__', alter_sys=True)"
+        run = f"import runpy; runpy.run_module({worker!r}, run_name='__main__', alter_sys=True)"
+        code = f"{same_imports()}\n{ends_with_this_process()}\n{run}"
         command = [sys.executable, "-c", code, str(Path(scratch) / "store"), str(num_ranks), *arguments]
         ranks = [
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

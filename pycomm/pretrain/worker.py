@@ -26,7 +26,7 @@ from pycomm.pretrain.config import ConfigError, PretrainConfig, PretrainError
 from pycomm.pretrain.data import Corpus, prepare
 from pycomm.pretrain.loop import AbortOnError, TrainState, build_state, train
 from pycomm.pretrain.run import Run
-from pycomm.pretrain.signals import StopSignals, end_with_parent
+from pycomm_command import StopSignals, end_with_parent
 
 EXIT_ERROR = 1
 EXIT_TOLD = 2
@@ -36,24 +36,22 @@ PREPARE_TIMEOUT_S = 6 * 3600.0  # tokenizing much text takes its time; a rank 0 
 Say = Callable[[str], None]
 
 
-def main(config: PretrainConfig, command: str) -> int:
+def main(config: PretrainConfig, command: str, signals: StopSignals) -> int:
     """Run one worker; reads rank and world size from the environment, as torchrun sets them.
 
     Args:
         config: of the run; checked here against the number of workers.
         command: the command line without ``--resume``, to tell people how to go on.
+        signals: of this process; SIGINT and SIGTERM end it at once until training begins.
 
     Returns:
         The exit code.
     """
-    parent = os.getppid()
-    signals = StopSignals()
     launched = env.launch()
     is_lead = launched is None or launched.rank == 0
     try:
-        signals.install()
-        if launched is not None:
-            end_with_parent(parent)
+        if env.elastic_error_file() is not None:  # a launcher of torch's, which does not end before its workers
+            end_with_parent(os.getppid())
         config.validate(1 if launched is None else launched.world_size)
         with pycomm.init("host", timeout_s=config.run.timeout_s) as comm, AbortOnError(comm), OrderlyFailure(signals):
             finished = pretrain(comm, config, command, signals)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pycomm import env
 from pycomm.pretrain import loop, worker
+from pycomm_command import StopSignals
 from tests.pretrain.helpers import small_config
 
 
@@ -18,4 +19,4 @@ if __name__ == "__main__":
     launched = env.launch()
     if launched is not None and launched.rank == 1:
         loop.next_token_loss = buggy_loss
-    sys.exit(worker.main(small_config(steps=1000, out=Path(sys.argv[1])), "pycomm pretrain"))
+    sys.exit(worker.main(small_config(steps=1000, out=Path(sys.argv[1])), "pycomm pretrain", StopSignals()))

@@ -156,8 +156,9 @@ def test_workers_end_with_a_killed_launcher(environment: dict[str, str], tmp_pat
 
 def test_a_bug_in_one_worker_is_shown_once(environment: dict[str, str], tmp_path: Path) -> None:
     code = (
-        "import sys; from pycomm.pretrain.launch import launch; "
-        f"sys.exit(launch(2, ['-m', 'tests.pretrain.failing_worker', {str(tmp_path / 'run')!r}]))"
+        "import sys; from pycomm.pretrain.launch import launch; from pycomm_command import StopSignals; "
+        "code = 'import runpy; runpy.run_module(\"tests.pretrain.failing_worker\", run_name=\"__main__\")'; "
+        f"sys.exit(launch(2, code, [{str(tmp_path / 'run')!r}], StopSignals()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
