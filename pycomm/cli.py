@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None, signals: StopSignals | None = None) 
     """
     args = list(sys.argv[1:] if argv is None else argv)
     signals = signals or StopSignals()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding has not
     try:
         return _dispatch(args, signals)
     except KeyboardInterrupt:
@@ -59,25 +62,24 @@ def _pretrain(args: list[str], signals: StopSignals) -> int:
     import tyro
 
     from pycomm import env
-    from pycomm.pretrain.config import PRESETS, ConfigError, PretrainConfig
+    from pycomm.pretrain.config import PRESETS, PretrainConfig
 
     config = tyro.cli(
         PretrainConfig, args=args, default=PRESETS["tiny"], prog="pycomm pretrain", description=PRETRAIN_HELP
     )
     command = shlex.join(["pycomm", "pretrain", *_without_resume(args)])
-    launched = env.launch()
-    if launched is None:
-        try:
-            if config.nproc < 1:
-                raise ConfigError(f"--nproc must be at least 1, got {config.nproc}")
+    try:
+        launched = env.launch()
+        if launched is None:
             config.validate(config.nproc)
-        except ConfigError as error:
-            print(f"pycomm pretrain: {error}", file=sys.stderr)
-            return EXIT_USAGE
-        if config.nproc > 1:
-            from pycomm.pretrain.launch import launch, worker_code
+            config.check_files()
+    except ValueError as error:  # of a ConfigError too
+        print(f"pycomm pretrain: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if launched is None and config.nproc > 1:
+        from pycomm.pretrain.launch import launch, worker_code
 
-            return launch(config.nproc, worker_code(), ["pretrain", *args], signals)
+        return launch(config.nproc, worker_code(), ["pretrain", *args], signals)
     from pycomm.pretrain import worker
 
     return worker.main(config, command, signals)

@@ -53,6 +53,8 @@ def launch() -> Launch | None:
         raise ValueError(f"RANK={rank} is not below WORLD_SIZE={world_size}")
     if world_size > 1 or "MASTER_ADDR" in os.environ:
         master_addr, master_port = _text("MASTER_ADDR"), _number("MASTER_PORT")
+        if not 0 < master_port < 1 << 16:
+            raise ValueError(f"MASTER_PORT={master_port} is no port: it must be from 1 to 65535")
     else:
         master_addr, master_port = "127.0.0.1", 0
     return Launch(
@@ -96,9 +98,10 @@ def tune() -> dict[str, int]:
 
 
 def cache_dir() -> Path:
-    """PYCOMM_CACHE_DIR, else XDG_CACHE_HOME/pycomm, else ~/.cache/pycomm. Not created."""
-    if "PYCOMM_CACHE_DIR" in os.environ:
-        return Path(os.environ["PYCOMM_CACHE_DIR"])
+    """PYCOMM_CACHE_DIR, else XDG_CACHE_HOME/pycomm, else ~/.cache/pycomm. Not created. An empty variable is none."""
+    own = os.environ.get("PYCOMM_CACHE_DIR")
+    if own:
+        return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pycomm"
 
 

@@ -79,7 +79,7 @@ def without_cuda(tmp_path):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names}
-    assert {root for root in roots if not re.fullmatch(r"pycomm|pycomm-.*\.dist-info", root)} == set()
+    assert {root for root in roots if not re.fullmatch(r"pycomm|pycomm_command|pycomm-.*\.dist-info", root)} == set()
     assert "pycomm/py.typed" in names
     assert "pycomm/_C.pyi" in names
     assert len([name for name in names if re.fullmatch(r"pycomm/_C\..*\.so", name)]) == 1
@@ -90,7 +90,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 
 def test_the_wheel_has_every_python_file(wheel):
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
-    assert shipped == {path.relative_to(ROOT).as_posix() for path in (ROOT / "pycomm").rglob("*.py")}
+    packages = [ROOT / "pycomm", ROOT / "pycomm_command"]
+    assert shipped == {path.relative_to(ROOT).as_posix() for package in packages for path in package.rglob("*.py")}
 
 
 def test_the_extension_needs_only_system_libraries(wheel, tmp_path):

@@ -27,6 +27,7 @@ from pycomm.rendezvous import host_identity
 
 __all__ = ["Check", "Options", "Report", "Section", "main", "report"]
 
+MOST_TIMEOUT_S = 86_400.0
 SYMBOLS = {"ok": "[green]✓[/]", "absent": "[dim]-[/]", "warning": "[yellow]![/]", "failed": "[red]✗[/]"}
 
 
@@ -47,6 +48,12 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Returns 0 when pycomm works here, 1 when something it needs does not."""
     options = tyro.cli(Options, prog="pycomm doctor", args=argv)
+    if not 0 <= options.timeout_s <= MOST_TIMEOUT_S:
+        print(
+            f"pycomm doctor: --timeout-s must be from 0 to {MOST_TIMEOUT_S:g} seconds, got {options.timeout_s}",
+            file=sys.stderr,
+        )
+        return 2
     if options.tune:
         if not 2 <= options.ranks <= _C.MAX_RANKS:
             print(

@@ -114,8 +114,12 @@ class Schedule:
                 found[rank][index] = action
         if not found or sorted(rank_of) != list(range(len(rank_of))):
             raise ScheduleError(f"{path}: stages are numbered from 0 without gaps, found {sorted(rank_of)}")
+        num_actions = sum(map(len, found.values()))
+        num_microbatches = max(action.microbatch for actions in found.values() for action in actions.values()) + 1
+        for count, what in ((max(found) + 1, "ranks"), (num_microbatches, "micro-batches")):
+            if count > num_actions:
+                raise ScheduleError(f"{path}: {num_actions} actions cannot be those of {count} {what}")
         ranks = [[action for _, action in sorted(found.get(rank, {}).items())] for rank in range(max(found) + 1)]
-        num_microbatches = max(action.microbatch for actions in ranks for action in actions) + 1
         return cls(ranks, [rank_of[stage] for stage in range(len(rank_of))], num_microbatches)
 
 

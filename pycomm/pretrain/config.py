@@ -6,6 +6,8 @@ The dataclasses are the command line too: ``pycomm pretrain`` makes a flag of ea
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Literal
 
 import tyro
 
+from pycomm import _C
 from pycomm.models.gpt import GPTConfig
 
 
@@ -126,7 +129,8 @@ class PretrainConfig:
 
     def out_dir(self) -> Path:
         """The folder asked for; the run may get a numbered one beside it."""
-        return self.out if self.out is not None else Path("out") / f"pretrain-{self.preset}"
+        folder = self.out if self.out is not None else Path("out") / f"pretrain-{self.preset}"
+        return folder if folder.name not in ("", "..") else folder.resolve()  # "." has no name to put a number behind
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that each worker computes in a step."""
@@ -138,6 +142,8 @@ class PretrainConfig:
         Raises:
             ConfigError: one does not.
         """
+        for prefix in ("", "model.", "data.", "optim.", "run."):
+            _check_ranges(getattr(self, prefix[:-1]) if prefix else self, prefix)
         if self.pp != 1 or self.tp != 1:
             raise ConfigError(
                 f"--pp {self.pp} --tp {self.tp}: this version of pycomm pretrain does data parallel only, "
@@ -148,27 +154,53 @@ class PretrainConfig:
                 f"--dp {self.dp} with {world_size} workers: this version of pycomm pretrain does data parallel only, "
                 "so --dp must equal the number of workers (--nproc)"
             )
-        _at_least(1, self, "steps", "global_batch", "micro_batch")
-        _at_least(0, self, "seed")
-        _at_least(0, self.data, "max_text_mb")
-        _at_least(1, self.data, "val_sequences")
-        _at_least(1, self.run, "val_every", "save_every", "keep")
-        _at_least(0, self.run, "sample_tokens", "temperature")
-        _at_least(0, self.optim, "lr", "warmup_steps", "weight_decay", "clip")
-        if not 0 < self.data.held_out < 1:
-            raise ConfigError(f"--data.held-out must lie between 0 and 1, got {self.data.held_out}")
-        if self.run.timeout_s <= 0:
-            raise ConfigError(f"--run.timeout-s must be positive, got {self.run.timeout_s}")
-        if self.model.vocab_size < 300:
-            raise ConfigError(
-                f"--model.vocab-size must be at least 300 (256 bytes, the document mark and some merges), "
-                f"got {self.model.vocab_size}"
-            )
+        if 0 < self.run.temperature < 1e-3:
+            raise ConfigError(f"--run.temperature must be 0 or at least 0.001, got {self.run.temperature}")
         if self.global_batch % (world_size * self.micro_batch):
             raise ConfigError(
                 f"--global-batch {self.global_batch} is not a multiple of {world_size} workers * --micro-batch "
                 f"{self.micro_batch} = {world_size * self.micro_batch}"
             )
+        self._check_memory()
+        self._check_names()
+
+    def _check_memory(self) -> None:
+        shape = self.model
+        weights = shape.num_layers * (4 + 2 * shape.mlp_ratio) * shape.hidden**2 + shape.vocab_size * shape.hidden
+        logits = self.micro_batch * shape.max_seq * shape.vocab_size
+        least_bytes = 4 * 2 * (weights + logits)  # fp32, each with its gradient
+        present_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if least_bytes > present_bytes:
+            raise ConfigError(
+                f"a model of {weights:,} weights and a micro-batch of {logits:,} scores take at least "
+                f"{least_bytes / 2**30:,.0f} GiB with their gradients, and this machine has "
+                f"{present_bytes / 2**30:,.0f}; choose a smaller model (--model.hidden, --model.num-layers, "
+                "--model.vocab-size, --model.max-seq) or a smaller --micro-batch"
+            )
+
+    def _check_names(self) -> None:
+        """Names that what we use, or a terminal, could not write; --text may have any."""
+        named = {"--out": self.out, "--json": self.json, "--resume": self.resume}
+        for flag, value in {**named, "--run.sample-prompt": self.run.sample_prompt}.items():
+            if value is not None and not _is_text(str(value)):
+                raise ConfigError(f"{flag} {printable(str(value))}: it is not UTF-8; give another")
+        if not self.out_dir().name:
+            raise ConfigError(f"--out {self.out}: the root folder cannot be a run's; name a folder in it")
+
+    def check_files(self) -> None:
+        """Check what can be known of the files before anything starts; the rest is told when they are used.
+
+        Raises:
+            ConfigError: a text does not exist, or a file or folder is in the way of one that would be written.
+        """
+        for path in self.text:
+            if not os.path.isfile(path) and not os.path.isdir(path):  # False of names too long as well
+                raise ConfigError(f"--text {printable(str(path))}: no such file or folder")
+        _check_folder("--out", self.out_dir())
+        if self.json is not None:
+            if os.path.isdir(self.json):
+                raise ConfigError(f"--json {self.json}: it is a folder; name a file in it")
+            _check_folder("--json", self.json.parent)
 
     def to_json(self) -> dict[str, object]:
         """The settings as JSON types, for a checkpoint."""
@@ -181,11 +213,68 @@ PRESETS: Mapping[str, PretrainConfig] = MappingProxyType(
 )
 
 
-def _at_least(least: float, settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
+_MOST = 2**31 - 1  # a number of things, beyond all that can be had, and small enough for every type underneath
+# What a flag may be, both ends included. All ends are finite, so infinity and NaN are outside.
+_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "nproc": (1, _C.MAX_RANKS),
+        "zero": (0, 2),
+        **dict.fromkeys(("steps", "global-batch", "micro-batch"), (1, _MOST)),
+        "seed": (0, 2**63 - 1),
+        "model.vocab-size": (300, _MOST),  # 256 bytes, the document mark and some merges
+        **dict.fromkeys(("model.max-seq", "model.num-heads", "model.hidden", "model.mlp-ratio"), (1, _MOST)),
+        "model.num-layers": (1, 100_000),
+        "data.max-text-mb": (0, 1e9),
+        "data.held-out": (math.nextafter(0, 1), math.nextafter(1, 0)),
+        "data.val-sequences": (1, _MOST),
+        "optim.lr": (0, 1e6),
+        "optim.min-lr-ratio": (0, 1),
+        "optim.warmup-steps": (0, _MOST),
+        "optim.weight-decay": (0, 1e6),
+        **dict.fromkeys(("optim.beta1", "optim.beta2"), (0, math.nextafter(1, 0))),
+        **dict.fromkeys(("optim.eps", "optim.clip"), (0, 1e30)),
+        **dict.fromkeys(("run.val-every", "run.save-every", "run.keep"), (1, _MOST)),
+        "run.sample-tokens": (0, 1_000_000),
+        "run.temperature": (0, 1e6),
+        "run.bucket-mb": (1e-6, 1e6),
+        "run.timeout-s": (1e-3, 1e9),
+        "run.peak-tflops": (1e-6, 1e9),
+    }
+)
+
+
+def _check_ranges(settings: object, prefix: str) -> None:
+    for name, value in vars(settings).items():
+        flag = prefix + name.replace("_", "-")
+        if flag in _RANGES and value is not None:
+            least, most = _RANGES[flag]
+            if not least <= value <= most:  # nor is NaN
+                raise ConfigError(f"--{flag} must be from {_number(least)} to {_number(most)}, got {value}")
+
+
+def _check_folder(flag: str, folder: Path) -> None:
+    """The folder is there or can be made, as far as its parents tell."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        raise ConfigError(f"{flag}: {there} is no folder, so there can be no folder {folder}; give another {flag}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag}: you may not write into the folder {there}; give another {flag}")
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    near = round(value, 12)
+    return f"{value:g}" if near == value else f"just {'above' if value > near else 'below'} {near:g}"
+
+
+def _is_text(text: str) -> bool:
+    return "\0" not in text and text == printable(text)
+
+
+def printable(text: str) -> str:
+    """The text with what is not Unicode (of a file's name, say) written as \\udcff."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _plain(value: object) -> object:

@@ -11,15 +11,13 @@ it on bytes, so that every text can be encoded.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pycomm.pretrain.config import ConfigError, PretrainConfig
+from pycomm.pretrain.files import file_errors, locked, own_folder
 from pycomm.pretrain.text import TextSelection, select_text
 
 DOCUMENT_START = "<|document|>"
@@ -76,12 +75,13 @@ def prepare(config: PretrainConfig, cache_dir: Path, report: Callable[[str], Non
 
     Raises:
         ConfigError: no text was found, or too little for one sequence to learn from and one to validate with.
+        FileError: the cache cannot be written, or others than this user can.
     """
     selection = select_text(config.text, int(config.data.max_text_mb * 1e6))
     identity = f"{FORMAT} {selection.digest()} {config.model.vocab_size}"
-    entry = cache_dir / "pretrain" / hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(entry.with_suffix(".lock")):
+    folder = own_folder(own_folder(cache_dir) / "pretrain")
+    entry = folder / hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
+    with locked(entry.with_suffix(".lock")), file_errors(f"the cache {folder}", "make room, or set PYCOMM_CACHE_DIR"):
         if not entry.exists():
             _build(entry, selection, config.model.vocab_size, report)
         try:
@@ -94,20 +94,15 @@ def prepare(config: PretrainConfig, cache_dir: Path, report: Callable[[str], Non
     return _corpus(stored, selection, config)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    # The lock belongs to the open file: the kernel drops it when its holder ends, however it ends.
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 
 def _build(entry: Path, selection: TextSelection, vocab_size: int, report: Callable[[str], None]) -> None:
-    work = Path(tempfile.mkdtemp(prefix=entry.name + ".", dir=entry.parent))
+    for leftover in entry.parent.glob(f"{entry.name}.*.tmp"):  # of a process that was killed: we hold the lock
+        shutil.rmtree(leftover)
+    work = Path(tempfile.mkdtemp(prefix=entry.name + ".", suffix=".tmp", dir=entry.parent))
     try:
         report(f"training a byte-pair tokenizer of {vocab_size} tokens")
         tokenizer = _train_tokenizer(selection.documents, vocab_size)
-        tokenizer.save(str(work / "tokenizer.json"))
+        (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         report(f"tokenizing {selection.num_bytes / 1e6:.1f} MB")
         meta = _write_tokens(work / "tokens.bin", tokenizer, selection.documents)
         meta["checksums"] = {name: _checksum(work / name) for name in ("tokenizer.json", "tokens.bin")}

@@ -20,7 +20,7 @@ from pycomm.communicator import Communicator
 from pycomm.data_parallel import DataParallel, ShardedAdamW, clip_grad_norm_
 from pycomm.errors import PycommError
 from pycomm.models.gpt import GPT, next_token_loss
-from pycomm.pretrain.config import NonFiniteError, OptimConfig, PretrainConfig
+from pycomm.pretrain.config import NonFiniteError, OptimConfig, PretrainConfig, printable
 from pycomm.pretrain.data import Corpus
 from pycomm.pretrain.sampler import Sampler, gather
 
@@ -83,7 +83,7 @@ class AbortOnError:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and not isinstance(error, PycommError | NonFiniteError):
-            self._comm.abort(f"{type(error).__name__}: {error}")
+            self._comm.abort(printable(f"{type(error).__name__}: {error}"))
 
 
 def build_state(comm: Communicator, config: PretrainConfig) -> TrainState:

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pycomm.pretrain.config import ConfigError
 from pycomm.pretrain.loop import StepRecord
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends one JSON object a step; each line is in the file when ``write`` returns.
+    """Appends one JSON object a step; each line is in the file when ``write`` returns, or nothing of it.
 
     Args:
-        path: the file; replaced, its folder created.
+        path: the file; replaced in one instant, so that a kill meanwhile leaves the old one. Its folder is created. A
+            pipe or a device is written into.
         earlier: steps before a resume, written first.
     """
 
     def __init__(self, path: Path, earlier: Iterable[StepRecord] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+        path = path.resolve()  # of a link the target is replaced, not the link
+        self._is_regular = path.is_file() or not path.exists()
+        new = path.with_name(path.name + ".tmp") if self._is_regular else path
+        self._file = new.open("wb", buffering=0)
         for record in earlier:
             self.write(record)
+        if self._is_regular:
+            os.fsync(self._file.fileno())
+            new.replace(path)
 
     def write(self, record: StepRecord) -> None:
         """Append one step."""
-        self._file.write(json.dumps(record.to_json()) + "\n")
+        line = memoryview((json.dumps(record.to_json()) + "\n").encode())
+        before = self._file.tell() if self._is_regular else 0
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            if self._is_regular:
+                self._file.seek(before)
+                self._file.truncate()
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -35,15 +53,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[StepRecord]:
-    """Steps of a metrics file up to ``last_step``; none if there is no file. A half-written last line is left out."""
+    """Steps of a metrics file up to ``last_step``; none if there is no file. A half-written last line is left out.
+
+    Raises:
+        ConfigError: another line does not read as a step's metrics.
+    """
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
             record = StepRecord(**json.loads(line))
-            if last_step is None or record.step <= last_step:
-                records.append(record)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}, line {number}: no metrics of a step ({error}); remove that line") from error
+        if last_step is None or record.step <= last_step:
+            records.append(record)
     return records
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,7 @@ from pycomm.pretrain import checkpoint
 from pycomm.pretrain.config import PretrainConfig
 from pycomm.pretrain.data import Corpus
 from pycomm.pretrain.display import Display
+from pycomm.pretrain.files import file_errors
 from pycomm.pretrain.loop import StepRecord, TrainState
 from pycomm.pretrain.metrics import METRICS, MetricsFile, claim_run_dir, read_metrics
 from pycomm.pretrain.plot import plot_loss
@@ -41,11 +43,14 @@ class Run:
         self.corpus = corpus
         self.console = console
         self.last_checkpoint = resumed
-        self.folder, earlier = _run_dir(config, resumed, state.step)
-        corpus.tokenizer.save(str(self.folder / "tokenizer.json"))
-        self._metrics = [MetricsFile(self.folder / METRICS, earlier)]
+        with self._file_errors():
+            self.folder, earlier = _run_dir(config, resumed, state.step)
+            (self.folder / "tokenizer.json").write_text(corpus.tokenizer.to_str(pretty=True), encoding="utf-8")
+            self._metrics = MetricsFile(self.folder / METRICS, earlier)
+        self._copy = None
         if config.json is not None and config.json.resolve() != (self.folder / METRICS).resolve():
-            self._metrics.append(MetricsFile(config.json, earlier))
+            with self._copy_errors():
+                self._copy = MetricsFile(config.json, earlier)
         self._display = Display(console, config.steps, state.step)
         asked_for = config.out_dir()
         why = "" if self.folder == asked_for or resumed else f" ({asked_for} holds a run already, which is kept)"
@@ -59,8 +64,9 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._display.__exit__(kind, error, trace)
-        for metrics in self._metrics:
-            metrics.close()
+        self._metrics.close()
+        if self._copy is not None:
+            self._copy.close()
         if error is not None:
             self._say_where_to_go_on("training stopped", None)
 
@@ -70,13 +76,17 @@ class Run:
 
     def step(self, record: StepRecord) -> None:
         """Record and show a step."""
-        for metrics in self._metrics:
-            metrics.write(record)
+        with self._file_errors():
+            self._metrics.write(record)
+        if self._copy is not None:
+            with self._copy_errors():
+                self._copy.write(record)
         self._display.step(record)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint."""
-        self.last_checkpoint = checkpoint.save(self.folder / "checkpoints", state, self.config, self.corpus.key)
+        with self._file_errors():
+            self.last_checkpoint = checkpoint.save(self.folder / "checkpoints", state, self.config, self.corpus.key)
 
     def conclude_stopped(self, step: int, resume_command: str) -> None:
         """Say where a run that was asked to stop can go on."""
@@ -85,12 +95,13 @@ class Run:
     def conclude_finished(self, state: TrainState) -> None:
         """Generate text, draw the loss curve, and say what is where."""
         records = read_metrics(self.folder / METRICS)
-        plot_loss(
-            records, self.folder / "loss.png", f"{self.config.preset}: {state.model.num_parameters():,} parameters"
-        )
+        title = f"{self.config.preset}: {state.model.num_parameters():,} parameters"
+        with self._file_errors():
+            plot_loss(records, self.folder / "loss.png", title)
         if self.config.run.sample_tokens:
             sample = generate_text(self.config, self.corpus, state)
-            (self.folder / "sample.txt").write_text(sample, encoding="utf-8")
+            with self._file_errors():
+                (self.folder / "sample.txt").write_text(sample, encoding="utf-8")
             self.console.rule("generated text")
             self.say(sample)
             self.console.rule()
@@ -104,6 +115,12 @@ class Run:
         self.say(f"checkpoint: {self.last_checkpoint}")
         self.say(f"loss curve: {self.folder / 'loss.png'}")
         self.say(f"metrics:    {self.folder / METRICS}")
+
+    def _file_errors(self) -> AbstractContextManager[None]:
+        return file_errors(f"the run's folder (--out {self.config.out_dir()})", "make room, or give another --out")
+
+    def _copy_errors(self) -> AbstractContextManager[None]:
+        return file_errors(f"--json {self.config.json}", "give a file that can be written")
 
     def _say_where_to_go_on(self, what: str, resume_command: str | None) -> None:
         if self.last_checkpoint is None:

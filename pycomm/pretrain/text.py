@@ -7,12 +7,13 @@ the file system lists them in. Nothing is dropped silently; ``TextSelection.desc
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pycomm.pretrain.config import ConfigError
+from pycomm.pretrain.config import ConfigError, printable
 
 # Tests are two thirds of a standard library and often stripped from it; the others are tables, not programs. Installed
 # packages lie in the same folder but differ from machine to machine.
@@ -72,13 +73,13 @@ def select_text(paths: Iterable[Path], max_bytes: int) -> TextSelection:
     """
     paths = list(paths)
     if paths:
-        source = ", ".join(str(path) for path in paths)
+        source = printable(", ".join(str(path) for path in paths))
         names = _user_files(paths)
     else:
         source = "the Python standard library"
         names = _stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
     # Sorting by a hash of the name is a shuffle that does not depend on which other files exist.
-    ordered = sorted(names, key=lambda name: (hashlib.blake2b(name.encode(), digest_size=16).digest(), name))
+    ordered = sorted(names, key=lambda name: (hashlib.blake2b(os.fsencode(name), digest_size=16).digest(), name))
     documents: list[str] = []
     used = unreadable = beyond = 0
     for name in ordered:
@@ -115,12 +116,12 @@ def _stdlib_files(root: Path) -> dict[str, Path]:
 def _user_files(paths: Iterable[Path]) -> dict[str, Path]:
     names: dict[str, Path] = {}
     for index, path in enumerate(paths):
-        if path.is_file():
+        if os.path.isfile(path):
             names[f"{index}/{path.name}"] = path
-        elif path.is_dir():
+        elif os.path.isdir(path):
             names.update({f"{index}/{found.relative_to(path).as_posix()}": found for found in _visible(path)})
         else:
-            raise ConfigError(f"--text {path}: no such file or folder")
+            raise ConfigError(f"--text {printable(str(path))}: no such file or folder")
     return names
 
 

@@ -24,6 +24,7 @@ from pycomm.errors import PycommError
 from pycomm.pretrain import checkpoint
 from pycomm.pretrain.config import ConfigError, PretrainConfig, PretrainError
 from pycomm.pretrain.data import Corpus, prepare
+from pycomm.pretrain.files import file_errors
 from pycomm.pretrain.loop import AbortOnError, TrainState, build_state, train
 from pycomm.pretrain.run import Run
 from pycomm_command import StopSignals, end_with_parent
@@ -170,11 +171,14 @@ def restore(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: T
         return None
     path = None
     if comm.rank == 0:
-        path = checkpoint.find(config.resume, config.out_dir())
+        with file_errors(f"--resume {config.resume}", "give another checkpoint"):
+            path = checkpoint.find(config.resume, config.out_dir())
         if path is None:
             say(f"--resume auto: no checkpoint in {config.out_dir()} yet, starting anew")
         else:
-            for note in checkpoint.check_fits(checkpoint.read_info(path), config, corpus.key):
+            with file_errors(f"--resume {config.resume}", "give another checkpoint"):
+                notes = _differences(path, config, corpus)
+            for note in notes:
                 say(f"differs from the checkpoint's run: {note}")
     found = torch.tensor([path is not None], dtype=torch.int64)
     comm.broadcast(found)
@@ -182,6 +186,18 @@ def restore(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: T
         checkpoint.load(path or Path(), comm, state)
         say(f"resumed from {path} after step {state.step}")
     return path
+
+
+def _differences(path: Path, config: PretrainConfig, corpus: Corpus) -> list[str]:
+    try:
+        return checkpoint.check_fits(checkpoint.read_info(path), config, corpus.key)
+    except PretrainError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path / 'info.json'} is not what a checkpoint has there ({type(error).__name__}: {error}); "
+            "give another checkpoint (--resume)"
+        ) from error
 
 
 def describe(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: TrainState) -> str:

@@ -157,7 +157,7 @@ def test_workers_end_with_a_killed_launcher(environment: dict[str, str], tmp_pat
 def test_a_bug_in_one_worker_is_shown_once(environment: dict[str, str], tmp_path: Path) -> None:
     code = (
         "import sys; from pycomm.pretrain.launch import launch; from pycomm_command import StopSignals; "
-        "code = 'import runpy; runpy.run_module(\"tests.pretrain.failing_worker\", run_name=\"__main__\")'; "
+        'code = \'import runpy; runpy.run_module("tests.pretrain.failing_worker", run_name="__main__")\'; '
         f"sys.exit(launch(2, code, [{str(tmp_path / 'run')!r}], StopSignals()))"
     )
     done = subprocess.run(

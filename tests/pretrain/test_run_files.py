@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from pycomm.pretrain import ConfigError
 from pycomm.pretrain.display import Display
 from pycomm.pretrain.loop import StepRecord
 from pycomm.pretrain.metrics import MetricsFile, claim_run_dir, read_metrics
@@ -42,6 +45,78 @@ def test_rows_are_in_the_file_at_once_and_a_torn_one_is_ignored(tmp_path: Path) 
     assert read_metrics(path, last_step=2) == [record(1), record(2)]
     assert read_metrics(tmp_path / "none") == []
     metrics.close()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that the code under test does comes after it."""
+
+
+@pytest.mark.parametrize("moment", ["first row", "second row", "rename"])
+def test_a_kill_while_a_resume_rewrites_the_rows_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    path = tmp_path / "m.jsonl"
+    first = MetricsFile(path)
+    for step in (1, 2, 3):
+        first.write(record(step))
+    first.close()
+    calls = iter(["first row", "second row", "rename"])
+    dumps = json.dumps
+
+    def until_killed(row: object) -> str:
+        if next(calls) == moment:
+            raise Killed
+        return dumps(row)
+
+    def rename(source: Path, target: Path) -> None:
+        raise Killed
+
+    monkeypatch.setattr(json, "dumps", until_killed)
+    monkeypatch.setattr(Path, "replace", rename)
+    with pytest.raises(Killed):
+        MetricsFile(path, read_metrics(path, 2))
+    monkeypatch.undo()
+    assert read_metrics(path) == [record(1), record(2), record(3)]
+    resumed = MetricsFile(path, read_metrics(path, 2))
+    resumed.write(record(3, 1.0))
+    assert read_metrics(path) == [record(1), record(2), record(3, 1.0)]
+    assert [found.name for found in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_half_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    metrics = MetricsFile(path, [record(1)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            metrics.write(record(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.write(record(2))
+    assert read_metrics(path) == [record(1), record(2)]
+
+
+def test_devices_and_links_are_not_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("file")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        MetricsFile(path, [record(1)]).close()
+    assert json.loads(os.read(reader, 1000))["step"] == 1
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert read_metrics(tmp_path / "file") == [record(1)]
+
+
+def test_a_damaged_row_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    for row in (b"{}\n", b"\xff\n", b"[1]\n"):
+        path.write_bytes(json.dumps(record(1).to_json()).encode() + b"\n" + row)
+        with pytest.raises(ConfigError, match=r"m.jsonl, line 2: no metrics of a step"):
+            read_metrics(path)
 
 
 def test_runs_never_share_a_folder(tmp_path: Path) -> None:
