@@ -94,7 +94,6 @@ def prepare(config: PretrainConfig, cache_dir: Path, report: Callable[[str], Non
     return _corpus(stored, selection, config)
 
 
-
 def _build(entry: Path, selection: TextSelection, vocab_size: int, report: Callable[[str], None]) -> None:
     for leftover in entry.parent.glob(f"{entry.name}.*.tmp"):  # of a process that was killed: we hold the lock
         shutil.rmtree(leftover)
