@@ -40,7 +40,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.signum: int | None = None
         self._bearable: float = 0  # signals that the process survives from now on
-        self._speaks = False
+        self._listens = self._speaks = False
         self._raises = False  # the main thread's handler has to raise
         self._num_own = 0  # numbers in the pipe that interrupt_main has put there
 
@@ -50,7 +50,7 @@ class StopSignals:
         Args:
             speaks: say "interrupted" on stderr when the process ends at once; one process of a run does.
         """
-        self._speaks = speaks
+        self._listens, self._speaks = True, speaks
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -95,8 +95,11 @@ class StopSignals:
         self._bearable = 2
 
     def ignore(self) -> None:
-        """From now on nothing happens at SIGINT and SIGTERM."""
+        """From now on nothing happens at SIGINT and SIGTERM, nor while the interpreter shuts down. Main thread only."""
         self._bearable = float("inf")
+        if self._listens:
+            for signum in STOPPING:
+                signal.signal(signum, signal.SIG_IGN)  # the interpreter's end would put its default back: to die of it
 
     def requested(self) -> bool:
         """Whether a stop was asked for."""
@@ -111,9 +114,16 @@ def main() -> int:
     """The ``pycomm`` command; returns its exit code."""
     signals = StopSignals()
     signals.listen()
+    return _run(signals)
+
+
+def _run(signals: StopSignals) -> int:
     from pycomm import cli
 
-    return cli.main(sys.argv[1:], signals)
+    try:
+        return cli.main(sys.argv[1:], signals)
+    finally:
+        signals.ignore()  # the exit code stands
 
 
 def work(launcher_pid: int, local_rank: int) -> NoReturn:
@@ -121,9 +131,7 @@ def work(launcher_pid: int, local_rank: int) -> NoReturn:
     end_with_parent(launcher_pid)
     signals = StopSignals()
     signals.listen(speaks=local_rank == 0)
-    from pycomm import cli
-
-    sys.exit(cli.main(sys.argv[1:], signals))
+    sys.exit(_run(signals))
 
 
 def end_with_parent(parent_pid: int) -> None:

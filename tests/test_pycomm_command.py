@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -98,6 +99,17 @@ def test_a_command_with_something_to_clear_away_is_interrupted_at_once() -> None
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
+
+
+def test_a_failing_worker_keeps_its_exit_code_while_its_interpreter_ends() -> None:
+    """The launcher sends SIGTERM as soon as another worker has ended. The interpreter's end puts back the default of
+    every signal that has a handler, so they must be ignored for real."""
+    with started(STUCK, "signals.ignore()") as process:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.kill()
+    (ignored,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigIgn"))
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        assert ignored >> (signum - 1) & 1
 
 
 def test_a_failing_worker_ignores_them() -> None:

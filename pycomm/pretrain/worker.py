@@ -177,7 +177,7 @@ def restore(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: T
             say(f"--resume auto: no checkpoint in {config.out_dir()} yet, starting anew")
         else:
             with file_errors(f"--resume {config.resume}", "give another checkpoint"):
-                notes = _differences(path, config, corpus)
+                notes = checkpoint.check_fits(checkpoint.read_info(path), config, corpus.key)
             for note in notes:
                 say(f"differs from the checkpoint's run: {note}")
     found = torch.tensor([path is not None], dtype=torch.int64)
@@ -186,18 +186,6 @@ def restore(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: T
         checkpoint.load(path or Path(), comm, state)
         say(f"resumed from {path} after step {state.step}")
     return path
-
-
-def _differences(path: Path, config: PretrainConfig, corpus: Corpus) -> list[str]:
-    try:
-        return checkpoint.check_fits(checkpoint.read_info(path), config, corpus.key)
-    except PretrainError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path / 'info.json'} is not what a checkpoint has there ({type(error).__name__}: {error}); "
-            "give another checkpoint (--resume)"
-        ) from error
 
 
 def describe(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: TrainState) -> str:

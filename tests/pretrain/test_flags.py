@@ -158,9 +158,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     [
         (["--resume", "nowhere"], "--resume nowhere: no checkpoint there"),
         (["--resume", "x" * 300], "--resume x+: File name too long"),
-        (["--resume", "no_text"], "info.json is not what a checkpoint has there"),
-        (["--resume", "no_object"], "info.json is not what a checkpoint has there"),
-        (["--resume", "no_step"], "info.json is not what a checkpoint has there"),
+        (["--resume", "no_text"], "the checkpoint .*no_text is damaged"),
+        (["--resume", "no_object"], "the checkpoint .*no_object is damaged"),
+        (["--resume", "no_step"], "the checkpoint .*no_step is damaged"),
         (["--json", "/dev/full"], "--json /dev/full: No space left on device"),
         (["--out", "x" * 300], r"the run's folder \(--out x+\): File name too long"),
         (["--out", "/proc/run"], r"the run's folder \(--out /proc/run\): No such file"),
