@@ -1,7 +1,7 @@
 # One line each, for people, in an active virtual environment.
 CSRC = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test lint format bench sanitize models kernels random interrupts gpu
+.PHONY: build test lint format bench sanitize models kernels random hostile interrupts gpu
 
 build:  ## editable install; once more after a change in csrc/
 	python -m pip install -c constraints.txt -e '.[test]'
@@ -20,6 +20,9 @@ random:  ## 100,000 random collectives and messages on 1 to 4 ranks, each compar
 
 interrupts:  ## Ctrl-C at 100 seeded moments of the first seconds of pycomm pretrain: a quarter of an hour
 	python -m tests.pretrain.interrupts --rounds 100
+
+hostile:  ## 30,000 mutated messages of meetings and stores, and connections of another user (as root): two minutes
+	PYCOMM_TEST_MESSAGES=30000 python -m pytest tests/host/test_hostile.py --log-cli-level=INFO
 
 sanitize:  ## the host transport and the CUDA kernels under ThreadSanitizer and AddressSanitizer, many more rounds
 	PYCOMM_TEST_CALLS=2000 PYCOMM_TEST_ROUNDS=40 PYCOMM_TEST_SEEDS=50 python -m pytest tests/sanitize tests/cuda_on_cpu

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 MAX_RANKS: int
+ADDRESS_DIGITS: int
 
 def version() -> str:
     """The version of pycomm that the extension was built from."""
@@ -143,7 +144,16 @@ class HostCommunicator:
         timeout_s: float,
         strict: bool,
         thresholds: dict[str, int],
-    ) -> None: ...
+        names: Sequence[int] = (),
+        check: Callable[[list[int]], None] | None = None,
+    ) -> None:
+        """Meet the other ranks of this host.
+
+        Args:
+            names: by rank, what errors call it; empty: its number.
+            check: called about every 50 ms with the names of the ranks that are still missing; it raises when waiting
+                for them is in vain.
+        """
     @property
     def rank(self) -> int: ...
     @property

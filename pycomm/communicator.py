@@ -51,11 +51,10 @@ class Communicator(FusedCalls, Messages):
     * ``PeerTimeoutError``, ``PeerLostError``: ranks are missing or gone; the communicator cannot be used any more.
     """
 
-    def __init__(self, backend: Backend, timeout_s: float, rendezvous: Rendezvous | None = None) -> None:
+    def __init__(self, backend: Backend, timeout_s: float) -> None:
         super().__init__(backend, timeout_s)
         self.backend = backend.name
         self.name = backend.group
-        self._rendezvous = rendezvous  # rank 0's store serves as long as somebody may come for it
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
         self._finalizer.atexit = False
         _open_at_exit().add(self)
@@ -216,9 +215,9 @@ def init(
 ) -> Communicator:
     """Join the ranks that were launched together and return the communicator of all of them.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them; beside an
-    initialised torch.distributed it takes rank, world size and store from there; without any of these it is a world
-    of one.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them, else what
+    Open MPI's or MPICH's mpirun or SLURM's srun set; beside an initialised torch.distributed it takes rank, world size
+    and store from there; without any of these it is a world of one.
 
     Args:
         backend: "auto": "nccl" where every rank can use it on a GPU of its own, else "host"; "nccl": GPUs, one a
@@ -237,6 +236,8 @@ def init(
         ValueError, TypeError: contradicting, missing or wrong arguments or environment variables.
         MismatchError: ranks have different versions, builds, world sizes or back ends.
         PeerTimeoutError: ranks did not come; names them.
+        PeerLostError: ranks died, or gave up with an error, before all had met; names them.
+        PycommError: there is no store, or two processes are the same rank: two jobs were given one MASTER_PORT.
         BackendUnavailableError: the back end cannot work here; says why.
     """
     timeout_s = checked_timeout(timeout_s)
@@ -253,23 +254,29 @@ def init(
     if level is not None:
         _C.set_simd_level(level)
     rendezvous = Rendezvous(store, rank, world_size, timeout_s)
+    with rendezvous:
+        return Communicator(_connect(rendezvous, backend, name, strict, device), timeout_s)
+
+
+def _connect(rendezvous: Rendezvous, backend: str, name: str, strict: bool, device: torch.device | None) -> Backend:
+    """Choose the back end, as all ranks do, and connect to them."""
     mine = offer(asked_for=backend == "nccl") if backend in ("nccl", "auto") else Offer()
     greetings = rendezvous.greet(backend, strict, mine.version, mine.obstacle, mine.gpu)
+    hosts = [greeting.host for greeting in greetings]
     choice = choose(
         backend,
-        [greeting.host for greeting in greetings],
+        hosts,
         [greeting.obstacle for greeting in greetings],
         [greeting.gpu for greeting in greetings],
     )
     if rendezvous.rank == 0:
         _log.info("back end %s: %s", choice.name, choice.reason)
     if choice.name == "shm":
-        return Communicator(ShmBackend.connect(rendezvous, name, strict), timeout_s, rendezvous)
+        return ShmBackend.connect(rendezvous, name, strict)
     if choice.name == "nccl":
-        hosts_by_name = [greeting.host for greeting in greetings]
-        return Communicator(NcclBackend.connect(rendezvous, hosts_by_name, name, device), timeout_s, rendezvous)
-    hosts = list(range(len(greetings))) if choice.name == "gloo" else [greeting.host for greeting in greetings]
-    return Communicator(HostsBackend.connect(choice.name, rendezvous, hosts, name, strict), timeout_s, rendezvous)
+        return NcclBackend.connect(rendezvous, hosts, name, device)
+    places = list(range(len(hosts))) if choice.name == "gloo" else hosts
+    return HostsBackend.connect(choice.name, rendezvous, places, name, strict)
 
 
 def _close(backend: Backend, in_flight: InFlight, drain_s: float) -> None:

@@ -1,28 +1,55 @@
 """How processes that were launched together find each other: a store, and a greeting over it.
 
-The store is, in this order: one that the caller gives; that of an initialised torch.distributed; torchrun's; one that
-rank 0 opens on MASTER_ADDR alone. Keys carry the run id, the restart attempt and how often this rank has called
-``init`` on that store. The store is the job's own and is trusted; values are JSON, never pickle.
+The store is, in this order: one that the caller gives; that of an initialised torch.distributed; the launcher's; one
+that rank 0 opens on MASTER_ADDR alone. Keys carry the job's name, where the launcher gives it one, the restart attempt
+and how often this rank has called ``init`` on that store, a *round*. The store is the job's own and is trusted; values
+are JSON, never pickle, and are checked before they are used.
+
+In a round each rank in turn
+
+    takes its seat     no other living process may have it: else two jobs have been given one port
+    arrives            from now on the others of its host see whether it still runs
+    greets             and compares all greetings
+    connects           through addresses in the store, or sockets that these lead to
+    has finished       rank 0, whose store it may be, waits for that before it goes on
+
+A rank that fails on the way leaves its reason in the store, which all others look at while they wait.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
+import logging
+import os
+import re
+import secrets
 import socket
 import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, get_type_hints
 
 import torch.distributed as dist
 
 from pycomm import _C, env
-from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
+from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
+from pycomm.process import Process, siblings
+from pycomm.stores import open_store
 
 __all__ = ["Greeting", "Rendezvous"]
 
+_log = logging.getLogger("pycomm")
 _POLL_S = 0.01
+_LOOK_S = 0.05  # how often a waiting rank looks at the others
+_FAREWELL_S = 5.0  # for the last ranks to finish with a store that ends with this process
+_TELL_S = 30.0  # for ranks that are on their way to a round that has failed
+_SIBLING_S = 2.0  # for a process of an earlier run to end
+_MET = "met"
+_TAKEN = "init: rank 0 cannot serve the job's store, since something else has opened"
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -61,6 +88,47 @@ class Greeting:
         )
 
 
+@dataclass(frozen=True)
+class _Seat(Process):
+    """Whose turn a rank is in ``round``, or was in an earlier one."""
+
+    round: int
+    rank: int
+    claim: str  # random, so that a rank recognises what it has written
+
+    @property
+    def process(self) -> Process:
+        return Process(self.host, self.boot, self.namespace, self.pid, self.start)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a round cannot end, as the first rank to find out tells it.
+
+    Attributes:
+        kind: "lost", "missing" (``ranks`` did not come in time), "conflict" (two jobs) or "failed".
+    """
+
+    kind: str
+    ranks: list[int]
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int) -> _Failure:
+        if isinstance(error, PeerTimeoutError):
+            return cls("missing", error.missing_ranks, str(error))
+        if isinstance(error, PeerLostError):
+            return cls("lost", error.lost_ranks or [rank], str(error))
+        return cls("failed", [rank], f"init: rank {rank} gave up: {type(error).__name__}: {error}")
+
+    def error(self) -> PycommError:
+        if self.kind == "conflict":
+            return PycommError(self.text)
+        if self.kind == "missing":
+            return PeerTimeoutError(self.text, op="init", missing_ranks=self.ranks)
+        return PeerLostError(self.text, lost_ranks=self.ranks)
+
+
 def host_identity() -> str:
     """Equal for processes that can share memory over abstract sockets: same boot, same network namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -70,53 +138,84 @@ def host_identity() -> str:
 class Rendezvous:
     """Rank, world size and a store that all ranks reach; a world of one has no store.
 
+    Also a context manager, for all that is done to connect: it tells the other ranks if this one fails in the block.
+
     Args:
         store: a torch.distributed Store, with ``rank`` and ``world_size``; None to find one.
         timeout_s: seconds that any wait for other ranks may take.
 
     Raises:
         ValueError: arguments or environment variables contradict each other or are missing.
-        PycommError: the store cannot be opened or reached.
+        PycommError: the store cannot be opened or reached, or another living process is this rank already.
     """
 
     def __init__(self, store: dist.Store | None, rank: int | None, world_size: int | None, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._store: dist.Store | None = None
         self._is_one_host = True
-        self._owner = store  # keeps a TCPStore's server alive
+        self._owner = store
+        self._serves = False  # the store is in this process
+        self._arrived: dict[int, Process] = {}  # as far as it has been read
+        self._num_arrivals = 0
         launched = env.launch() if rank is None or world_size is None or store is None else None
-        if rank is not None or world_size is not None:
-            if rank is None or world_size is None:
-                raise ValueError("give both rank and world_size, or neither")
-            if not 0 <= rank < world_size:
-                raise ValueError(f"rank={rank} is not in 0 … world_size - 1 = {world_size - 1}")
-            self.rank, self.world_size = rank, world_size
-        elif store is None and dist.is_available() and dist.is_initialized():
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            self._owner = dist.distributed_c10d._get_default_store()
-        elif launched is not None:
-            self.rank, self.world_size = launched.rank, launched.world_size
-        elif store is not None:
-            raise ValueError("a store needs rank and world_size: pass them, or set RANK and WORLD_SIZE")
-        else:
-            self.rank, self.world_size = 0, 1
+        self._set_rank(launched, rank, world_size)
         if self.world_size == 1:
+            if launched is None and store is None and (others := env.tasks_elsewhere()) > 1:
+                _log.warning(
+                    f"a world of one: SLURM_NTASKS={others}, but this process is none of them; start it with srun"
+                )
             return
+        # Only a port tells apart what was launched by plain variables, and two jobs may have the same.
+        self._plain = launched if self._owner is None and launched is not None else None
+        is_own = True
         if self._owner is None:
             if launched is None:
                 raise ValueError(
                     f"world_size={self.world_size} needs a way for the ranks to meet: pass store=, start with "
                     f"torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
                 )
-            self._owner = _open_store(launched, timeout_s)
-        run = f"{launched.run_id}/{launched.restart}" if launched is not None else "none/0"
-        count = self._owner.add(f"pycomm/{run}/inits/{self.rank}", 1)
-        self._store = dist.PrefixStore(f"pycomm/{run}/{count}", self._owner)
+            self._owner, is_own = open_store(launched, timeout_s)
+            self._serves = is_own and self.rank == 0 and not launched.agent_store
+            if launched.job or launched.agent_store:
+                self._plain = None
+        self._where = "the job's store" if launched is None else f"the store at {launched.where}"
+        job = f"{launched.job or 'none'}/{launched.restart}" if launched is not None else "none/0"
+        self._base = dist.PrefixStore(f"pycomm/{job}", self._owner)
+        with self._reaching():
+            if not is_own and self._plain is not None:
+                self._refuse_taken_port()
+            self._take_seat()
+            if not is_own:  # the launcher has named the job, so its other ranks are told without disturbing that one
+                failure = _Failure("lost", [self.rank], f"{_TAKEN} {self._where}; set MASTER_PORT to a free port")
+                self._base.set(f"{self._round}/failed", _encoded(failure))
+                raise PycommError(failure.text)
+
+    def _set_rank(self, launched: env.Launch | None, rank: int | None, world_size: int | None) -> None:
+        """Take rank and world size from the first source that has them."""
+        if rank is not None or world_size is not None:
+            if rank is None or world_size is None:
+                raise ValueError("give both rank and world_size, or neither")
+            if not 0 <= rank < world_size:
+                raise ValueError(f"rank={rank} is not in 0 … world_size - 1 = {world_size - 1}")
+            self.rank, self.world_size = rank, world_size
+        elif self._owner is None and dist.is_available() and dist.is_initialized():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self._owner = dist.distributed_c10d._get_default_store()
+        elif launched is not None:
+            self.rank, self.world_size = launched.rank, launched.world_size
+        elif self._owner is not None:
+            raise ValueError("a store needs rank and world_size: pass them, or set RANK and WORLD_SIZE")
+        else:
+            self.rank, self.world_size = 0, 1
 
     @property
     def store(self) -> dist.Store | None:
-        """The store of this call of init, for connections that are made through one; None in a world of one."""
-        return self._store
+        """The store of this call of init, for connections that are made through one; None in a world of one.
+
+        A connection of its own, so that waiting there does not keep this rank from looking at the others.
+        """
+        own: Any = self._store  # torch's stubs leave clone() out
+        return None if own is None else own.clone()
 
     def address(self) -> str:
         """This host's own address on the way to the store, for others to connect to; 127.0.0.1 where it has none."""
@@ -133,17 +232,27 @@ class Rendezvous:
     def put(self, key: str, value: str) -> None:
         """Publish ``value`` under ``key``."""
         if self._store is not None:
-            self._store.set(key, value)
+            with self._reaching():
+                self._store.set(key, value)
 
-    def get(self, key: str, *, rank: int) -> str:
-        """Wait for what ``rank`` publishes under ``key``.
+    def get(self, key: str, *, rank: int, num_hex_digits: int) -> str:
+        """Wait for the hexadecimal digits that ``rank`` publishes under ``key``.
 
         Raises:
-            PeerTimeoutError: it did not come within the timeout.
+            PeerTimeoutError: they did not come within the timeout.
+            PeerLostError: the rank has died or given up.
+            PycommError: something else came.
         """
         assert self._store is not None
-        self._wait({rank: key})
-        return str(self._store.get(key), "utf-8")
+        with self._reaching():
+            self._wait({rank: key})
+            value = self._store.get(key)
+        if re.fullmatch(rb"[0-9a-f]{%d}" % num_hex_digits, value) is None:
+            raise PycommError(
+                f"init: rank {rank} published {len(value)} bytes as {key}, not {num_hex_digits} hexadecimal digits; "
+                f"does something else write into {self._where}?"
+            )
+        return value.decode("ascii")
 
     def greet(self, backend: str, strict: bool, nccl: str = "", obstacle: str = "", gpu: str = "") -> list[Greeting]:
         """Exchange greetings; returns everyone's, by rank. The arguments are those of :class:`Greeting`.
@@ -151,88 +260,242 @@ class Rendezvous:
         Raises:
             MismatchError: versions, builds, protocols, world sizes or back ends differ; names both sides.
             PeerTimeoutError: ranks did not come; names them.
+            PeerLostError: ranks have died or given up; names them.
+            PycommError: two processes are the same rank, or what came is no greeting.
         """
         mine = Greeting.of_this_process(self.world_size, backend, strict, nccl, obstacle, gpu)
         if self._store is None:
             return [mine]
         self.put(f"greeting/{self.rank}", json.dumps(asdict(mine)))
-        self._wait({r: f"greeting/{r}" for r in range(self.world_size)})
-        texts = self._store.multi_get([f"greeting/{r}" for r in range(self.world_size)])
-        greetings = [Greeting(**json.loads(str(text, "utf-8"))) for text in texts]
+        with self._reaching():
+            self._wait({r: f"greeting/{r}" for r in range(self.world_size)})
+            texts = self._store.multi_get([f"greeting/{r}" for r in range(self.world_size)])
+        greetings = [_decoded(Greeting, text, f"rank {r}'s greeting in {self._where}") for r, text in enumerate(texts)]
         self._is_one_host = len({greeting.host for greeting in greetings}) == 1
-        fields = ["version", "protocol", "build", "world_size", "backend", "strict"]
+        names = ["version", "protocol", "build", "world_size", "backend", "strict"]
         if not any(greeting.obstacle for greeting in greetings):  # else that says more
-            fields.append("nccl")
-        for field in fields:
-            values = {r: str(getattr(greeting, field)) for r, greeting in enumerate(greetings)}
+            names.append("nccl")
+        for name in names:
+            values = {r: str(getattr(greeting, name)) for r, greeting in enumerate(greetings)}
             if len(set(values.values())) == 1:
                 continue
             other = next(r for r in values if values[r] != values[self.rank])
             raise MismatchError(
-                f"init: ranks differ in {field}: rank {self.rank} has {values[self.rank]}, rank {other} has "
+                f"init: ranks differ in {name}: rank {self.rank} has {values[self.rank]}, rank {other} has "
                 f"{values[other]}; all ranks need one installation of pycomm and the same arguments of init()",
-                calls={r: f"init({field}={value})" for r, value in values.items()},
+                calls={r: f"init({name}={value})" for r, value in values.items()},
             )
+        with self._reaching():
+            self._look_for_siblings()
+            self._settle(_MET)
         return greetings
+
+    def check(self, missing: Sequence[int]) -> None:
+        """Raise if it is in vain to wait for these ranks: one has died, or some rank has given up."""
+        if self._store is None:
+            return
+        with self._reaching():
+            if self._store.check(["failed"]):
+                raise _decoded(_Failure, self._store.get("failed"), f"a failure in {self._where}").error()
+            self._read_arrivals()
+        for rank in missing:
+            process = self._arrived.get(rank)
+            if process is None or process.is_running() is not False:
+                continue
+            with self._reaching():
+                if self._store.check([f"finished/{rank}"]):
+                    continue  # it had all that it needed, and others may have what they need of it
+            raise PeerLostError(f"init: rank {rank} ({process}) died before all ranks had met", lost_ranks=[rank])
+
+    def __enter__(self) -> Rendezvous:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._store is None:
+            return
+        with contextlib.suppress(dist.DistError):  # nobody is there to be told
+            if error is not None:
+                self._store.compare_set("failed", "", _encoded(_Failure.of(error, self.rank)))
+            self._store.set(f"finished/{self.rank}", "")
+            self._base.set(f"told/{os.getpid()}", "")
+            if self._serves:
+                self._wait_until_finished()
+                if isinstance(error, Exception):
+                    self._tell_siblings()
+
+    def _take_seat(self) -> None:
+        """Find this rank's round, and arrive in it."""
+        me, number, expected = Process.current(), 1, ""
+        while True:
+            claim = secrets.token_hex(8)
+            seat = json.dumps(asdict(_Seat(**asdict(me), round=number, rank=self.rank, claim=claim)))
+            found = self._base.compare_set(f"seat/{self.rank}", expected, seat).decode("utf-8", "replace")
+            if found == seat:
+                break
+            last = _decoded(_Seat, found.encode(), f"the seat of rank {self.rank} in {self._where}")
+            if self._plain is not None and last.process != me:
+                self._refuse_seat_of(last, me)
+            number, expected = last.round + 1, found
+        self._round = number
+        self._store = dist.PrefixStore(str(number), self._base)
+        place = self._store.add("arrivals", 1)
+        self._store.set(f"arrival/{place}", seat)
+
+    def _refuse_seat_of(self, last: _Seat, me: Process) -> None:
+        """Another process was this rank before: refuse to follow if it lives, or if it met ranks of two jobs."""
+        if last.process.is_running() and not last.process.is_relative():
+            self._conflict(last.round, last.process, me, self.rank)
+        outcome = dist.PrefixStore(str(last.round), self._base)
+        if outcome.check(["outcome"]) and (text := outcome.get("outcome")) != _MET.encode():
+            self._base.set(f"told/{os.getpid()}", "")
+            raise _decoded(_Failure, text, f"the outcome in {self._where}").error()
+
+    def _refuse_taken_port(self) -> None:
+        """This rank should have served the store, and somebody else does."""
+        if self._base.check(["seat/0"]):
+            last = _decoded(_Seat, self._base.get("seat/0"), f"the seat of rank 0 in {self._where}")
+            self._conflict(last.round, last.process, Process.current(), 0)
+        raise PycommError(f"{_TAKEN} {self._where}; choose a free port")
+
+    def _read_arrivals(self) -> None:
+        assert self._store is not None
+        total = self._store.add("arrivals", 0)
+        while self._num_arrivals < total and self._store.check([f"arrival/{self._num_arrivals + 1}"]):
+            self._num_arrivals += 1
+            text = self._store.get(f"arrival/{self._num_arrivals}")
+            seat = _decoded(_Seat, text, f"an arrival in {self._where}")
+            self._arrived[seat.rank] = seat.process
+
+    def _look_for_siblings(self) -> None:
+        """Refuse to go on if a process that has not come here was started beside this one as a rank of its job.
+
+        Then whoever came as that rank belongs to another job that was given the same port.
+        """
+        if self._plain is None or self._round > 1:
+            return
+        self._read_arrivals()
+        deadline = time.monotonic() + _SIBLING_S
+        while absent := self._absent_siblings():
+            if time.monotonic() > deadline:
+                other, rank = absent[0]
+                self._conflict(self._round, self._arrived[rank], other, rank)
+            time.sleep(_LOOK_S)
+
+    def _tell_siblings(self) -> None:
+        """Serve the store until ranks that are on their way have come and seen that this round has failed."""
+        deadline = time.monotonic() + min(self.timeout_s, _TELL_S)
+        while absent := self._absent_siblings():
+            if time.monotonic() > deadline or self._base.check([f"told/{other.pid}" for other, _ in absent]):
+                return
+            time.sleep(_LOOK_S)
+
+    def _absent_siblings(self) -> list[tuple[Process, int]]:
+        """Processes that were started beside this one as ranks of its job and have not come, and their ranks."""
+        if self._plain is None or env.launch_of(os.getpid()) != self._plain:
+            return []
+        present = [(process.boot, process.namespace, process.pid) for process in self._arrived.values()]
+        absent = []
+        for pid in siblings():
+            launched = env.launch_of(pid)
+            if launched is None or (launched.where, launched.world_size) != (self._plain.where, self.world_size):
+                continue
+            with contextlib.suppress(OSError):  # it has just ended
+                other = Process.of(pid)
+                if (other.boot, other.namespace, other.pid) not in present:
+                    absent.append((other, launched.rank))
+        return absent
+
+    def _conflict(self, number: int, first: Process, second: Process, rank: int) -> None:
+        """Two processes are one rank: fail the round ``number`` for all unless it has met already, and this rank."""
+        assert self._plain is not None
+        text = (
+            f"init: two processes are rank {rank} of the job at {self._plain.where}: {first} and {second}. "
+            f"If they belong to two jobs, give each job a MASTER_PORT of its own; if not, end one of them"
+        )
+        failure = _encoded(_Failure("conflict", [rank], text))
+        store = dist.PrefixStore(str(number), self._base)
+        if store.compare_set("outcome", "", failure) == failure.encode():
+            store.compare_set("failed", "", failure)
+        self._base.set(f"told/{os.getpid()}", "")
+        raise PycommError(text)
+
+    def _settle(self, outcome: str) -> None:
+        """All have greeted each other, and nobody has said before that two of them belong to different jobs."""
+        assert self._store is not None
+        found = self._store.compare_set("outcome", "", outcome)
+        if found != outcome.encode():
+            raise _decoded(_Failure, found, f"the outcome in {self._where}").error()
+
+    def _wait_until_finished(self) -> None:
+        """Until every rank that has arrived and still runs is through with the store, for some seconds at most."""
+        assert self._store is not None
+        deadline = time.monotonic() + min(self.timeout_s, _FAREWELL_S)
+        while time.monotonic() < deadline:
+            self._read_arrivals()
+            running = [rank for rank, process in self._arrived.items() if process.is_running() is not False]
+            if self._store.check([f"finished/{rank}" for rank in running]):
+                return
+            time.sleep(_POLL_S)
 
     def _wait(self, keys: dict[int, str]) -> None:
         """Wait until every rank has set its key. Polls, so that Ctrl-C works and torch does not report each slice."""
         assert self._store is not None
         deadline = time.monotonic() + self.timeout_s
-        try:
-            while not self._store.check(list(keys.values())):
-                if time.monotonic() < deadline:
-                    time.sleep(_POLL_S)
-                    continue
+        next_look = time.monotonic() + _LOOK_S
+        while not self._store.check(list(keys.values())):
+            now = time.monotonic()
+            if now >= next_look or now >= deadline:
                 missing = [r for r, key in keys.items() if not self._store.check([key])]
-                if not missing:
-                    return
-                raise PeerTimeoutError(
-                    f"init: rank(s) {', '.join(map(str, missing))} of {self.world_size} did not come within "
-                    f"{self.timeout_s:g} s",
-                    op="init",
-                    missing_ranks=missing,
-                )
+                self.check(missing)
+                next_look = now + _LOOK_S
+                if missing and now >= deadline:
+                    raise PeerTimeoutError(
+                        f"init: rank(s) {', '.join(map(str, missing))} of {self.world_size} did not come within "
+                        f"{self.timeout_s:g} s",
+                        op="init",
+                        missing_ranks=missing,
+                    )
+            time.sleep(_POLL_S)
+
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Say what it means that the store does not answer."""
+        try:
+            yield
         except dist.DistError as error:
-            raise PycommError(f"init: the store of this job cannot be reached any more: {error}") from error
+            text = f"init: {self._where} cannot be reached any more: {error}"
+            if self._plain is not None and self.rank != 0:
+                raise PeerLostError(f"{text}; rank 0, which served it, has ended", lost_ranks=[0]) from error
+            raise PycommError(text) from error
 
 
-def _open_store(launched: env.Launch, timeout_s: float) -> dist.Store:
-    """Connect to the launcher's store, or serve one from rank 0 on MASTER_ADDR alone."""
-    serves = launched.rank == 0 and not launched.agent_store
-    where = f"MASTER_ADDR={launched.master_addr} MASTER_PORT={launched.master_port}"
-    try:
-        listener = _listen(launched.master_addr, launched.master_port) if serves else None
-        return dist.TCPStore(
-            launched.master_addr,
-            launched.master_port,
-            is_master=serves,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,  # shared with a later init_process_group() of this process
-            master_listen_fd=None if listener is None else listener.detach(),
-        )
-    except (OSError, dist.DistError) as error:
-        advice = "choose a free port, and an address of the host where rank 0 runs" if serves else "is rank 0 running?"
-        raise PycommError(f"init: no store at {where}: {error}; {advice}") from error
+def _encoded(record: _Failure) -> str:
+    return json.dumps(asdict(record))
 
 
-def _listen(host: str, port: int) -> socket.socket | None:
-    """A listening socket on that address alone, since torch's own server would listen on every interface.
+def _decoded(cls: type[_Record], data: bytes, what: str) -> _Record:
+    """A record of these fields and types.
 
-    Returns:
-        None if the port is taken: by this process's own store, which torch shares then, or by somebody else, and then
-        the TCPStore says so.
+    Raises:
+        PycommError: it is something else.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    hints = get_type_hints(cls)
+    names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
     try:
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        if error.errno != errno.EADDRINUSE:
-            raise
-        return None
-    return listener
+        values: Any = json.loads(data.decode("utf-8"))
+        if not isinstance(values, dict) or set(values) != names:
+            raise ValueError("other fields")
+        for name, value in values.items():
+            if hints[name] == list[int]:
+                if type(value) is not list or any(type(item) is not int for item in value):
+                    raise ValueError(f"{name} is no list of numbers")
+            elif type(value) is not hints[name]:
+                raise ValueError(f"{name} is a {type(value).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise PycommError(
+            f"init: {what} makes no sense ({error}): all ranks need one installation of pycomm, and a store that "
+            f"nothing else writes into"
+        ) from error
+    return cls(**values)

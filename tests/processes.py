@@ -99,10 +99,14 @@ class Processes:
 class Ranks(Processes):
     """``world_size`` ranks on this host, met through a file in ``folder``."""
 
-    def __init__(self, folder: Path, world_size: int, body: Callable[..., Any], timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, folder: Path, world_size: int, body: Callable[..., Any], *args: Any, timeout_s: float = 30.0
+    ) -> None:
         store = str(folder / "store")
         super().__init__(
-            [functools.partial(connect_rank, store, rank, world_size, timeout_s) for rank in range(world_size)], body
+            [functools.partial(connect_rank, store, rank, world_size, timeout_s) for rank in range(world_size)],
+            body,
+            *args,
         )
 
 

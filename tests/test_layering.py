@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module may import lower layers and its own package, not its siblings. "__init__" is `import pycomm`,
 # the public names: for programs on top, never for the parts that it is made of.
 PYTHON_LAYERS = (
-    {"errors"},
+    {"errors", "process"},
     {"env", "spawn"},
-    {"_C"},
+    {"_C", "stores"},
     {"rendezvous", "annotations", "arguments", "checkpoints", "gpu"},
     {"backends"},
     {"calls"},

@@ -19,13 +19,28 @@ using NoGil = py::call_guard<py::gil_scoped_release>;
 
 void* as_pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-std::unique_ptr<Communicator> connect(std::string name, int rank, int world_size, const Listener* listener,
-                                      const std::string& address, double timeout_s, bool strict,
-                                      const host::Thresholds& thresholds) {
-  host::Tuning tuning = host::tuning_with(world_size, thresholds);
-  tuning.strict = strict ? 1 : 0;
-  auto members = host::meet(rank, world_size, listener, address, tuning, Deadline::after(timeout_s), &check_signals);
-  return std::make_unique<Communicator>(std::move(name), std::move(members), timeout_s, &check_signals);
+/// What a rank brings to a meeting, from Python.
+struct Guest {
+  std::string group;
+  int rank;
+  int world_size;
+  const Listener* listener;
+  std::string address;
+};
+
+/// Without the GIL. `check(missing)`: Python's, or None.
+std::unique_ptr<Communicator> connect(const Guest& guest, const host::Tuning& tuning, double timeout_s,
+                                      std::vector<int> names, const py::object& check) {
+  host::Meeting meeting{
+      .names = std::move(names), .deadline = Deadline::after(timeout_s), .interrupt = &check_signals, .check = {}};
+  if (!check.is_none()) {
+    meeting.check = [&check](const std::vector<int>& missing) {
+      const py::gil_scoped_acquire gil;
+      check(missing);
+    };
+  }
+  auto members = host::meet(guest.rank, guest.world_size, guest.listener, guest.address, tuning, meeting);
+  return std::make_unique<Communicator>(guest.group, std::move(members), timeout_s, &check_signals);
 }
 
 }  // namespace
@@ -43,6 +58,7 @@ void bind_communicator(py::module_& module) {
     return left;
   });
   module.attr("MAX_RANKS") = host::kMaxRanks;
+  module.attr("ADDRESS_DIGITS") = host::Invitation::kHexDigits;
   module.def(
       "tuning",
       [](int world_size, const host::Thresholds& thresholds) {
@@ -69,15 +85,18 @@ void bind_communicator(py::module_& module) {
 
   CommunicatorClass communicator(module, "HostCommunicator");
   communicator
-      .def(
-          py::init([](std::string name, int rank, int world_size, const Listener* listener, const std::string& address,
-                      double timeout_s, bool strict, const host::Thresholds& thresholds) {
-            const py::gil_scoped_release nogil;
-            return CommunicatorHolder(
-                connect(std::move(name), rank, world_size, listener, address, timeout_s, strict, thresholds).release());
-          }),
-          py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("listener"), py::arg("address"),
-          py::arg("timeout_s"), py::arg("strict"), py::arg("thresholds"))
+      .def(py::init([](std::string name, int rank, int world_size, const Listener* listener, std::string address,
+                       double timeout_s, bool strict, const host::Thresholds& thresholds, std::vector<int> names,
+                       const py::object& check) {
+             host::Tuning tuning = host::tuning_with(world_size, thresholds);
+             tuning.strict = strict ? 1 : 0;
+             const Guest guest{std::move(name), rank, world_size, listener, std::move(address)};
+             const py::gil_scoped_release nogil;
+             return CommunicatorHolder(connect(guest, tuning, timeout_s, std::move(names), check).release());
+           }),
+           py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("listener"), py::arg("address"),
+           py::arg("timeout_s"), py::arg("strict"), py::arg("thresholds"), py::arg("names") = std::vector<int>(),
+           py::arg("check") = py::none())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("world_size", &Communicator::world_size)
       .def_property_readonly("name", &Communicator::name)

@@ -3,13 +3,12 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
-#include <cstddef>
-#include <span>
+#include <string_view>
 
 #include "host/issue_order.hpp"
 #include "pycomm/error.hpp"
@@ -20,10 +19,14 @@ namespace {
 
 constexpr std::uint32_t kMagic = 0x79706d63;  // "cmpy"
 constexpr auto kPollSlice = std::chrono::milliseconds(50);
+constexpr auto kNewsAfterEnd = std::chrono::seconds(1);  // for the reason why a connection has ended
+constexpr std::size_t kMostSilent = kMaxRanks;
+constexpr int kMostAccepted = 64;  // before it is looked at those who speak
 
 struct Hello {  // rank -> rank 0, with a pidfd of the sender
   std::uint32_t magic = kMagic;
   std::uint32_t protocol = kProtocolVersion;
+  std::uint64_t key[2] = {};  // of the Invitation: whoever has another one was not told by this job
   std::uint64_t build = 0;
   std::int32_t world_size = 0;
   std::int32_t rank = 0;
@@ -34,8 +37,6 @@ struct Hello {  // rank -> rank 0, with a pidfd of the sender
 
 struct Welcome {  // rank 0 -> rank, with the control segment and all pidfds
   Hello leader;
-  std::int32_t accepted = 0;
-  std::int32_t reserved = 0;
   Tuning tuning;
   std::int32_t pids[kMaxRanks] = {};
   std::uint64_t tokens[kMaxRanks] = {};
@@ -51,90 +52,30 @@ UniqueFd own_pidfd() {
   return fd;
 }
 
-socklen_t fill_address(sockaddr_un& address, const std::string& name) {
-  const std::string path = "pycomm-" + name;
-  address = {};
-  address.sun_family = AF_UNIX;
-  std::copy(path.begin(), path.end(), address.sun_path + 1);  // sun_path[0] == 0: the abstract namespace
-  return static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + path.size());
+/// Poll for one slice, or until the deadline.
+void poll_slice(std::vector<pollfd>& entries, const Deadline& deadline) {
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline.left());
+  const auto slice = std::min<std::chrono::milliseconds>(left, kPollSlice);
+  if (::poll(entries.data(), entries.size(), static_cast<int>(slice.count())) >= 0) return;
+  if (errno != EINTR) throw_errno("poll");
+  for (pollfd& entry : entries) entry.revents = 0;
 }
 
-UniqueFd new_socket() {
-  UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-  if (!fd) throw_errno("socket(AF_UNIX)");
-  return fd;
-}
-
-bool same_user(const UniqueFd& socket) {
-  ucred peer{};
-  socklen_t size = sizeof(peer);
-  if (::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) throw_errno("SO_PEERCRED");
-  return peer.uid == ::geteuid();
-}
-
-/// True when readable, false when the deadline passed.
-bool wait_readable(int fd, const Deadline& deadline, InterruptCheck interrupt) {
+/// True when readable, false when the deadline passed. `look` is called after every slice.
+template <class Look>
+bool wait_readable(const UniqueFd& socket, const Deadline& deadline, const Look& look) {
   while (true) {
-    pollfd entry{.fd = fd, .events = POLLIN, .revents = 0};
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline.left());
-    const int ready =
-        ::poll(&entry, 1, static_cast<int>(std::min<std::chrono::milliseconds>(left, kPollSlice).count()));
-    if (ready > 0) return true;
-    if (ready < 0 && errno != EINTR) throw_errno("poll");
-    if (interrupt != nullptr) interrupt();
+    std::vector<pollfd> entries{{.fd = socket.get(), .events = POLLIN, .revents = 0}};
+    poll_slice(entries, deadline);
+    if (entries[0].revents != 0) return true;
+    look();
     if (deadline.expired()) return false;
   }
 }
 
-template <class Message>
-void send_message(int socket, const Message& message, std::span<const int> fds) {
-  iovec body{.iov_base = const_cast<Message*>(&message), .iov_len = sizeof(message)};
-  alignas(cmsghdr) std::byte space[CMSG_SPACE((kMaxRanks + 1) * sizeof(int))] = {};
-  msghdr header{};
-  header.msg_iov = &body;
-  header.msg_iovlen = 1;
-  if (!fds.empty()) {
-    header.msg_control = space;
-    header.msg_controllen = CMSG_SPACE(fds.size_bytes());
-    cmsghdr* const control = CMSG_FIRSTHDR(&header);
-    control->cmsg_level = SOL_SOCKET;
-    control->cmsg_type = SCM_RIGHTS;
-    control->cmsg_len = CMSG_LEN(fds.size_bytes());
-    std::memcpy(CMSG_DATA(control), fds.data(), fds.size_bytes());
-  }
-  while (::sendmsg(socket, &header, MSG_NOSIGNAL) < 0) {
-    if (errno != EINTR) throw_errno("sendmsg to a rank of this host");
-  }
-}
-
-/// Receive exactly one Message and its descriptors; false at end of file or for a message of another size.
-template <class Message>
-bool recv_message(int socket, Message& message, std::vector<UniqueFd>& fds) {
-  iovec body{.iov_base = &message, .iov_len = sizeof(message)};
-  alignas(cmsghdr) std::byte space[CMSG_SPACE((kMaxRanks + 1) * sizeof(int))] = {};
-  msghdr header{};
-  header.msg_iov = &body;
-  header.msg_iovlen = 1;
-  header.msg_control = space;
-  header.msg_controllen = sizeof(space);
-  ssize_t received = -1;
-  do {
-    received = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
-  } while (received < 0 && errno == EINTR);
-  for (cmsghdr* control = CMSG_FIRSTHDR(&header); control != nullptr; control = CMSG_NXTHDR(&header, control)) {
-    if (control->cmsg_level != SOL_SOCKET || control->cmsg_type != SCM_RIGHTS) continue;
-    const std::size_t count = (control->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-    for (std::size_t i = 0; i < count; ++i) {
-      int fd = -1;
-      std::memcpy(&fd, CMSG_DATA(control) + i * sizeof(int), sizeof(int));
-      fds.emplace_back(fd);
-    }
-  }
-  return received == static_cast<ssize_t>(sizeof(message)) && (header.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) == 0;
-}
-
-Hello hello_of(int rank, int world_size) {
+Hello hello_of(const Invitation& invitation, int rank, int world_size) {
   Hello hello;
+  std::copy(std::begin(invitation.key), std::end(invitation.key), hello.key);
   hello.build = build_id();
   hello.world_size = world_size;
   hello.rank = rank;
@@ -143,20 +84,31 @@ Hello hello_of(int rank, int world_size) {
   return hello;
 }
 
+/// Whether it comes from somebody who was invited by the same job.
+bool invited(const Hello& mine, const Hello& theirs) {
+  return theirs.magic == mine.magic && std::equal(std::begin(mine.key), std::end(mine.key), theirs.key);
+}
+
 /// Empty if the two fit together; otherwise what differs, naming both sides.
-std::string difference(const Hello& mine, const Hello& theirs) {
+std::string difference(const Hello& mine, const Hello& theirs, const Meeting& meeting) {
   const auto both = [&](const char* what, auto a, auto b) {
-    return "rank " + std::to_string(mine.rank) + " has " + what + " " + std::to_string(a) + ", rank " +
-           std::to_string(theirs.rank) + " has " + std::to_string(b);
+    const auto name = [&](const Hello& hello) {
+      const bool known = hello.rank >= 0 && hello.rank < mine.world_size;
+      return "rank " + std::to_string(known ? meeting.name_of(hello.rank) : hello.rank);
+    };
+    return name(mine) + " has " + what + " " + std::to_string(a) + ", " + name(theirs) + " has " + std::to_string(b);
   };
-  if (theirs.magic != mine.magic) return "a process that does not speak pycomm's protocol connected";
   if (theirs.protocol != mine.protocol) return both("protocol version", mine.protocol, theirs.protocol);
   if (theirs.build != mine.build) return both("build", mine.build, theirs.build) + ": install one build for all ranks";
   if (theirs.world_size != mine.world_size) return both("world size", mine.world_size, theirs.world_size);
   return {};
 }
 
-Error timeout_error(std::vector<int> missing, const Deadline& deadline, const char* op = "init") {
+Error failed(const Meeting& meeting, const std::string& what) {
+  return {ErrorKind::kGeneral, std::string(meeting.op) + ": " + what};
+}
+
+Error timeout_error(std::vector<int> missing, const Deadline& deadline, const char* op) {
   std::string names;
   for (const int rank : missing) names += (names.empty() ? "" : ", ") + std::to_string(rank);
   Error error(ErrorKind::kTimeout, std::string(op) + ": rank(s) " + names + " did not come within " +
@@ -166,84 +118,181 @@ Error timeout_error(std::vector<int> missing, const Deadline& deadline, const ch
   return error;
 }
 
-void accept_ranks(Membership& members, const Listener& listener, const Hello& mine, const Deadline& deadline,
-                  InterruptCheck interrupt) {
-  for (int connected = 1; connected < members.world_size;) {
-    UniqueFd socket;
-    if (wait_readable(listener.fd().get(), deadline, interrupt)) {
-      socket = UniqueFd(::accept4(listener.fd().get(), nullptr, nullptr, SOCK_CLOEXEC));
-    }
-    if (!socket || !wait_readable(socket.get(), deadline, interrupt)) {
-      std::vector<int> missing;
-      for (int r = 1; r < members.world_size; ++r) {
-        if (!members.sockets[r]) missing.push_back(r);
-      }
-      throw timeout_error(std::move(missing), deadline);
-    }
-    if (!same_user(socket)) continue;  // a stranger on this host: not ours to answer
-    Hello theirs;
-    std::vector<UniqueFd> fds;
-    if (!recv_message(socket.get(), theirs, fds) || fds.size() != 1) continue;
-    std::string problem = difference(mine, theirs);
-    if (problem.empty() && (theirs.rank < 1 || theirs.rank >= members.world_size || members.sockets[theirs.rank])) {
-      problem = "two processes say that they are rank " + std::to_string(theirs.rank);
-    }
-    if (!problem.empty()) {
-      send_message(socket.get(), Welcome{.leader = mine, .tuning = members.tuning}, {});
-      throw Error(ErrorKind::kGeneral, "init: " + problem);
-    }
-    members.sockets[theirs.rank] = std::move(socket);
-    members.pidfds[theirs.rank] = std::move(fds[0]);
-    members.pids[theirs.rank] = theirs.pid;
-    members.tokens[theirs.rank] = theirs.token;
-    ++connected;
-  }
+void look_at(const std::vector<int>& missing, const Meeting& meeting) {
+  if (meeting.interrupt != nullptr) meeting.interrupt();
+  if (meeting.check) meeting.check(missing);
 }
 
-void lead(Membership& members, const Listener& listener, const Deadline& deadline, InterruptCheck interrupt) {
-  const Hello mine = hello_of(0, members.world_size);
+/// Rank 0's reception. All connections are watched together, so that one that says nothing holds up nobody.
+class Reception {
+ public:
+  Reception(Membership& members, const Listener& listener, const Meeting& meeting)
+      : members_(members),
+        listener_(listener),
+        meeting_(meeting),
+        mine_(hello_of(listener.invitation(), 0, members.world_size)) {}
+
+  const Hello& greeting() const { return mine_; }
+
+  /// Return once every rank has come.
+  void receive_all() {
+    auto next_look = Deadline::Clock::now() + kPollSlice;
+    for (std::vector<int> missing = missing_ranks(); !missing.empty(); missing = missing_ranks()) {
+      std::vector<pollfd> entries{{.fd = listener_.fd().get(), .events = POLLIN, .revents = 0}};
+      for (const UniqueFd& socket : silent_) entries.push_back({.fd = socket.get(), .events = POLLIN, .revents = 0});
+      poll_slice(entries, meeting_.deadline);
+      for (std::size_t i = silent_.size(); i-- > 0;) {
+        if (entries[i + 1].revents != 0) hear(i);
+      }
+      if (entries[0].revents != 0) accept_all();
+      const auto now = Deadline::Clock::now();
+      if (now < next_look) continue;
+      next_look = now + kPollSlice;
+      missing = missing_ranks();
+      if (missing.empty()) return;
+      look_at(missing, meeting_);
+      if (meeting_.deadline.expired(now)) throw timeout_error(std::move(missing), meeting_.deadline, meeting_.op);
+    }
+  }
+
+ private:
+  std::vector<int> missing_ranks() const {
+    std::vector<int> missing;
+    for (int r = 1; r < members_.world_size; ++r) {
+      if (!members_.sockets[static_cast<std::size_t>(r)]) missing.push_back(meeting_.name_of(r));
+    }
+    return missing;
+  }
+
+  void accept_all() {
+    for (int i = 0; i < kMostAccepted; ++i) {
+      UniqueFd socket(::accept4(listener_.fd().get(), nullptr, nullptr, SOCK_CLOEXEC));
+      if (!socket) {
+        if (errno == EAGAIN || errno == ECONNABORTED || errno == EINTR) return;
+        throw_errno("accept of a rank of this host");
+      }
+      if (!same_user(socket)) continue;  // a stranger on this host: not ours to answer
+      // A rank speaks at once, so the one that has been silent for longest is none.
+      if (silent_.size() == kMostSilent) silent_.erase(silent_.begin());
+      silent_.push_back(std::move(socket));
+    }
+  }
+
+  /// Silent connection `index` has said something, or ended.
+  void hear(std::size_t index) {
+    UniqueFd socket = std::move(silent_[index]);
+    silent_.erase(silent_.begin() + static_cast<std::ptrdiff_t>(index));
+    Hello theirs;
+    std::vector<UniqueFd> fds;
+    if (!recv_message(socket, theirs, fds) || !invited(mine_, theirs)) return;  // not of this job
+    std::string problem = difference(mine_, theirs, meeting_);
+    const auto rank = static_cast<std::size_t>(theirs.rank);
+    if (problem.empty() && (theirs.rank < 1 || theirs.rank >= members_.world_size || members_.sockets[rank])) {
+      problem = "two processes say that they are rank " + std::to_string(theirs.rank);
+    }
+    if (problem.empty() && (fds.size() != 1 || !is_pidfd_of(fds[0].get(), peer_of(socket).pid))) {
+      problem = "rank " + std::to_string(meeting_.name_of(theirs.rank)) + " did not send a pidfd of its process";
+    }
+    if (!problem.empty()) throw failed(meeting_, problem);
+    members_.sockets[rank] = std::move(socket);
+    members_.pidfds[rank] = std::move(fds[0]);
+    members_.pids[rank] = theirs.pid;
+    members_.tokens[rank] = theirs.token;
+  }
+
+  Membership& members_;
+  const Listener& listener_;
+  const Meeting& meeting_;
+  Hello mine_;
+  std::vector<UniqueFd> silent_;  // connections whose other end has not said who it is, oldest first
+};
+
+void lead(Membership& members, const Listener& listener, const Meeting& meeting) {
   Segment segment = Segment::create("pycomm-control", Control::bytes_for(members.world_size, members.tuning));
-  accept_ranks(members, listener, mine, deadline, interrupt);
-  Welcome welcome{.leader = mine, .accepted = 1, .tuning = members.tuning};
+  Reception reception(members, listener, meeting);
+  reception.receive_all();
+  Welcome welcome{.leader = reception.greeting(), .tuning = members.tuning};
   std::vector<int> fds{segment.fd()};
   for (int r = 0; r < members.world_size; ++r) {
     fds.push_back(members.pidfds[r].get());
     welcome.pids[r] = members.pids[r];
     welcome.tokens[r] = members.tokens[r];
   }
-  for (int r = 1; r < members.world_size; ++r) send_message(members.sockets[r].get(), welcome, fds);
+  for (int r = 1; r < members.world_size; ++r) {
+    try {
+      send_message(members.sockets[r], welcome, fds);
+    } catch (const Error&) {  // it has just ended; the first call tells everybody
+    }
+  }
   members.control = Control(std::move(segment), members.world_size, members.tuning);
 }
 
-void follow(Membership& members, const std::string& address, const Deadline& deadline, InterruptCheck interrupt) {
-  UniqueFd socket = new_socket();
-  sockaddr_un name;
-  const socklen_t size = fill_address(name, address);
-  if (::connect(socket.get(), reinterpret_cast<sockaddr*>(&name), size) != 0) {
-    throw_errno("connecting to rank 0 of this host");
+/// Rank 0 has hung up: its own reason if it comes within a second, else just that.
+[[noreturn]] void lost_leader(const Meeting& meeting, const char* what) {
+  const int leader = meeting.name_of(0);
+  const auto end = Deadline::Clock::now() + kNewsAfterEnd;
+  do {
+    look_at({leader}, meeting);
+    ::poll(nullptr, 0, 10);
+  } while (meeting.check && Deadline::Clock::now() < end);
+  Error error(ErrorKind::kPeerLost, std::string(meeting.op) + ": rank " + std::to_string(leader) + " " + what +
+                                        " before all ranks had met; its own error says why");
+  error.ranks = {leader};
+  throw error;
+}
+
+UniqueFd connect_to_leader(const Invitation& invitation, const Meeting& meeting) {
+  while (true) {
+    UniqueFd socket = connect_to(invitation.name);
+    if (socket) {
+      if (!same_user(socket)) throw failed(meeting, "rank 0's socket belongs to another user");
+      return socket;
+    }
+    if (errno != EAGAIN) lost_leader(meeting, "stopped to listen");
+    look_at({meeting.name_of(0)}, meeting);  // others, strangers perhaps, wait to be accepted
+    if (meeting.deadline.expired()) throw timeout_error({meeting.name_of(0)}, meeting.deadline, meeting.op);
+    ::poll(nullptr, 0, 10);
   }
-  if (!same_user(socket)) throw Error(ErrorKind::kGeneral, "init: rank 0's socket belongs to another user");
-  const Hello mine = hello_of(members.rank, members.world_size);
+}
+
+/// Check everything that rank 0 says before any of it is used; throws kGeneral.
+void check_welcome(const Hello& mine, const Welcome& welcome, const std::vector<UniqueFd>& fds,
+                   const Meeting& meeting) {
+  std::string problem = invited(mine, welcome.leader) ? difference(mine, welcome.leader, meeting)
+                                                      : "rank 0 has another key: it belongs to another job";
+  if (problem.empty()) problem = unusable(welcome.tuning);
+  if (problem.empty() && fds.size() != static_cast<std::size_t>(mine.world_size) + 1) {
+    problem = std::to_string(fds.size()) + " descriptors of " + std::to_string(mine.world_size + 1) +
+              " arrived; is the limit of open files (ulimit -n) too low?";
+  }
+  for (std::size_t r = 1; problem.empty() && r < fds.size(); ++r) {
+    if (!is_pidfd_of(fds[r].get(), 0)) problem = "rank 0 sent something else than a pidfd of each rank";
+  }
+  if (!problem.empty()) throw failed(meeting, problem);
+}
+
+void follow(Membership& members, const std::string& address, const Meeting& meeting) {
+  const Invitation invitation = Invitation::parse(address);
+  UniqueFd socket = connect_to_leader(invitation, meeting);
+  const Hello mine = hello_of(invitation, members.rank, members.world_size);
   const int pidfd = members.pidfds[members.rank].get();
-  send_message(socket.get(), mine, std::span(&pidfd, 1));
-  if (!wait_readable(socket.get(), deadline, interrupt)) throw timeout_error({0}, deadline);
+  const std::vector<int> leader{meeting.name_of(0)};
+  send_message(socket, mine, std::span(&pidfd, 1));
+  const auto look = [&] {
+    try {
+      look_at(leader, meeting);
+    } catch (const Error&) {  // rank 0 may have welcomed this rank, and left, since the last poll
+      pollfd entry{.fd = socket.get(), .events = POLLIN, .revents = 0};
+      if (::poll(&entry, 1, 0) <= 0) throw;
+    }
+  };
+  if (!wait_readable(socket, meeting.deadline, look)) {
+    throw timeout_error(leader, meeting.deadline, meeting.op);
+  }
   Welcome welcome;
   std::vector<UniqueFd> fds;
-  if (!recv_message(socket.get(), welcome, fds)) {
-    Error error(ErrorKind::kPeerLost, "init: rank 0 gave up before all ranks had met; its own error says why");
-    error.ranks = {0};
-    throw error;
-  }
-  std::string problem = difference(mine, welcome.leader);
-  if (problem.empty() && welcome.accepted == 0) {
-    problem = "rank 0 refused rank " + std::to_string(mine.rank) + ": another process has that rank";
-  }
-  if (!problem.empty()) throw Error(ErrorKind::kGeneral, "init: " + problem);
-  if (fds.size() != static_cast<std::size_t>(members.world_size) + 1) {
-    throw Error(ErrorKind::kGeneral, "init: " + std::to_string(fds.size()) + " descriptors of " +
-                                         std::to_string(members.world_size + 1) +
-                                         " arrived; is the limit of open files (ulimit -n) too low?");
-  }
+  if (!recv_message(socket, welcome, fds)) lost_leader(meeting, "gave up");
+  check_welcome(mine, welcome, fds, meeting);
   members.tuning = welcome.tuning;
   members.control = Control(Segment::attach(std::move(fds[0]), Control::bytes_for(members.world_size, members.tuning)),
                             members.world_size, members.tuning);
@@ -257,25 +306,17 @@ void follow(Membership& members, const std::string& address, const Deadline& dea
 
 }  // namespace
 
-Listener::Listener() : fd_(new_socket()) {
-  std::uint8_t random[16];
-  fill_random(random, sizeof(random));
-  constexpr char kHex[] = "0123456789abcdef";
-  for (const std::uint8_t byte : random) {
-    address_ += kHex[byte >> 4];
-    address_ += kHex[byte & 15];
-  }
-  sockaddr_un name;
-  const socklen_t size = fill_address(name, address_);
-  if (::bind(fd_.get(), reinterpret_cast<sockaddr*>(&name), size) != 0) throw_errno("bind of an abstract socket");
-  if (::listen(fd_.get(), kMaxRanks) != 0) throw_errno("listen");
-}
+Listener::Listener() : invitation_(Invitation::random()), fd_(listen_at(invitation_.name)) {}
 
 Membership meet(int rank, int world_size, const Listener* listener, const std::string& address, const Tuning& tuning,
-                const Deadline& deadline, InterruptCheck interrupt) {
+                const Meeting& meeting) {
   if (world_size < 1 || world_size > kMaxRanks || rank < 0 || rank >= world_size) {
     throw std::invalid_argument("rank " + std::to_string(rank) + " of world size " + std::to_string(world_size) +
                                 ": the host transport takes 1 to " + std::to_string(kMaxRanks) + " ranks");
+  }
+  if (!meeting.names.empty() && meeting.names.size() != static_cast<std::size_t>(world_size)) {
+    throw std::invalid_argument(std::to_string(meeting.names.size()) + " names for " + std::to_string(world_size) +
+                                " ranks");
   }
   Membership members;
   members.rank = rank;
@@ -292,23 +333,26 @@ Membership meet(int rank, int world_size, const Listener* listener, const std::s
     members.control = Control(Segment::create("pycomm-control", Control::bytes_for(1, tuning)), 1, tuning);
   } else if (rank == 0) {
     if (listener == nullptr) throw std::invalid_argument("rank 0 needs a Listener");
-    lead(members, *listener, deadline, interrupt);
+    lead(members, *listener, meeting);
   } else {
-    follow(members, address, deadline, interrupt);
+    follow(members, address, meeting);
   }
   return members;
 }
 
 void send_fd(const UniqueFd& socket, int fd, std::uint64_t id) {
-  send_message(socket.get(), Tagged{.id = id}, std::span(&fd, 1));
+  send_message(socket, Tagged{.id = id}, std::span(&fd, 1));
 }
 
 UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Deadline& deadline,
                  InterruptCheck interrupt) {
-  if (!wait_readable(socket.get(), deadline, interrupt)) throw timeout_error({sender}, deadline, "passing memory");
+  const auto look = [&] {
+    if (interrupt != nullptr) interrupt();
+  };
+  if (!wait_readable(socket, deadline, look)) throw timeout_error({sender}, deadline, "passing memory");
   Tagged tagged{.id = ~id};
   std::vector<UniqueFd> fds;
-  const bool arrived = recv_message(socket.get(), tagged, fds);
+  const bool arrived = recv_message(socket, tagged, fds);
   if (!arrived && fds.empty() && tagged.id == id) {
     errno = EMFILE;  // the message came, and its descriptor found no room
     throw_errno("receiving a descriptor");

@@ -2,21 +2,24 @@
 // the others connect, each shows what it is, and rank 0 hands out the control segment and a descriptor of every
 // process.
 //
-// The sockets stay open as a star: rank 0 sends the descriptors of later segments over them. Only processes of the
-// same user are let in (SO_PEERCRED), and nothing but fixed-size structs crosses.
+// The sockets stay open as a star: rank 0 sends the descriptors of later segments over them. Nothing but fixed-size
+// structs crosses. Anybody on the host can connect, so nobody is waited for alone: processes of other users are turned
+// away at once (SO_PEERCRED), and so is whoever does not show the key that the ranks were told (docs/security.md).
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "host/control.hpp"
+#include "host/local_socket.hpp"
 #include "host/segment.hpp"
 #include "pycomm/deadline.hpp"
 
 namespace pycomm::host {
 
-inline constexpr std::uint32_t kProtocolVersion = 1;
+inline constexpr std::uint32_t kProtocolVersion = 2;
 
 /// Called about every 50 ms by every wait; throws to end it (Ctrl-C). May be nullptr.
 using InterruptCheck = void (*)();
@@ -28,11 +31,13 @@ std::uint64_t build_id();
 class Listener {
  public:
   Listener();
-  const std::string& address() const { return address_; }  // random, 32 hexadecimal digits
+  /// For the other ranks' eyes only: 64 hexadecimal digits, random.
+  std::string address() const { return invitation_.text(); }
+  const Invitation& invitation() const { return invitation_; }
   const UniqueFd& fd() const { return fd_; }
 
  private:
-  std::string address_;
+  Invitation invitation_;
   UniqueFd fd_;
 };
 
@@ -48,10 +53,23 @@ struct Membership {
   std::vector<std::uint64_t> tokens;  // tokens[r]: the process of rank r, the same in all its communicators
 };
 
-/// Rank 0 (`listener` given) or another rank (`address` given; empty for a world of one). Throws Error: kTimeout names
-/// the ranks that did not come; kGeneral when a rank brings another world size, protocol or build, on both sides.
+/// How a rank waits for the others of its host.
+struct Meeting {
+  const char* op = "init";
+  std::vector<int> names;  // by rank: what errors call it; empty: its number
+  Deadline deadline;
+  InterruptCheck interrupt = nullptr;
+  /// Called about every 50 ms with the names of those that are still missing; throws if waiting for them is in vain.
+  std::function<void(const std::vector<int>&)> check;
+
+  int name_of(int rank) const { return names.empty() ? rank : names[static_cast<std::size_t>(rank)]; }
+};
+
+/// Rank 0 (`listener` given) or another rank (`address` given; empty for a world of one). `tuning`: rank 0's counts.
+/// Throws Error: kTimeout names the ranks that did not come; kGeneral when a rank brings another world size, protocol
+/// or build, on both sides; what `meeting.check` throws.
 Membership meet(int rank, int world_size, const Listener* listener, const std::string& address, const Tuning& tuning,
-                const Deadline& deadline, InterruptCheck interrupt);
+                const Meeting& meeting);
 
 /// Send one descriptor with a number that tells the receiver what it is.
 void send_fd(const UniqueFd& socket, int fd, std::uint64_t id);

@@ -30,7 +30,7 @@ struct SplitChoice {
 };
 
 struct SplitAddress {
-  std::array<char, 32> text{};
+  std::array<char, Invitation::kHexDigits> text{};
 };
 
 /// The parent's ranks of one color, in the order of the new group.
@@ -313,16 +313,22 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
     SplitAddress mine;
     if (leads) {
       listener.emplace();
-      std::copy(listener->address().begin(), listener->address().end(), mine.text.begin());
+      const std::string address = listener->address();
+      std::copy(address.begin(), address.end(), mine.text.begin());
     }
     const auto addresses = exchange(group, mine);
     const std::string suffix = "." + std::to_string(num_splits_++);
     if (!color) return;
     const SplitAddress& address = addresses[static_cast<std::size_t>(ranks.front())];
     const auto rank = std::find(ranks.begin(), ranks.end(), group.rank()) - ranks.begin();
+    const Meeting meeting{
+        .op = "split",
+        .names = ranks,
+        .deadline = group.deadline(),
+        .interrupt = group.interrupt(),
+        .check = [&](const std::vector<int>& missing) { group.check_alive(Call{.kind = OpKind::kSplit}, missing); }};
     Membership members = meet(static_cast<int>(rank), static_cast<int>(ranks.size()), leads ? &*listener : nullptr,
-                              std::string(address.text.begin(), address.text.end()), group.tuning(), group.deadline(),
-                              group.interrupt());
+                              std::string(address.text.begin(), address.text.end()), group.tuning(), meeting);
     result = std::make_unique<Communicator>(group.name() + suffix + "[" + std::to_string(*color) + "]",
                                             std::move(members), timeout_s_, interrupt_, group.graph());
   });

@@ -49,6 +49,14 @@ constexpr Range kRanges[] = {
      kCacheLine},
 };
 
+/// Empty if `value` is in the range.
+std::string outside(const Range& range, std::uint64_t value) {
+  if (value >= range.least && value <= range.most && value % range.multiple == 0) return {};
+  return std::string(range.name) + "=" + std::to_string(value) + ": it is from " + std::to_string(range.least) +
+         " to " + std::to_string(range.most) +
+         (range.multiple > 1 ? " and a multiple of " + std::to_string(range.multiple) : std::string());
+}
+
 const Range& range_of(const std::string& name) {
   std::string names;
   for (const Range& range : kRanges) {
@@ -71,15 +79,17 @@ Tuning tuning_with(int world_size, const Thresholds& thresholds) {
   Tuning tuning = default_tuning(world_size);
   for (const auto& [name, value] : thresholds) {
     const Range& range = range_of(name);
-    if (value < range.least || value > range.most || value % range.multiple != 0) {
-      throw std::invalid_argument(
-          name + "=" + std::to_string(value) + ": it is from " + std::to_string(range.least) + " to " +
-          std::to_string(range.most) +
-          (range.multiple > 1 ? " and a multiple of " + std::to_string(range.multiple) : std::string()));
-    }
+    if (const std::string problem = outside(range, value); !problem.empty()) throw std::invalid_argument(problem);
     range.in(tuning) = value;
   }
   return tuning;
+}
+
+std::string unusable(const Tuning& tuning) {
+  for (const auto& [name, value] : thresholds_of(tuning)) {
+    if (std::string problem = outside(range_of(name), value); !problem.empty()) return problem;
+  }
+  return tuning.strict > 1 ? "strict=" + std::to_string(tuning.strict) + ": it is 0 or 1" : std::string();
 }
 
 Tuning default_tuning(int world_size) {

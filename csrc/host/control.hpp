@@ -119,6 +119,8 @@ using Thresholds = std::map<std::string, std::uint64_t>;
 Thresholds thresholds_of(const Tuning& tuning);
 /// The default with other values for some of them. Throws std::invalid_argument for a name or a value that cannot be.
 Tuning tuning_with(int world_size, const Thresholds& thresholds);
+/// Why memory cannot be laid out by a tuning that somebody else sent; empty: it can.
+std::string unusable(const Tuning& tuning);
 
 class Control {
  public:

@@ -52,6 +52,12 @@ void Group::wait(std::uint64_t phase, int only) const {
       context());
 }
 
+void Group::check_alive(const Call& call, const std::vector<int>& ranks) const {
+  WaitContext here = context();
+  here.call = call;
+  waiter_.check([&](int r) { return std::find(ranks.begin(), ranks.end(), r) == ranks.end(); }, here);
+}
+
 void Group::post(std::uint64_t& flag, std::uint64_t value) {
   check_usable();
   carry_on();

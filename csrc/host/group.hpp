@@ -67,6 +67,10 @@ class Group {
   void wait(std::uint64_t phase, int only = kEveryRank) const;
   static constexpr int kEveryRank = -1;
 
+  /// Throw as a wait for these ranks would: one has died, left or given up, or some rank has aborted. For waits of
+  /// `call` that are not for flags.
+  void check_alive(const Call& call, const std::vector<int>& ranks) const;
+
   /// Show the peers that this rank's `flag`, an epoch in its symmetric memory, has reached `value`. What was written
   /// before is seen by whoever has waited for it. Neither matched nor numbered: no call.
   void post(std::uint64_t& flag, std::uint64_t value);

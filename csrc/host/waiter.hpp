@@ -88,6 +88,12 @@ class Waiter {
     if (load_flag((members_.control.flags(rank).*bell_).sleepers) != 0) wake(rank);
   }
 
+  /// Throws as a wait would for ranks that are not ready, but for the deadline.
+  template <class Ready>
+  void check(const Ready& ready, const WaitContext& context) const {
+    check_aborted();
+    check_peers({[](const void* f, int rank) { return (*static_cast<const Ready*>(f))(rank); }, &ready}, context);
+  }
   /// Throws kPeerLost if some rank called abort.
   void check_aborted() const;
   /// Wait without spinning: for progress threads, which must not take the core from the computation.

@@ -10,7 +10,7 @@ from pycomm import _C, env
 from pycomm.backends import Calls
 from pycomm.rendezvous import Rendezvous
 
-__all__ = ["Flag", "ShmBackend", "tuning_here"]
+__all__ = ["Flag", "ShmBackend", "meet_on_this_host", "tuning_here"]
 
 _OF_GPUS = "gpu_"  # thresholds that are not this back end's
 
@@ -64,30 +64,14 @@ class ShmBackend:
     def connect(
         cls, rendezvous: Rendezvous, name: str, strict: bool, thresholds: dict[str, int] | None = None
     ) -> ShmBackend:
-        """Meet the other ranks of this host: rank 0 publishes a random socket address, the others come there.
+        """Meet the other ranks, all of this host.
 
         Args:
             thresholds: in bytes, by name, in place of the defaults; rank 0's count. None: those of PYCOMM_TUNE.
         """
         thresholds = tuning_here(rendezvous.world_size) if thresholds is None else thresholds
-        listener, address = None, ""
-        if rendezvous.world_size > 1 and rendezvous.rank == 0:
-            listener = _C.Listener()
-            rendezvous.put("shm/address", listener.address)
-        elif rendezvous.world_size > 1:
-            address = rendezvous.get("shm/address", rank=0)
-        return cls(
-            _C.HostCommunicator(
-                name,
-                rendezvous.rank,
-                rendezvous.world_size,
-                listener,
-                address,
-                rendezvous.timeout_s,
-                strict,
-                thresholds,
-            )
-        )
+        everyone = range(rendezvous.world_size)
+        return cls(meet_on_this_host(rendezvous, everyone, name, strict, thresholds))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
         num_elements = 1
@@ -120,6 +104,30 @@ class ShmBackend:
 
     def close(self, drain_s: float) -> None:
         self._core.close(drain_s)
+
+
+def meet_on_this_host(
+    rendezvous: Rendezvous, ranks: Sequence[int], name: str, strict: bool, thresholds: dict[str, int]
+) -> _C.HostCommunicator:
+    """The first of ``ranks`` publishes a random socket address, the others come there."""
+    leader, listener, address = ranks[0], None, ""
+    if len(ranks) > 1 and rendezvous.rank == leader:
+        listener = _C.Listener()
+        rendezvous.put(f"shm/{leader}", listener.address)
+    elif len(ranks) > 1:
+        address = rendezvous.get(f"shm/{leader}", rank=leader, num_hex_digits=_C.ADDRESS_DIGITS)
+    return _C.HostCommunicator(
+        name,
+        ranks.index(rendezvous.rank),
+        len(ranks),
+        listener,
+        address,
+        rendezvous.timeout_s,
+        strict,
+        thresholds,
+        list(ranks),
+        rendezvous.check,
+    )
 
 
 def tuning_here(world_size: int) -> dict[str, int]:

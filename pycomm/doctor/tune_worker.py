@@ -25,8 +25,8 @@ MOST_OPERATIONS = 30
 
 
 def communicator(store: Store, rank: int, num_ranks: int, timeout_s: float, thresholds: dict[str, int]) -> Communicator:
-    rendezvous = Rendezvous(store, rank, num_ranks, timeout_s)
-    return Communicator(ShmBackend.connect(rendezvous, "tune", False, thresholds), timeout_s, rendezvous)
+    with Rendezvous(store, rank, num_ranks, timeout_s) as rendezvous:
+        return Communicator(ShmBackend.connect(rendezvous, "tune", False, thresholds), timeout_s)
 
 
 def operation(

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,6 +40,23 @@ def test_a_killed_rank_is_named_on_both_hosts(victim: int) -> None:
             assert (kind, fields["lost_ranks"]) == ("PeerLostError", [victim]), message
             assert f"rank {victim} died" in message
             assert time.monotonic() - killed_at < SOON_S
+
+
+def split_with_a_victim(comm: Communicator, connection: Any, victim: int) -> None:
+    comm.barrier()
+    if comm.rank == victim:
+        with patch("pycomm.backends.gloo.backend.Wire", lambda *_: os.kill(os.getpid(), signal.SIGKILL)):
+            comm.split(0)
+    comm.split(0)
+
+
+def test_a_rank_that_dies_inside_split_is_named_at_once() -> None:
+    """Each rank is alone on its host: only closed connections tell."""
+    with Hosts("abc", split_with_a_victim, 1) as hosts:
+        for rank in (0, 2):
+            (kind, message, fields), seconds = hosts.result(rank)
+            assert (kind, fields.get("lost_ranks")) == ("PeerLostError", [1]), message
+            assert seconds < 2 * SOON_S  # gloo's deadline is TIMEOUT_S
 
 
 def all_reduce_with_one_stopped(comm: Communicator, connection: Any, victim: int) -> None:

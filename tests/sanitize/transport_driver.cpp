@@ -229,8 +229,8 @@ int main(int argc, char** argv) {
   std::vector<std::thread> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) {
     ranks.emplace_back([&, rank] {
-      auto members = meet(rank, num_ranks, rank == 0 ? &listener : nullptr, listener.address(), tuning,
-                          Deadline::after(kTimeoutS), nullptr);
+      const Meeting meeting{.names = {}, .deadline = Deadline::after(kTimeoutS), .check = {}};
+      auto members = meet(rank, num_ranks, rank == 0 ? &listener : nullptr, listener.address(), tuning, meeting);
       Communicator comm("world", std::move(members), 600, nullptr);
       Rank(comm, seed).run(num_calls);
       comm.barrier({kTimeoutS, false});

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ class HostsBackend(HostsCollectives):
 
     Args:
         store: where connections are made, of this group and of its parts; not used otherwise. None: a world of one.
+        check: raises when it is in vain to wait for the others to connect.
     """
 
     device = torch.device("cpu")
@@ -59,6 +60,7 @@ class HostsBackend(HostsCollectives):
         device: dist.ProcessGroupGloo.Device | None,
         strict: bool,
         timeout_s: float,
+        check: Callable[[], None],
     ) -> None:
         self.calls: Calls = Checked(self, timeout_s)
         self.name = name
@@ -86,11 +88,11 @@ class HostsBackend(HostsCollectives):
         self._mail: Mail | None = None
         if store is not None and device is not None and self.world_size > 1:
             wires = [
-                Wire(dist.PrefixStore(f"{group}/{use}", store), device, self.rank, self.world_size, timeout_s)
+                Wire(dist.PrefixStore(f"{group}/{use}", store), device, self.rank, self.world_size, timeout_s, check)
                 for use in ("collectives", "messages")
             ]
             self._wire = wires[0]
-            self._frames = Frames(wires[1], self.rank, self.world_size, self._on_frame, self._on_gone)
+            self._frames = Frames(wires[1], self.rank, self.world_size, self._on_frame, self._on_gone, self._on_bad)
             # The data of messages go the way of their frames, so that both arrive in order.
             self._mail = Mail(self.rank, strict, wires[1], self._frames, self._fail, self._receive_here, self._waits)
         self._failure = Failure(topology, self._frames, self._cut, self.tokens, group)
@@ -115,7 +117,9 @@ class HostsBackend(HostsCollectives):
         local = LocalGroup.connect(rendezvous, topology, group)
         store = rendezvous.store
         device = None if store is None else open_device(rendezvous.address(), env.gloo_interface())
-        return cls(name, group, topology, local, store, device, strict, rendezvous.timeout_s)
+        others = [rank for rank in range(rendezvous.world_size) if rank != rendezvous.rank]
+        timeout_s = rendezvous.timeout_s
+        return cls(name, group, topology, local, store, device, strict, timeout_s, lambda: rendezvous.check(others))
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
         operation = self._post((True, tensor, dst, tag), timeout_s)
@@ -335,6 +339,9 @@ class HostsBackend(HostsCollectives):
             return self._fail(self._failure.of_wire(error, timeout_s))
         return self._fail(self._failure.of_host(error, timeout_s))
 
+    def _on_bad(self, rank: int, why: str) -> None:
+        self._fail(Cause("failed", (rank,), f"rank {rank} sent something that makes no sense: {why}"))
+
     def _fail(self, cause: Cause) -> Cause:
         return self._failure.settle(cause, announce=True)
 
@@ -352,7 +359,17 @@ class HostsBackend(HostsCollectives):
         if not self._topology.flat and len(set(hosts)) == 1:
             return local.shm
         topology = Topology.of(ranks.index(self.rank), hosts)
-        return HostsBackend(self.name, group, topology, local, self._store, self._device, self._strict, self._timeout_s)
+
+        def check() -> None:
+            if self._failure.cause is not None:
+                raise self._failure.cause.error("split", self._seq, self.group)
+            gone = set() if self._frames is None else self._frames.gone
+            for rank in ranks:
+                if rank in gone and rank not in self._failure.left:
+                    raise WireError(rank, False, "its connection is closed")
+
+        args = self._store, self._device, self._strict, self._timeout_s
+        return HostsBackend(self.name, group, topology, local, *args, check)
 
     def _show_tokens(self) -> None:
         """Learn which processes the ranks are. Collective."""

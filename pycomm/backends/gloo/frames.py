@@ -1,7 +1,8 @@
 """Short frames from any rank of a group to any other: offers and replies of messages, news of failures.
 
-A frame is a fixed-size struct with some bytes behind it; nothing in it is pickled or evaluated. Whoever waits for a
-rank's frames also sees its connection close, at once if its process ends.
+A frame is a fixed-size struct with some bytes behind it; nothing in it is pickled or evaluated, and one that makes no
+sense is a failure of its sender. Whoever waits for a rank's frames also sees its connection close, at once if its
+process ends.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from pycomm.backends.gloo.wire import Wire, WireError
 
-__all__ = ["BODY_BYTES", "Frame", "Frames", "Kind"]
+__all__ = ["BODY_BYTES", "Frame", "FrameError", "Frames", "Kind"]
 
 _HEADER = struct.Struct("<BBHiqQq")  # kind, dtype, bytes behind, rank, id, count, tag
 _FRAME_BYTES = 2048
@@ -26,6 +27,10 @@ _TAG = 3
 _MOST_KEPT = 1024
 
 BODY_BYTES = _FRAME_BYTES - _HEADER.size
+
+
+class FrameError(Exception):
+    """A frame makes no sense."""
 
 
 class Kind(IntEnum):
@@ -53,6 +58,18 @@ class Frame:
     count: int = 0
     body: bytes = b""
 
+    def pack(self) -> bytes:
+        header = _HEADER.pack(self.kind, self.dtype, len(self.body), self.rank, self.id, self.count, self.tag)
+        return (header + self.body).ljust(_FRAME_BYTES, b"\0")
+
+    @classmethod
+    def unpack(cls, data: bytes, sender: int) -> Frame:
+        """What came from rank ``sender``; :class:`FrameError` if it makes no sense."""
+        kind, dtype, length, rank, number, count, tag = _HEADER.unpack_from(data)
+        if kind >= len(Kind) or length > BODY_BYTES or rank != sender or number < 0:
+            raise FrameError(f"kind {kind} with {length} bytes and number {number} by rank {rank}")
+        return cls(Kind(kind), rank, number, tag, dtype, count, data[_HEADER.size : _HEADER.size + length])
+
 
 class Frames:
     """Sends frames, and hands on what comes, in each sender's order. A thread for each other rank waits for its frames.
@@ -60,6 +77,7 @@ class Frames:
     Args:
         on_frame: called with each.
         on_gone: called with a rank whose connection is closed, after its last frame.
+        on_bad: called with a rank that sent a frame that makes no sense, and why.
     """
 
     def __init__(
@@ -69,11 +87,13 @@ class Frames:
         world_size: int,
         on_frame: Callable[[Frame], None],
         on_gone: Callable[[int], None],
+        on_bad: Callable[[int, str], None],
     ) -> None:
         self.gone: set[int] = set()
         self._wire = wire
         self._on_frame = on_frame
         self._on_gone = on_gone
+        self._on_bad = on_bad
         self._lock = threading.RLock()  # a signal handler may come while this thread holds it
         # Sends whose end nobody has seen. Much older ones have gone, or their receiver has.
         self._kept: deque[tuple[int, dist.Work, torch.Tensor]] = deque(maxlen=_MOST_KEPT)
@@ -89,8 +109,7 @@ class Frames:
 
     def send(self, rank: int, frame: Frame) -> None:
         """Start to send; does not wait. Does nothing if ``rank`` is gone."""
-        packed = _HEADER.pack(frame.kind, frame.dtype, len(frame.body), frame.rank, frame.id, frame.count, frame.tag)
-        buffer = torch.frombuffer(bytearray((packed + frame.body).ljust(_FRAME_BYTES, b"\0")), dtype=torch.uint8)
+        buffer = torch.frombuffer(bytearray(frame.pack()), dtype=torch.uint8)
         try:
             work = self._wire.send(buffer, rank, _TAG)
         except WireError:
@@ -126,7 +145,7 @@ class Frames:
                 self.gone.add(peer)
                 self._on_gone(peer)
                 return
-            data = buffer.numpy().tobytes()
-            kind, dtype, length, rank, number, count, tag = _HEADER.unpack_from(data)
-            body = data[_HEADER.size : _HEADER.size + length]
-            self._on_frame(Frame(Kind(kind), rank, number, tag, dtype, count, body))
+            try:
+                self._on_frame(Frame.unpack(buffer.numpy().tobytes(), peer))
+            except FrameError as error:
+                self._on_bad(peer, str(error))

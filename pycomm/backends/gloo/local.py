@@ -8,7 +8,7 @@ import torch
 
 from pycomm import _C
 from pycomm.backends.gloo.topology import Topology
-from pycomm.backends.shm import ShmBackend, tuning_here
+from pycomm.backends.shm import ShmBackend, meet_on_this_host, tuning_here
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["LocalGroup"]
@@ -27,17 +27,10 @@ class LocalGroup:
 
     @classmethod
     def connect(cls, rendezvous: Rendezvous, topology: Topology, name: str) -> LocalGroup:
-        """Meet the other ranks of this host: its first rank publishes a socket address, the others come there."""
-        leader, size = topology.neighbours[0], len(topology.neighbours)
-        listener, address = None, ""
-        if size > 1 and topology.rank == leader:
-            listener = _C.Listener()
-            rendezvous.put(f"shm/{leader}", listener.address)
-        elif size > 1:
-            address = rendezvous.get(f"shm/{leader}", rank=leader)
+        """Meet the other ranks of this host."""
+        ranks = topology.neighbours
         # Not strict: the host transport would compare orders of steps, which are not the caller's calls.
-        timeout_s, place = rendezvous.timeout_s, topology.local_rank
-        return cls(_C.HostCommunicator(name, place, size, listener, address, timeout_s, False, tuning_here(size)))
+        return cls(meet_on_this_host(rendezvous, ranks, name, False, tuning_here(len(ranks))))
 
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], op: str, timeout_s: float

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pycomm.arguments import dtype_name
 from pycomm.backends.causes import Cause
 from pycomm.backends.gloo.calls import DTYPES, describe_message
-from pycomm.backends.gloo.frames import BODY_BYTES, Frame, Frames, Kind
+from pycomm.backends.gloo.frames import BODY_BYTES, Frame, FrameError, Frames, Kind
 from pycomm.backends.gloo.operations import LocalOperation, Operation, Waits
 from pycomm.backends.gloo.wire import Wire, WireError
 from pycomm.errors import MismatchError, PycommError
@@ -130,11 +130,12 @@ class Mail:
         return message.operation
 
     def on_frame(self, frame: Frame) -> None:
-        """On the thread that reads frames."""
+        """On the thread that reads frames; :class:`FrameError` for one that makes no sense."""
         with self._changed:
             if self._error is not None:
                 return
             if frame.kind == Kind.OFFER:
+                _check_offer(frame)
                 found = next((m for m in self._receives if m.peer in (None, frame.rank) and m.tag == frame.tag), None)
                 if found is None:
                     self._arrived.setdefault(frame.rank, []).append(frame)
@@ -142,16 +143,18 @@ class Mail:
                     self._receives.remove(found)
                     self._match(found, frame)
             elif frame.kind == Kind.SENT:
-                message = self._incoming.pop((frame.rank, frame.id))
+                message = self._incoming.pop((frame.rank, frame.id), None)
+                if message is None or message.peer not in (None, frame.rank):
+                    raise FrameError(f"data of a message {frame.id} that nobody has asked for")
                 self._settle(message, frame.rank)
                 self._answer(frame, Kind.TAKEN)
             elif frame.kind == Kind.ACCEPT:
-                self._send_data(self._sends[frame.id], frame.rank)
+                self._send_data(self._sent(frame), frame.rank)
             elif frame.kind == Kind.TAKEN:
-                self._settle(self._sends.pop(frame.id), frame.rank)
+                self._settle(self._sends.pop(self._sent(frame).id), frame.rank)
             elif frame.kind == Kind.REFUSE:
-                message = self._sends.pop(frame.id)
-                theirs = describe_message(False, self._rank, frame.tag, DTYPES[frame.dtype], frame.count)
+                message = self._sends.pop(self._sent(frame).id)
+                theirs = describe_message(False, self._rank, frame.tag, _dtype_of(frame), frame.count)
                 message.operation.fail(_mismatch({self._rank: message.operation.call, frame.rank: theirs}))
 
     def on_gone(self, rank: int, cause: Cause) -> None:
@@ -198,6 +201,12 @@ class Mail:
         if self._error is not None:
             message.operation.fail(self._error(message.operation.call))
         return self._error is not None
+
+    def _sent(self, answer: Frame) -> _Message:
+        message = self._sends.get(answer.id)
+        if message is None or message.peer != answer.rank:
+            raise FrameError(f"an answer to a message {answer.id} that it was not sent")
+        return message
 
     def _active(self) -> list[_Message]:
         """What somebody waits for: not small sends, which are done before they are taken."""
@@ -292,6 +301,19 @@ class Mail:
                 text = f"{where} did not answer {message.operation.call} within {message.timeout_s:g} s"
                 return Cause("expired", ranks, text)
         return None
+
+
+def _dtype_of(frame: Frame) -> str:
+    if frame.dtype >= len(DTYPES):
+        raise FrameError(f"dtype {frame.dtype}")
+    return DTYPES[frame.dtype]
+
+
+def _check_offer(offer: Frame) -> None:
+    """A small message has its bytes behind the offer, a large one nothing."""
+    num_bytes = offer.count * int(getattr(torch, _dtype_of(offer)).itemsize)
+    if len(offer.body) != (num_bytes if num_bytes <= BODY_BYTES else 0):
+        raise FrameError(f"{len(offer.body)} bytes behind an offer of {num_bytes}")
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

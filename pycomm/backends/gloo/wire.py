@@ -8,6 +8,7 @@ communicator anyway, that is used on purpose: :meth:`Wire.cut`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pycomm.errors import BackendUnavailableError, PycommError
+from pycomm.stores import watched
 
 __all__ = ["Wire", "WireError", "open_device"]
 
@@ -62,13 +64,20 @@ class Wire:
 
     Args:
         store: of this group alone; all its ranks come there.
+        check: called again and again while it connects; raises when waiting for the others is in vain.
 
     Raises:
         PycommError: not all ranks could be connected within ``timeout_s``.
     """
 
     def __init__(
-        self, store: dist.Store, device: dist.ProcessGroupGloo.Device, rank: int, world_size: int, timeout_s: float
+        self,
+        store: dist.Store,
+        device: dist.ProcessGroupGloo.Device,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        check: Callable[[], None],
     ) -> None:
         # Any: torch's stubs leave out what the extension has.
         gloo: Any = dist.ProcessGroupGloo
@@ -77,7 +86,9 @@ class Wire:
         options._threads = 1  # it runs gloo's own collectives, which are not used
         options._timeout = timedelta(seconds=timeout_s)
         try:
-            self._group: Any = gloo(store, rank, world_size, options)
+            self._group: Any = watched(lambda: gloo(store, rank, world_size, options), check)
+        except PycommError:  # of check
+            raise
         except RuntimeError as error:
             raise PycommError(f"init: rank {rank} could not connect to all ranks of other hosts: {error}") from error
 

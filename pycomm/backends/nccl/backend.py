@@ -38,6 +38,7 @@ __all__ = ["NcclBackend"]
 
 _log = logging.getLogger("pycomm")
 _SPLIT = struct.Struct("<?qq")
+_ID_BYTES = 128  # of NCCL's unique id
 _NO_BOUND_S = 1e9  # an operation's own deadline ends it
 Call = Callable[[_C.NcclOptions], _C.NcclOperation]
 
@@ -117,7 +118,7 @@ class NcclBackend:
             unique_id = library.unique_id()
             rendezvous.put("nccl/id", unique_id.hex())
         else:
-            unique_id = bytes.fromhex(rendezvous.get("nccl/id", rank=0))
+            unique_id = bytes.fromhex(rendezvous.get("nccl/id", rank=0, num_hex_digits=2 * _ID_BYTES))
         core = _C.NcclCommunicator(library, gpu.core, rank, world_size)
         core.connect(unique_id, timeout_s)
         return cls(core, library, gpu, control, desk, group, rank, world_size, timeout_s)
