@@ -100,7 +100,7 @@ class Ranks(Processes):
     """``world_size`` ranks on this host, met through a file in ``folder``."""
 
     def __init__(
-        self, folder: Path, world_size: int, body: Callable[..., Any], *args: Any, timeout_s: float = 30.0
+        self, folder: Path, world_size: int, body: Callable[..., Any], timeout_s: float = 30.0, args: Sequence[Any] = ()
     ) -> None:
         store = str(folder / "store")
         super().__init__(

@@ -209,7 +209,7 @@ def split_with_a_victim(comm: Communicator, connection: Connection, victim: int)
 @pytest.mark.parametrize("victim", [1, 3])
 def test_a_rank_that_ends_inside_split_is_named_at_once(tmp_path: Path, victim: int) -> None:
     """By its number in the group that is split; rank 0, in another part, is told by its next call."""
-    with Ranks(tmp_path, 4, split_with_a_victim, victim, timeout_s=TIMEOUT_S) as ranks:
+    with Ranks(tmp_path, 4, split_with_a_victim, TIMEOUT_S, [victim]) as ranks:
         for rank in {0, 1, 2, 3} - {victim}:
             (kind, text, fields), seconds = ranks.result(rank)
             assert (kind, fields.get("lost_ranks")) == ("PeerLostError", [victim]), text
