@@ -21,8 +21,8 @@ random:  ## 100,000 random collectives and messages on 1 to 4 ranks, each compar
 interrupts:  ## Ctrl-C at 100 seeded moments of the first seconds of pycomm pretrain: a quarter of an hour
 	python -m tests.pretrain.interrupts --rounds 100
 
-hostile:  ## 30,000 mutated messages of meetings and stores, and connections of another user (as root): two minutes
-	PYCOMM_TEST_MESSAGES=30000 python -m pytest tests/host/test_hostile.py --log-cli-level=INFO
+hostile:  ## 10,000 mutated messages of meetings and stores, and connections of another user (as root): a minute
+	PYCOMM_TEST_MESSAGES=10000 python -m pytest tests/host/test_hostile.py --log-cli-level=INFO
 
 sanitize:  ## the host transport and the CUDA kernels under ThreadSanitizer and AddressSanitizer, many more rounds
 	PYCOMM_TEST_CALLS=2000 PYCOMM_TEST_ROUNDS=40 PYCOMM_TEST_SEEDS=50 python -m pytest tests/sanitize tests/cuda_on_cpu

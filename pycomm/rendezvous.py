@@ -331,13 +331,13 @@ class Rendezvous:
         while True:
             claim = secrets.token_hex(8)
             seat = json.dumps(asdict(_Seat(**asdict(me), round=number, rank=self.rank, claim=claim)))
-            found = self._base.compare_set(f"seat/{self.rank}", expected, seat).decode("utf-8", "replace")
-            if found == seat:
+            found = self._base.compare_set(f"seat/{self.rank}", expected, seat)
+            if found == seat.encode():
                 break
-            last = _decoded(_Seat, found.encode(), f"the seat of rank {self.rank} in {self._where}")
+            last = _decoded(_Seat, found, f"the seat of rank {self.rank} in {self._where}")
             if self._plain is not None and last.process != me:
                 self._refuse_seat_of(last, me)
-            number, expected = last.round + 1, found
+            number, expected = last.round + 1, found.decode()
         self._round = number
         self._store = dist.PrefixStore(str(number), self._base)
         place = self._store.add("arrivals", 1)
