@@ -360,3 +360,13 @@ def test_an_address_that_is_too_long_is_refused() -> None:
     outcome, _ = Rank(_C.HostCommunicator, "w", 1, 2, None, "a" * 100_000, 1.0, False, {}).outcome()
     assert outcome[0] == "PycommError"
     assert "has 100000 characters" in outcome[1]
+
+
+def test_a_seat_that_is_no_text_is_refused() -> None:
+    """It was compared, decoded leniently, with what lies there, for ever."""
+    store = dist.HashStore()
+    seat = {**asdict(Process.current()), "round": 1, "rank": 0, "claim": "0", "host": "H"}
+    text = json.dumps(seat).encode().replace(b'"H"', b'"\xff"')
+    dist.PrefixStore("pycomm/none/0", store).set("seat/0", text)  # type: ignore[arg-type]
+    with pytest.raises(PycommError, match="the seat of rank 0 .* makes no sense"):
+        Rendezvous(store, 0, 2, 1.0)
