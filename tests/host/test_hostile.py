@@ -258,7 +258,7 @@ class Deaf:
 
 
 def a_frame(rng: random.Random) -> str:
-    mail = Mail(0, False, Deaf(), Deaf(), lambda _: None, None)
+    mail = Mail(0, False, Deaf(), Deaf(), lambda _: None, None, Deaf())
     mail.send(torch.ones(1), 1, 7, 1.0)
     operation = mail.receive(torch.ones(5), 1, 7, 1.0)
     float32 = 0

@@ -361,8 +361,8 @@ class HostsBackend(HostsCollectives):
         topology = Topology.of(ranks.index(self.rank), hosts)
 
         def check() -> None:
-            if self._failure.cause is not None:
-                raise self._failure.cause.error("split", self._seq, self.group)
+            if (cause := self._failure.cause) is not None:
+                raise WireError(next(iter(cause.ranks), self.rank), False, cause.text)
             gone = set() if self._frames is None else self._frames.gone
             for rank in ranks:
                 if rank in gone and rank not in self._failure.left:
