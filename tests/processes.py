@@ -118,3 +118,19 @@ def connect_rank(store: str, rank: int, world_size: int, timeout_s: float) -> Co
 
 def is_error(result: Any) -> bool:
     return isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], dict)
+
+
+def names_held_by(pid: int) -> set[str]:
+    """What this process has open that has a name: files in /dev/shm and sockets."""
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(fd))
+    lines = [line.split() for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]]
+    sockets = {line[7] for line in lines if len(line) > 7 and f"socket:[{line[6]}]" in found}
+    mapped = {line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if " /dev/shm/" in line}
+    return sockets | mapped | {name for name in found if name.startswith("/dev/shm/")}
+
+
+def is_left_behind(name: str) -> bool:
+    return Path(name).exists() or name in Path("/proc/net/unix").read_text(errors="replace").split()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from pycomm import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
 from tests.pool import Pool
-from tests.processes import Ranks
+from tests.processes import Ranks, is_left_behind, names_held_by
 
 SOON_S = 2.0  # a dead peer is seen within this time (docs/errors.md)
 
@@ -48,22 +48,6 @@ def reduce_with_a_data_loader(comm: Communicator, connection: Connection) -> flo
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def names_held_by(pid: int) -> set[str]:
-    """What this process has open that has a name: files in /dev/shm and sockets."""
-    found = set()
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            found.add(os.readlink(fd))
-    lines = [line.split() for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]]
-    sockets = {line[7] for line in lines if len(line) > 7 and f"socket:[{line[6]}]" in found}
-    mapped = {line.split()[5] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if " /dev/shm/" in line}
-    return sockets | mapped | {name for name in found if name.startswith("/dev/shm/")}
-
-
-def is_left_behind(name: str) -> bool:
-    return Path(name).exists() or name in Path("/proc/net/unix").read_text(errors="replace").split()
 
 
 @pytest.mark.parametrize("body", [reduce_until_lost, reduce_with_a_data_loader])

@@ -30,7 +30,7 @@ def connect_rank(port: int, layout: str, rank: int, backend: str, timeout_s: flo
 
 
 class Hosts(Processes):
-    """Ranks on the hosts that ``layout`` names, a letter a rank."""
+    """Ranks on the hosts that ``layout`` names, a letter a rank. ``with_port``: the store's port is the body's last argument."""
 
     def __init__(
         self,
@@ -40,9 +40,12 @@ class Hosts(Processes):
         backend: str = "auto",
         timeout_s: float = TIMEOUT_S,
         strict: bool = False,
+        with_port: bool = False,
     ) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         connect = functools.partial(
             connect_rank, self._store.port, layout, backend=backend, timeout_s=timeout_s, strict=strict
         )
+        if with_port:
+            args += (self._store.port,)
         super().__init__([functools.partial(connect, rank=rank) for rank in range(len(layout))], body, *args)

@@ -1,0 +1,192 @@
+"""One fault: a job of a few processes runs a program, one rank fails, and what the others say of it is checked."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from pycomm import Communicator
+from pycomm.errors import PycommError
+from tests.faults import programs
+from tests.hosts.helpers import Hosts, connect_rank
+from tests.processes import is_left_behind, names_held_by
+
+SOON_S = 20.0  # a failure is seen within two seconds where the machine has time; here ranks and tests share two cores
+STOPPED_S = 3.0  # the timeout of jobs in which a rank is stopped
+PATIENT_S = 90.0  # that of the others: an error long before it was seen, not timed out
+FIRST_STEPS = 2  # before the fault, so that it hits a job that runs
+
+INSIDE = ("raise", "abort", "close", "exit", "interrupt")  # what the victim does itself
+OUTSIDE = ("kill", "stop")  # what is done to it
+PROGRAMS = {
+    function.__name__: function
+    for function in (
+        programs.collectives,
+        programs.messages,
+        programs.split_groups,
+        programs.births,
+        programs.rounds_of_init,
+        programs.data_parallel,
+        programs.tensor_parallel,
+        programs.pipeline,
+        programs.mesh,
+        programs.torch_distributed,
+    )
+}
+# Layers that need memory which all ranks map.
+ONE_HOST = {"tensor_parallel", "pipeline", "mesh"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, by its seed.
+
+    Attributes:
+        layout: a letter a rank, its host; a single letter: all share one.
+        after: steps of the program before a fault that the victim makes itself.
+        delay_s: seconds until one that is made from outside.
+    """
+
+    seed: int
+    program: str
+    fault: str
+    layout: str
+    victim: int
+    after: int
+    delay_s: float
+
+    @classmethod
+    def of(cls, seed: int) -> Case:
+        rng = random.Random(seed)
+        names = list(PROGRAMS)
+        program = names[seed % len(names)]  # every program gets its share
+        fault = rng.choice(INSIDE + OUTSIDE + ("kill", "kill"))
+        if program == "torch_distributed" and fault in ("abort", "close"):
+            fault = "raise"  # torch has no such calls
+        layouts = ["aa", "aaa", "aaaa"] if program in ONE_HOST or rng.random() < 0.5 else ["ab", "abb", "aabb", "abab"]
+        if program == "mesh":
+            layouts = ["aaaa"]
+        layout = rng.choice(layouts)
+        return cls(seed, program, fault, layout, rng.randrange(len(layout)), rng.randint(2, 30), rng.random() * 0.1)
+
+    @property
+    def timeout_s(self) -> float:
+        return STOPPED_S if self.fault == "stop" else PATIENT_S
+
+
+class Planted(Exception):
+    """What a victim raises."""
+
+
+def run_program(comm: Communicator, connection: Connection, case: Case, port: int) -> Any:
+    """A rank of the job: the program in the communicator's context, as a script would have it.
+
+    Returns:
+        Of a survivor: the error's class, message and fields, and the groups of the job.
+    """
+    connect = functools.partial(connect_rank, port, case.layout, comm.rank, "auto", case.timeout_s, False)
+    job = programs.Job(comm, random.Random(case.seed), connect)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(comm)
+            if case.program == "torch_distributed":
+                stack.enter_context(torch_job(comm, case, port))
+            job.note(comm)
+            for turn, _ in enumerate(PROGRAMS[case.program](job)):
+                if turn == FIRST_STEPS:
+                    connection.send("running")
+                if comm.rank == case.victim and turn == FIRST_STEPS + case.after and case.fault in INSIDE:
+                    connection.recv()  # once all are running
+                    fail(comm, case.fault)
+    except (Planted, KeyboardInterrupt):
+        return "left"
+    except PycommError as error:
+        return type(error).__name__, str(error), {**vars(error), "groups": job.groups}
+    return "ended"
+
+
+@contextlib.contextmanager
+def torch_job(comm: Communicator, case: Case, port: int) -> Iterator[None]:
+    """torch.distributed on pycomm, over the job's hosts."""
+    store = dist.PrefixStore("torch", dist.TCPStore("127.0.0.1", port, is_master=False))
+    timeout = timedelta(seconds=case.timeout_s)
+    with patch("pycomm.rendezvous.host_identity", lambda: case.layout[comm.rank]):
+        dist.init_process_group("pycomm", store=store, rank=comm.rank, world_size=comm.world_size, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fail(comm: Communicator, fault: str) -> None:
+    """Do what the fault is. After an interrupt the program goes on, until the signal comes."""
+    if fault == "abort":
+        comm.abort("planted")
+    elif fault == "close":
+        comm.close()
+    elif fault == "exit":
+        os._exit(3)
+    elif fault == "interrupt":
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+        return
+    raise Planted("planted")
+
+
+def problems_of(case: Case) -> list[str]:
+    """Run the case; what is wrong with how the others saw the fault, and with what was left behind."""
+    problems = []
+    with Hosts(case.layout, run_program, case, timeout_s=case.timeout_s, with_port=True) as job:
+        job.expect("running")
+        names = set().union(*map(names_held_by, job.pids))
+        if case.fault in INSIDE:
+            job.connections[case.victim].send("go")
+        else:
+            time.sleep(case.delay_s)
+            os.kill(job.pids[case.victim], signal.SIGKILL if case.fault == "kill" else signal.SIGSTOP)
+        deadline = time.monotonic() + SOON_S + (STOPPED_S if case.fault == "stop" else 0)
+        for rank in range(len(case.layout)):
+            if rank == case.victim:
+                continue
+            if not job.connections[rank].poll(max(0.0, deadline - time.monotonic())):
+                problems.append(f"rank {rank} hangs")
+                os.kill(job.pids[rank], signal.SIGKILL)  # it would not leave by itself
+                continue
+            problem = verdict(case, job.pids[case.victim], *job.result(rank))
+            problems += [f"rank {rank}: {problem}"] if problem else []
+    problems += [f"left behind: {name}" for name in names if is_left_behind(name)]
+    problems += [f"process {pid} is left" for pid in job.pids if Path(f"/proc/{pid}").exists()]
+    return problems
+
+
+def verdict(case: Case, pid: int, result: Any, _: float) -> str:
+    """What is wrong with how a survivor's program ended; empty: nothing."""
+    if not isinstance(result, tuple):
+        return f"ended with {result!r}"
+    kind, message, fields = result
+    if kind == "PeerLostError":
+        found = fields["lost_ranks"]
+    elif kind == "PeerTimeoutError" and case.fault == "stop":
+        found = fields["missing_ranks"]
+    else:
+        return f"{kind}: {message}"
+    named = [ranks for name, ranks in fields["groups"].items() if f"group '{name}'" in message]
+    ranks = named[0] if named else list(range(len(case.layout)))
+    if case.victim in ranks:
+        right = [ranks[rank] for rank in found] == [case.victim]
+    else:  # it is not in the group of the call that failed
+        right = f"process {pid}" in message or f"rank {case.victim} of group 'world'" in message
+    return "" if right else f"{kind} names {found} of {ranks}: {message}"

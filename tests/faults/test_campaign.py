@@ -1,0 +1,38 @@
+"""Seeded faults over every layer and both kinds of host, one host and several.
+
+Each case has to catch a survivor that hangs, that raises something else than an error that names the victim and the victim
+alone, wherever the news came from, and sockets, memory or processes that are left behind.
+
+PYCOMM_TEST_FAULTS sets how many, PYCOMM_TEST_SEED where they start (`make faults`: 320); a failure prints the case, which has
+its seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+
+import pytest
+
+from tests.faults.campaign import PROGRAMS, Case, problems_of
+
+NUM_FAULTS = int(os.environ.get("PYCOMM_TEST_FAULTS", "10"))
+SEED = int(os.environ.get("PYCOMM_TEST_SEED", "0"))
+log = logging.getLogger(__name__)
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + NUM_FAULTS))
+def test_every_survivor_names_the_victim_and_nothing_is_left(seed: int) -> None:
+    case = Case.of(seed)
+    problems = problems_of(case)
+    assert not problems, "\n".join([str(case), *problems])
+
+
+def test_a_campaign_covers_everything() -> None:
+    """The cases of `make faults` have every program on every kind of host that it runs on, and every fault with each."""
+    cases = [Case.of(seed) for seed in range(320)]
+    several = Counter((case.program, len(set(case.layout)) > 1) for case in cases)
+    faults = Counter((case.program, case.fault) for case in cases)
+    log.info("programs and several hosts: %s; faults: %s", dict(several), dict(faults))
+    assert {program for program, _ in several} == set(PROGRAMS)
