@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -58,6 +60,7 @@ class Case:
         layout: a letter a rank, its host; a single letter: all share one.
         after: steps of the program before a fault that the victim makes itself.
         delay_s: seconds until one that is made from outside.
+        orderly: ranks leave as a script ends; else as one that is killed, in the middle of whatever there is to do.
     """
 
     seed: int
@@ -67,6 +70,7 @@ class Case:
     victim: int
     after: int
     delay_s: float
+    orderly: bool
 
     @classmethod
     def of(cls, seed: int) -> Case:
@@ -80,19 +84,38 @@ class Case:
         if program == "mesh":
             layouts = ["aaaa"]
         layout = rng.choice(layouts)
-        return cls(seed, program, fault, layout, rng.randrange(len(layout)), rng.randint(2, 30), rng.random() * 0.1)
+        return cls(
+            seed,
+            program,
+            fault,
+            layout,
+            rng.randrange(len(layout)),
+            rng.randint(2, 30),
+            rng.random() * 0.1,
+            rng.random() < 0.5,
+        )
 
     @property
     def timeout_s(self) -> float:
         return STOPPED_S if self.fault == "stop" else PATIENT_S
 
 
-class Planted(Exception):
+class PlantedError(Exception):
     """What a victim raises."""
 
 
+def run_rank(comm: Communicator, connection: Connection, case: Case, port: int) -> None:
+    """A rank of the job, from the start of its program to the end of its process. A survivor sends how it ended."""
+    outcome = run_program(comm, connection, case, port)
+    if comm.rank != case.victim:
+        connection.send((outcome, 0.0))
+    if case.orderly:
+        atexit._run_exitfuncs()  # what a script does at its end; processes of multiprocessing leave that out
+    os._exit(1)
+
+
 def run_program(comm: Communicator, connection: Connection, case: Case, port: int) -> Any:
-    """A rank of the job: the program in the communicator's context, as a script would have it.
+    """The program in the communicator's context, as a script would have it.
 
     Returns:
         Of a survivor: the error's class, message and fields, and the groups of the job.
@@ -111,10 +134,16 @@ def run_program(comm: Communicator, connection: Connection, case: Case, port: in
                 if comm.rank == case.victim and turn == FIRST_STEPS + case.after and case.fault in INSIDE:
                     connection.recv()  # once all are running
                     fail(comm, case.fault)
-    except (Planted, KeyboardInterrupt):
+    except (PlantedError, KeyboardInterrupt):
         return "left"
     except PycommError as error:
         return type(error).__name__, str(error), {**vars(error), "groups": job.groups}
+    except RuntimeError as error:
+        # torch's C++ keeps of an error in a future only the text.
+        found = re.search(r"Peer(Lost|Timeout)Error: .*", str(error))
+        if case.program != "torch_distributed" or found is None:
+            raise
+        return "text", found[0], {"groups": job.groups}
     return "ended"
 
 
@@ -143,13 +172,13 @@ def fail(comm: Communicator, fault: str) -> None:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, 0.002)
         return
-    raise Planted("planted")
+    raise PlantedError("planted")
 
 
 def problems_of(case: Case) -> list[str]:
     """Run the case; what is wrong with how the others saw the fault, and with what was left behind."""
     problems = []
-    with Hosts(case.layout, run_program, case, timeout_s=case.timeout_s, with_port=True) as job:
+    with Hosts(case.layout, run_rank, case, timeout_s=case.timeout_s, with_port=True) as job:
         job.expect("running")
         names = set().union(*map(names_held_by, job.pids))
         if case.fault in INSIDE:
@@ -177,7 +206,9 @@ def verdict(case: Case, pid: int, result: Any, _: float) -> str:
     if not isinstance(result, tuple):
         return f"ended with {result!r}"
     kind, message, fields = result
-    if kind == "PeerLostError":
+    if kind == "text":
+        found = [case.victim] if f"rank {case.victim} " in message else []
+    elif kind == "PeerLostError":
         found = fields["lost_ranks"]
     elif kind == "PeerTimeoutError" and case.fault == "stop":
         found = fields["missing_ranks"]

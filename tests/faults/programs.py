@@ -1,7 +1,8 @@
 """What ranks are busy with when a fault hits them: endless programs, one for each layer of the library.
 
-A program is a generator: it builds what it needs, then makes one step a turn, the same on every rank. It notes the members
-of each communicator that it makes, so that what an error says of a group's ranks can be read as ranks of the world.
+A program is a generator: it builds what it needs, then makes one step a turn, the same on every rank. It notes the
+members of each communicator that it makes, so that what an error says of a group's ranks can be read as ranks of the
+world.
 """
 
 from __future__ import annotations

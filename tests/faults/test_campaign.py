@@ -1,10 +1,10 @@
 """Seeded faults over every layer and both kinds of host, one host and several.
 
-Each case has to catch a survivor that hangs, that raises something else than an error that names the victim and the victim
-alone, wherever the news came from, and sockets, memory or processes that are left behind.
+Each case has to catch a survivor that hangs, that raises something else than an error that names the victim and the
+victim alone, wherever the news came from, and sockets, memory or processes that are left behind.
 
-PYCOMM_TEST_FAULTS sets how many, PYCOMM_TEST_SEED where they start (`make faults`: 320); a failure prints the case, which has
-its seed.
+PYCOMM_TEST_FAULTS sets how many, PYCOMM_TEST_SEED where they start (`make faults`: 320); a failure prints the case,
+which has its seed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def test_every_survivor_names_the_victim_and_nothing_is_left(seed: int) -> None:
 
 
 def test_a_campaign_covers_everything() -> None:
-    """The cases of `make faults` have every program on every kind of host that it runs on, and every fault with each."""
+    """The cases of `make faults` have every program with every fault that it can meet, on each kind of host."""
     cases = [Case.of(seed) for seed in range(320)]
     several = Counter((case.program, len(set(case.layout)) > 1) for case in cases)
     faults = Counter((case.program, case.fault) for case in cases)

@@ -30,7 +30,10 @@ def connect_rank(port: int, layout: str, rank: int, backend: str, timeout_s: flo
 
 
 class Hosts(Processes):
-    """Ranks on the hosts that ``layout`` names, a letter a rank. ``with_port``: the store's port is the body's last argument."""
+    """Ranks on the hosts that ``layout`` names, a letter a rank.
+
+    ``with_port``: the body's last argument is the port of the store.
+    """
 
     def __init__(
         self,
