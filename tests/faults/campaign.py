@@ -45,6 +45,7 @@ PROGRAMS = {
         programs.tensor_parallel,
         programs.pipeline,
         programs.mesh,
+        programs.pretraining,
         programs.torch_distributed,
     )
 }
@@ -104,9 +105,9 @@ class PlantedError(Exception):
     """What a victim raises."""
 
 
-def run_rank(comm: Communicator, connection: Connection, case: Case, port: int) -> None:
+def run_rank(comm: Communicator, connection: Connection, case: Case, folder: Path, port: int) -> None:
     """A rank of the job, from the start of its program to the end of its process. A survivor sends how it ended."""
-    outcome = run_program(comm, connection, case, port)
+    outcome = run_program(comm, connection, case, folder, port)
     if comm.rank != case.victim:
         connection.send((outcome, 0.0))
     if case.orderly:
@@ -114,14 +115,14 @@ def run_rank(comm: Communicator, connection: Connection, case: Case, port: int) 
     os._exit(1)
 
 
-def run_program(comm: Communicator, connection: Connection, case: Case, port: int) -> Any:
+def run_program(comm: Communicator, connection: Connection, case: Case, folder: Path, port: int) -> Any:
     """The program in the communicator's context, as a script would have it.
 
     Returns:
         Of a survivor: the error's class, message and fields, and the groups of the job.
     """
     connect = functools.partial(connect_rank, port, case.layout, comm.rank, "auto", case.timeout_s, False)
-    job = programs.Job(comm, random.Random(case.seed), connect)
+    job = programs.Job(comm, random.Random(case.seed), connect, folder)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(comm)
@@ -175,10 +176,10 @@ def fail(comm: Communicator, fault: str) -> None:
     raise PlantedError("planted")
 
 
-def problems_of(case: Case) -> list[str]:
-    """Run the case; what is wrong with how the others saw the fault, and with what was left behind."""
+def problems_of(case: Case, folder: Path) -> list[str]:
+    """Run the case, with files in ``folder``; what is wrong with how the others saw the fault, and with what was left behind."""
     problems = []
-    with Hosts(case.layout, run_rank, case, timeout_s=case.timeout_s, with_port=True) as job:
+    with Hosts(case.layout, run_rank, case, folder, timeout_s=case.timeout_s, with_port=True) as job:
         job.expect("running")
         names = set().union(*map(names_held_by, job.pids))
         if case.fault in INSIDE:

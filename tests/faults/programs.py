@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,12 @@ import pycomm
 from pycomm import Communicator
 from pycomm.models import gpt_stages, next_token_loss
 from pycomm.pipeline import NAMES, Pipeline
+from pycomm.pretrain import StepRecord, TrainState, build_state, checkpoint, train
+from pycomm.pretrain.data import prepare
 from pycomm.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from tests.data_parallel.helpers import loss_of, mlp
 from tests.pipeline.helpers import model, on_this_rank, schedule_of
+from tests.pretrain.helpers import small_config
 
 
 @dataclass
@@ -32,12 +36,14 @@ class Job:
         comm: of all ranks.
         rng: equal on all ranks.
         connect: makes another communicator of all ranks.
+        folder: for files, the same on all ranks.
         groups: name of a communicator -> the ranks of the world in it.
     """
 
     comm: Communicator
     rng: random.Random
     connect: Callable[[], Communicator]
+    folder: Path
     groups: dict[str, list[int]] = field(default_factory=dict)
 
     def note(self, group: Communicator) -> None:
@@ -186,6 +192,30 @@ def torch_distributed(job: Job) -> Iterator[None]:
         operations = [dist.P2POp(dist.isend, torch.ones(100), after), dist.P2POp(dist.irecv, received, before)]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
+        yield
+
+
+def pretraining(job: Job) -> Iterator[None]:
+    """The pretraining loop with its checkpoints, a few steps at a time, each time from the last checkpoint on."""
+    config = small_config(steps=100_000, zero=job.rng.randrange(3))
+    if job.comm.rank == 0:
+        prepare(config, job.folder)
+    job.comm.barrier()
+    corpus = prepare(config, job.folder)
+    state = build_state(job.comm, config)
+    records: list[StepRecord] = []
+
+    def save(state: TrainState) -> None:
+        if job.comm.rank == 0:
+            checkpoint.save(job.folder / "checkpoints", state, config, corpus.key)
+        else:
+            checkpoint.contribute(state)
+
+    while True:
+        records.clear()
+        train(job.comm, config, corpus, state, on_step=records.append, save=save, stop=lambda: len(records) >= 2)
+        job.comm.barrier()
+        checkpoint.load(job.folder / "checkpoints" / "latest", job.comm, state)
         yield
 
 

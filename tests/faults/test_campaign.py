@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 @pytest.mark.parametrize("seed", range(SEED, SEED + NUM_FAULTS))
-def test_every_survivor_names_the_victim_and_nothing_is_left(seed: int) -> None:
+def test_every_survivor_names_the_victim_and_nothing_is_left(seed: int, tmp_path: Path) -> None:
     case = Case.of(seed)
-    problems = problems_of(case)
+    problems = problems_of(case, tmp_path)
     assert not problems, "\n".join([str(case), *problems])
 
 
