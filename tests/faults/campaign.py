@@ -177,7 +177,7 @@ def fail(comm: Communicator, fault: str) -> None:
 
 
 def problems_of(case: Case, folder: Path) -> list[str]:
-    """Run the case, with files in ``folder``; what is wrong with what others saw of the fault, and what was left behind."""
+    """Run the case, with files in ``folder``; what is wrong with what others saw of it, and what was left behind."""
     problems = []
     with Hosts(case.layout, run_rank, case, folder, timeout_s=case.timeout_s, with_port=True) as job:
         job.expect("running")
