@@ -36,7 +36,6 @@ from pycomm.rendezvous import Rendezvous
 __all__ = ["Communicator", "Flag", "Work", "init"]
 
 _log = logging.getLogger("pycomm")
-_RETURN_S = 0.3
 _EXIT_DRAIN_S = 10.0  # at interpreter exit, calls that no peer joins may hold the process back so long, all together
 
 
@@ -300,9 +299,6 @@ class _OpenAtExit:
         deadline = time.monotonic() + _EXIT_DRAIN_S
         for _, communicator in sorted(self._communicators.items(), reverse=True):
             communicator._leave(max(deadline - time.monotonic(), 0.0))
-        if time.monotonic() >= deadline:
-            # Threads whose calls were aborted return to Python, which ends the process of those that come too late.
-            time.sleep(_RETURN_S)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ using MaybeWork = std::shared_ptr<host::Work>;  // none if the call was synchron
 template <class Run>
 MaybeWork without_gil(const Communicator& self, py::handle async_op, py::handle timeout_s, const Run& run) {
   const host::CallOptions options = options_of(self, async_op, timeout_s);
-  const py::gil_scoped_release nogil;
+  const GilRelease nogil;
   return run(options);
 }
 

@@ -15,7 +15,6 @@ using host::Communicator;
 using host::Listener;
 using host::SymmetricBuffer;
 using host::Work;
-using NoGil = py::call_guard<py::gil_scoped_release>;
 
 void* as_pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -91,7 +90,7 @@ void bind_communicator(py::module_& module) {
              host::Tuning tuning = host::tuning_with(world_size, thresholds);
              tuning.strict = strict ? 1 : 0;
              const Guest guest{std::move(name), rank, world_size, listener, std::move(address)};
-             const py::gil_scoped_release nogil;
+             const GilRelease nogil;
              return CommunicatorHolder(connect(guest, tuning, timeout_s, std::move(names), check).release());
            }),
            py::arg("name"), py::arg("rank"), py::arg("world_size"), py::arg("listener"), py::arg("address"),
@@ -114,7 +113,7 @@ void bind_communicator(py::module_& module) {
              const int only = rank.is_none() ? host::Group::kEveryRank : rank_of(rank, self.world_size(), "rank");
              const double seconds = timeout_of(timeout_s);
              const auto& own = *static_cast<const std::uint64_t*>(as_pointer(flag));
-             const py::gil_scoped_release nogil;
+             const GilRelease nogil;
              self.wait_posted(own, value, only, seconds);
            })
       .def(

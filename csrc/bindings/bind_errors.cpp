@@ -1,4 +1,5 @@
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include "bindings/bindings.hpp"
 #include "host/groups.hpp"
@@ -71,6 +72,7 @@ void raise(const Error& error) {
 }  // namespace
 
 void check_signals() {
+  if (::gettid() != ::getpid()) return;  // not the main thread, which alone runs handlers
   const py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }

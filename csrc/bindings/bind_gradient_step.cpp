@@ -21,7 +21,6 @@ using host::ParameterUpdate;
 using host::Run;
 using host::Runs;
 using MaybeWork = std::shared_ptr<host::Work>;  // none if the call was synchronous
-using NoGil = py::call_guard<py::gil_scoped_release>;
 
 struct RunsHandle {
   Runs runs;

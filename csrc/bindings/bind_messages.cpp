@@ -32,7 +32,7 @@ std::shared_ptr<host::Work> send(Communicator& self, py::handle tensor, py::hand
                                  py::handle async_op, py::handle timeout_s) {
   const MessageSpec spec = spec_of(self, true, tensor, dst, tag);
   const host::CallOptions options = options_of(self, async_op, timeout_s);
-  const py::gil_scoped_release nogil;
+  const GilRelease nogil;
   if (options.async_op) return self.start_messages({spec}, options.timeout_s);
   self.send(spec, options.timeout_s);
   return nullptr;
@@ -43,7 +43,7 @@ std::variant<int, std::shared_ptr<host::Work>> recv(Communicator& self, py::hand
                                                     py::handle tag, py::handle async_op, py::handle timeout_s) {
   const MessageSpec spec = spec_of(self, false, tensor, src, tag);
   const host::CallOptions options = options_of(self, async_op, timeout_s);
-  const py::gil_scoped_release nogil;
+  const GilRelease nogil;
   if (options.async_op) return self.start_messages({spec}, options.timeout_s);
   return self.recv(spec, options.timeout_s);
 }
@@ -53,7 +53,7 @@ std::shared_ptr<host::Work> receive_arrived(Communicator& self, py::handle tenso
                                             py::handle timeout_s) {
   const MessageSpec spec = spec_of(self, false, tensor, py::none(), tag);
   const host::CallOptions options = options_of(self, py::bool_(true), timeout_s);
-  const py::gil_scoped_release nogil;
+  const GilRelease nogil;
   return self.receive_arrived(spec, options.timeout_s);
 }
 
@@ -67,7 +67,7 @@ std::variant<std::vector<int>, std::shared_ptr<host::Work>> exchange(
     specs.push_back(spec_of(self, is_send, tensor, peer, tag));
   }
   const host::CallOptions options = options_of(self, async_op, timeout_s);
-  const py::gil_scoped_release nogil;
+  const GilRelease nogil;
   if (options.async_op) return self.start_messages(specs, options.timeout_s);
   return self.run_messages(specs, options.timeout_s);
 }

@@ -23,7 +23,6 @@ using nccl::Communicator;
 using nccl::Library;
 using nccl::OperationPtr;
 using nccl::driver::Driver;
-using NoGil = py::call_guard<py::gil_scoped_release>;
 using Address = std::uintptr_t;
 
 static_assert(sizeof(nccl::KernelStatus) == sizeof(cuda::Status));
@@ -52,7 +51,7 @@ using Options = nccl::CallOptions;
 
 template <class Call>
 OperationPtr without_gil(const Call& call) {
-  const py::gil_scoped_release nogil;
+  const GilRelease nogil;
   return call();
 }
 

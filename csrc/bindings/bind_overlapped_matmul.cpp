@@ -13,7 +13,6 @@ namespace pycomm::bindings {
 namespace {
 
 using namespace pycomm::cuda;  // NOLINT: this file is about it
-using NoGil = py::call_guard<py::gil_scoped_release>;
 using Rows = std::vector<std::int64_t>;
 
 constexpr const char* kOps[] = {"all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce"};

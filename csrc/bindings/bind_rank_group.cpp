@@ -27,7 +27,6 @@ namespace {
 using namespace pycomm::cuda;  // NOLINT: this file is about it
 using Memory = std::shared_ptr<SymmetricMemory>;
 using GroupHolder = std::unique_ptr<RankGroup, WithoutGil>;
-using NoGil = py::call_guard<py::gil_scoped_release>;
 
 /// As many addresses as there are ranks, or none, into a kernel's parameters.
 template <class Pointer>

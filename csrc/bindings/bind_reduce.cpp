@@ -19,7 +19,7 @@ void reduce_addresses(const std::string& dtype_name, const std::string& op_name,
   const host::ReduceKernel kernel = host::reduce_kernel(dtype, op);
   const auto src = pointers<const void*>(sources, count, "sources");
   const auto dst = pointers<void*>(destinations, count, "destinations");
-  py::gil_scoped_release release;
+  const GilRelease nogil;
   kernel(src.data(), static_cast<int>(src.size()), dst.data(), static_cast<int>(dst.size()), count);
 }
 

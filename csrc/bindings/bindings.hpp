@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 
+#include "bindings/gil.hpp"
 #include "host/communicator.hpp"
 
 namespace pycomm::bindings {
@@ -17,7 +18,7 @@ struct WithoutGil {
     if (PyGILState_Check() == 0) {
       delete object;
     } else {
-      const pybind11::gil_scoped_release nogil;
+      const GilRelease nogil;
       delete object;
     }
   }
