@@ -51,11 +51,14 @@ class PeerLostError(PycommError, ConnectionError):
     """Ranks died, left or aborted while this rank waited for them. The communicator cannot be used any more.
 
     Attributes:
-        lost_ranks: the ranks at the root of the failure, as far as it is known here.
+        lost_ranks: the ranks at the root of the failure; those of ``group`` that brought the news here, if the root is
+            in none of its ranks. The message names it then.
+        group: the name of the communicator whose ranks these are; empty while it is being made.
     """
 
-    def __init__(self, message: str, *, lost_ranks: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, *, lost_ranks: Sequence[int] = (), group: str = "") -> None:
         super().__init__(message)
+        self.group = group
         self.lost_ranks = list(lost_ranks)
 
 

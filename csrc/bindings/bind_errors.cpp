@@ -55,6 +55,7 @@ void raise(const Error& error) {
     fields["missing_ranks"] = error.ranks;
   } else if (error.kind == ErrorKind::kPeerLost) {
     fields["lost_ranks"] = error.ranks;
+    fields["group"] = error.group;
   } else if (error.kind == ErrorKind::kMismatch) {
     py::dict calls;
     for (std::size_t rank = 0; rank < error.calls.size(); ++rank) calls[py::int_(rank)] = error.calls[rank];

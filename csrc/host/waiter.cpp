@@ -37,7 +37,7 @@ std::string plural(const std::vector<int>& ranks) {
 /// The ends of peers, as one error.
 class Ends {
  public:
-  explicit Ends(const Membership& members) : members_(members) {}
+  Ends(const Membership& members, std::string_view group) : members_(members), group_(group) {}
 
   bool empty() const { return error_.surfaced.empty(); }
 
@@ -63,15 +63,17 @@ class Ends {
     error_.surfaced.push_back(rank);
   }
 
-  /// `prefix`: what this rank is in. `group`: for other groups, where that does not say it.
-  Error error(const std::string& prefix, const std::string& group = "") const {
+  /// `prefix`: what this rank is in, and of which group, if it is in a call.
+  Error error(const std::string& prefix) const {
     Error named(ErrorKind::kPeerLost, prefix + why_);
+    named.group = group_;
     named.ranks = error_.ranks;
     std::ranges::sort(named.ranks);
     named.surfaced = error_.surfaced;
+    const std::string where = prefix.empty() ? " (group '" + named.group + "')" : "";
     // What was seen here explains it; else it is told as it was heard, so that it stays one sentence from group to
     // group.
-    named.root = {error_.root.processes, is_seen_ ? prefix + why_ + group : passed_on_};
+    named.root = {error_.root.processes, is_seen_ ? prefix + why_ + where : passed_on_};
     return named;
   }
 
@@ -83,6 +85,7 @@ class Ends {
   }
 
   const Membership& members_;
+  std::string_view group_;
   Error error_{ErrorKind::kPeerLost, ""};
   std::string why_;
   std::string passed_on_;
@@ -190,14 +193,14 @@ void Waiter::check_aborted() const {
   for (int r = 0; r < members_.world_size; ++r) {
     const RankFlags& flags = members_.control.flags(r);
     if (load_flag(flags.aborted) == 0) continue;
-    Ends ends(members_);
+    Ends ends(members_, group_);
     ends.add(r, " aborted: " + text_in(flags.reason));
-    throw ends.error("", " (group '" + std::string(group_) + "')");
+    throw ends.error("");
   }
 }
 
 void Waiter::check_peers(ReadyRef ready, const WaitContext& context) const {
-  Ends ends(members_);
+  Ends ends(members_, group_);
   for (int r = 0; r < members_.world_size; ++r) {
     if (ready(r)) continue;
     const RankFlags& flags = members_.control.flags(r);

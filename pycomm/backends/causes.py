@@ -118,7 +118,7 @@ class Cause:
         elif self.kind == "failed":
             return PycommError(message)
         else:
-            error = PeerLostError(message, lost_ranks=self.ranks)
+            error = PeerLostError(message, lost_ranks=self.ranks, group=group)
         error._root = (self.roots, f"{self.text} (group {group!r})")
         return error
 

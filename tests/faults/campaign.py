@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
+import pycomm
 from pycomm import Communicator
 from pycomm.errors import PycommError
 from tests.faults import programs
@@ -129,6 +130,7 @@ def run_program(comm: Communicator, connection: Connection, case: Case, folder: 
             if case.program == "torch_distributed":
                 stack.enter_context(torch_job(comm, case, port))
             job.note(comm)
+            connection.send(process_token())
             for turn, _ in enumerate(PROGRAMS[case.program](job)):
                 if turn == FIRST_STEPS:
                     connection.send("running")
@@ -161,6 +163,14 @@ def torch_job(comm: Communicator, case: Case, port: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def process_token() -> int:
+    """The identity of this process, by which errors carry the root of a failure from group to group."""
+    with pycomm.init("shm", rank=0, world_size=1) as alone:
+        backend: Any = alone._backend
+        token: int = backend._core.tokens[0]
+        return token
+
+
 def fail(comm: Communicator, fault: str) -> None:
     """Do what the fault is. After an interrupt the program goes on, until the signal comes."""
     if fault == "abort":
@@ -180,6 +190,7 @@ def problems_of(case: Case, folder: Path) -> list[str]:
     """Run the case, with files in ``folder``; what is wrong with what others saw of it, and what was left behind."""
     problems = []
     with Hosts(case.layout, run_rank, case, folder, timeout_s=case.timeout_s, with_port=True) as job:
+        tokens = [connection.recv() for connection in job.connections]
         job.expect("running")
         names = set().union(*map(names_held_by, job.pids))
         if case.fault in INSIDE:
@@ -195,30 +206,32 @@ def problems_of(case: Case, folder: Path) -> list[str]:
                 problems.append(f"rank {rank} hangs")
                 os.kill(job.pids[rank], signal.SIGKILL)  # it would not leave by itself
                 continue
-            problem = verdict(case, job.pids[case.victim], *job.result(rank))
+            outcome, _ = job.result(rank)
+            problem = verdict(case, tokens[case.victim], *outcome) if isinstance(outcome, tuple) else str(outcome)
             problems += [f"rank {rank}: {problem}"] if problem else []
     problems += [f"left behind: {name}" for name in names if is_left_behind(name)]
     problems += [f"process {pid} is left" for pid in job.pids if Path(f"/proc/{pid}").exists()]
     return problems
 
 
-def verdict(case: Case, pid: int, result: Any, _: float) -> str:
-    """What is wrong with how a survivor's program ended; empty: nothing."""
-    if not isinstance(result, tuple):
-        return f"ended with {result!r}"
-    kind, message, fields = result
+def verdict(case: Case, token: int, kind: str, message: str, fields: dict[str, Any]) -> str:
+    """What is wrong with how a survivor's program ended; empty: nothing.
+
+    Args:
+        token: the identity of the victim's process.
+    """
     if kind == "text":
-        found = [case.victim] if f"rank {case.victim} " in message else []
+        return "" if re.search(rf"\brank {case.victim}\b", message) else f"does not name the victim: {message}"
+    group = fields["groups"].get(fields.get("group"), [])
+    if kind == "PeerTimeoutError" and case.fault == "stop":
+        # The victim, or one that waits for it in another group itself. Another host says no more than that it is silent.
+        named = {group[rank] for rank in fields["missing_ranks"]}
+        here = {rank for rank in range(len(case.layout)) if case.layout[rank] == case.layout[case.victim]}
+        right = len(fields["groups"]) > 1 or (case.victim in named and named <= here)
     elif kind == "PeerLostError":
-        found = fields["lost_ranks"]
-    elif kind == "PeerTimeoutError" and case.fault == "stop":
-        found = fields["missing_ranks"]
+        processes, _ = fields["_root"]
+        right = case.victim not in group or [group[rank] for rank in fields["lost_ranks"]] == [case.victim]
+        right &= case.fault == "stop" or list(processes) == [token]
     else:
         return f"{kind}: {message}"
-    named = [ranks for name, ranks in fields["groups"].items() if f"group '{name}'" in message]
-    ranks = named[0] if named else list(range(len(case.layout)))
-    if case.victim in ranks:
-        right = [ranks[rank] for rank in found] == [case.victim]
-    else:  # it is not in the group of the call that failed
-        right = f"process {pid}" in message or f"rank {case.victim} of group 'world'" in message
-    return "" if right else f"{kind} names {found} of {ranks}: {message}"
+    return "" if right else f"{kind}, {fields}: {message}"

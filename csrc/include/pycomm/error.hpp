@@ -38,7 +38,7 @@ class Error : public std::runtime_error {
   int code = 0;                    // kGeneral: errno, where the system has refused something
   std::string op;                  // kTimeout: what this rank was doing
   std::uint64_t seq = 0;           // kTimeout: its sequence number in the group
-  std::string group;               // kTimeout: the communicator's name
+  std::string group;               // kTimeout, kPeerLost: the communicator's name
   std::vector<int> ranks;          // kTimeout: missing; kPeerLost: at the root of the failure
   std::vector<int> surfaced;       // kPeerLost: the ranks that ended, whoever is at the root
   Root root;                       // kTimeout, kPeerLost: the same for processes that are not in this group
