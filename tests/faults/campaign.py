@@ -224,7 +224,7 @@ def verdict(case: Case, token: int, kind: str, message: str, fields: dict[str, A
         return "" if re.search(rf"\brank {case.victim}\b", message) else f"does not name the victim: {message}"
     group = fields["groups"].get(fields.get("group"), [])
     if kind == "PeerTimeoutError" and case.fault == "stop":
-        # The victim, or one that waits for it in another group itself. Another host says no more than that it is silent.
+        # The victim, or one that waits for it in another group itself. Of another host: it is silent, no more.
         named = {group[rank] for rank in fields["missing_ranks"]}
         here = {rank for rank in range(len(case.layout)) if case.layout[rank] == case.layout[case.victim]}
         right = len(fields["groups"]) > 1 or (case.victim in named and named <= here)

@@ -39,7 +39,7 @@ __all__ = ["NcclBackend"]
 _log = logging.getLogger("pycomm")
 _SPLIT = struct.Struct("<?qq")
 _ID_BYTES = 128  # of NCCL's unique id
-_NO_BOUND_S = 1e9  # an operation's own deadline ends it
+_NO_BOUND_S = 1e8  # an operation's own deadline ends it
 Call = Callable[[_C.NcclOptions], _C.NcclOperation]
 
 

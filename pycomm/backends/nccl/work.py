@@ -9,7 +9,7 @@ from pycomm.backends.gloo.operations import Waits
 
 __all__ = ["NcclWork"]
 
-_NO_BOUND_S = 1e9  # the operation's own deadline ends it
+_NO_BOUND_S = 1e8  # the operation's own deadline ends it
 
 
 class NcclWork:
