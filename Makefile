@@ -1,7 +1,7 @@
 # One line each, for people, in an active virtual environment.
 CSRC = $(shell find csrc tests -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build test lint format bench sanitize models kernels random hostile interrupts gpu
+.PHONY: build test lint format bench sanitize models kernels random faults hostile interrupts gpu
 
 build:  ## editable install; once more after a change in csrc/
 	python -m pip install -c constraints.txt -e '.[test]'
@@ -17,6 +17,9 @@ format:  ## put Python and C++ into the enforced format
 
 random:  ## 100,000 random collectives and messages on 1 to 4 ranks, each compared with NumPy: a quarter of an hour
 	PYCOMM_TEST_CALLS=25000 python -m pytest tests/host/test_random_calls.py -k test_random_programs --log-cli-level=INFO
+
+faults:  ## 330 seeded faults over every layer, on one host and on several: a quarter of an hour
+	PYCOMM_TEST_FAULTS=330 python -m pytest tests/faults --log-cli-level=INFO
 
 interrupts:  ## Ctrl-C at 100 seeded moments of the first seconds of pycomm pretrain: a quarter of an hour
 	python -m tests.pretrain.interrupts --rounds 100

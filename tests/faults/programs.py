@@ -224,4 +224,4 @@ def rounds_of_init(job: Job) -> Iterator[None]:
     while True:
         with job.connect() as again:
             again.all_reduce(torch.ones(100))
-        yield
+            yield

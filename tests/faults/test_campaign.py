@@ -3,12 +3,13 @@
 Each case has to catch a survivor that hangs, that raises something else than an error that names the victim and the
 victim alone, wherever the news came from, and sockets, memory or processes that are left behind.
 
-PYCOMM_TEST_FAULTS sets how many, PYCOMM_TEST_SEED where they start (`make faults`: 320); a failure prints the case,
+PYCOMM_TEST_FAULTS sets how many, PYCOMM_TEST_SEED where they start (`make faults`: 330); a failure prints the case,
 which has its seed.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import PROGRAMS, Case, problems_of
+from tests.faults.campaign import FAULTS, IMPOSSIBLE, ONE_HOST, PROGRAMS, Case, problems_of
 
-NUM_FAULTS = int(os.environ.get("PYCOMM_TEST_FAULTS", "10"))
+NUM_FAULTS = int(os.environ.get("PYCOMM_TEST_FAULTS", "11"))
 SEED = int(os.environ.get("PYCOMM_TEST_SEED", "0"))
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,11 @@ def test_every_survivor_names_the_victim_and_nothing_is_left(seed: int, tmp_path
 
 def test_a_campaign_covers_everything() -> None:
     """The cases of `make faults` have every program with every fault that it can meet, on each kind of host."""
-    cases = [Case.of(seed) for seed in range(320)]
-    several = Counter((case.program, len(set(case.layout)) > 1) for case in cases)
+    cases = [Case.of(seed) for seed in range(330)]
+    hosts = Counter((case.program, len(set(case.layout)) > 1) for case in cases)
     faults = Counter((case.program, case.fault) for case in cases)
-    log.info("programs and several hosts: %s; faults: %s", dict(several), dict(faults))
-    assert {program for program, _ in several} == set(PROGRAMS)
+    log.info("programs, on several hosts or not: %s; faults: %s", dict(hosts), dict(faults))
+    assert set(hosts) == {(name, True) for name in PROGRAMS if name not in ONE_HOST} | {
+        (name, False) for name in PROGRAMS
+    }
+    assert set(faults) == set(itertools.product(PROGRAMS, FAULTS)) - IMPOSSIBLE
