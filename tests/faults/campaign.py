@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import os
 import random
 import re
@@ -24,12 +23,11 @@ import pycomm
 from pycomm import Communicator
 from pycomm.errors import PycommError
 from tests.faults import programs
-from tests.hosts.helpers import Hosts, connect_rank
+from tests.hosts.helpers import Hosts
 from tests.processes import is_left_behind, names_held_by
 
 SOON_S = 20.0  # a failure is seen within two seconds where the machine has time; here ranks and tests share two cores
 STOPPED_S = 3.0  # the timeout of jobs in which a rank is stopped
-MEETING_S = 5.0  # of those that meet again and again: who dies before it comes to a round is late there
 PATIENT_S = 90.0  # that of the others: an error long before it was seen, not timed out
 FIRST_STEPS = 2  # before the fault, so that it hits a job that runs
 
@@ -44,7 +42,6 @@ PROGRAMS = {
         programs.messages,
         programs.split_groups,
         programs.births,
-        programs.rounds_of_init,
         programs.data_parallel,
         programs.tensor_parallel,
         programs.pipeline,
@@ -53,8 +50,8 @@ PROGRAMS = {
         programs.torch_distributed,
     )
 }
-# Layers that need memory which all ranks map; and meetings, which between hosts are gloo's, and name nobody.
-ONE_HOST = {"tensor_parallel", "pipeline", "mesh", "rounds_of_init"}
+# Layers that need memory which all ranks map.
+ONE_HOST = {"tensor_parallel", "pipeline", "mesh"}
 
 
 @dataclass(frozen=True)
@@ -102,9 +99,7 @@ class Case:
 
     @property
     def timeout_s(self) -> float:
-        if self.fault == "stop":
-            return STOPPED_S
-        return MEETING_S if self.program == "rounds_of_init" else PATIENT_S
+        return STOPPED_S if self.fault == "stop" else PATIENT_S
 
 
 class PlantedError(Exception):
@@ -127,8 +122,7 @@ def run_program(comm: Communicator, connection: Connection, case: Case, folder: 
     Returns:
         Of a survivor: the error's class, message and fields, and the groups of the job.
     """
-    connect = functools.partial(connect_rank, port, case.layout, comm.rank, "auto", case.timeout_s, False)
-    job = programs.Job(comm, random.Random(case.seed), connect, folder)
+    job = programs.Job(comm, random.Random(case.seed), folder)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(comm)
@@ -227,11 +221,8 @@ def verdict(case: Case, token: int, kind: str, message: str, fields: dict[str, A
     """
     if kind == "text":
         return "" if re.search(rf"\brank {case.victim}\b", message) else f"does not name the victim: {message}"
-    meets = case.program == "rounds_of_init" and fields.get("group") == ""  # its error is of no group yet
-    group = list(range(len(case.layout))) if meets else fields["groups"].get(fields.get("group"), [])
-    if kind == "PeerTimeoutError" and meets:
-        right = fields["missing_ranks"] == [case.victim]
-    elif kind == "PeerTimeoutError" and case.fault == "stop":
+    group = fields["groups"].get(fields.get("group"), [])
+    if kind == "PeerTimeoutError" and case.fault == "stop":
         # The victim, or one that waits for it in another group itself. Of another host: it is silent, no more.
         named = {group[rank] for rank in fields["missing_ranks"]}
         here = {rank for rank in range(len(case.layout)) if case.layout[rank] == case.layout[case.victim]}
@@ -239,7 +230,7 @@ def verdict(case: Case, token: int, kind: str, message: str, fields: dict[str, A
     elif kind == "PeerLostError":
         processes, _ = fields.get("_root", ((), ""))
         right = case.victim not in group or [group[rank] for rank in fields["lost_ranks"]] == [case.victim]
-        right &= meets or case.fault == "stop" or list(processes) == [token]
+        right &= case.fault == "stop" or list(processes) == [token]
     else:
         return f"{kind}: {message}"
     return "" if right else f"{kind}, {fields}: {message}"

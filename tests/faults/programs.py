@@ -35,14 +35,12 @@ class Job:
     Attributes:
         comm: of all ranks.
         rng: equal on all ranks.
-        connect: makes another communicator of all ranks.
         folder: for files, the same on all ranks.
         groups: name of a communicator -> the ranks of the world in it.
     """
 
     comm: Communicator
     rng: random.Random
-    connect: Callable[[], Communicator]
     folder: Path
     groups: dict[str, list[int]] = field(default_factory=dict)
 
@@ -217,11 +215,3 @@ def pretraining(job: Job) -> Iterator[None]:
         job.comm.barrier()
         checkpoint.load(job.folder / "checkpoints" / "latest", job.comm, state)
         yield
-
-
-def rounds_of_init(job: Job) -> Iterator[None]:
-    """The whole job meets again and again, over one store."""
-    while True:
-        with job.connect() as again:
-            again.all_reduce(torch.ones(100))
-            yield

@@ -19,7 +19,7 @@ import pytest
 
 from tests.faults.campaign import FAULTS, IMPOSSIBLE, ONE_HOST, PROGRAMS, Case, problems_of
 
-NUM_FAULTS = int(os.environ.get("PYCOMM_TEST_FAULTS", "11"))
+NUM_FAULTS = int(os.environ.get("PYCOMM_TEST_FAULTS", "10"))
 SEED = int(os.environ.get("PYCOMM_TEST_SEED", "0"))
 log = logging.getLogger(__name__)
 
