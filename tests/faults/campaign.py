@@ -98,6 +98,11 @@ class Case:
         )
 
     @property
+    def all_wait_for_all(self) -> bool:
+        """Whether no rank can wait for a survivor alone."""
+        return self.program in ("collectives", "data_parallel") and len(set(self.layout)) == 1
+
+    @property
     def timeout_s(self) -> float:
         return STOPPED_S if self.fault == "stop" else PATIENT_S
 
@@ -221,16 +226,14 @@ def verdict(case: Case, token: int, kind: str, message: str, fields: dict[str, A
     """
     if kind == "text":
         return "" if re.search(rf"\brank {case.victim}\b", message) else f"does not name the victim: {message}"
-    group = fields["groups"].get(fields.get("group"), [])
-    if kind == "PeerTimeoutError" and case.fault == "stop":
-        # The victim, or one that waits for it in another group itself. Of another host: it is silent, no more.
-        named = {group[rank] for rank in fields["missing_ranks"]}
-        here = {rank for rank in range(len(case.layout)) if case.layout[rank] == case.layout[case.victim]}
-        right = len(fields["groups"]) > 1 or (case.victim in named and named <= here)
-    elif kind == "PeerLostError":
-        processes, _ = fields.get("_root", ((), ""))
-        right = case.victim not in group or [group[rank] for rank in fields["lost_ranks"]] == [case.victim]
-        right &= case.fault == "stop" or list(processes) == [token]
-    else:
+    if kind not in ("PeerLostError", "PeerTimeoutError") or (kind == "PeerTimeoutError" and case.fault != "stop"):
         return f"{kind}: {message}"
+    group = fields["groups"].get(fields["group"], [])
+    named = [group[rank] for rank in fields.get("lost_ranks", fields.get("missing_ranks")) if group]
+    if case.fault == "stop":
+        # Found at deadlines alone: where ranks wait for each other in a chain, the first to expire names its neighbour.
+        right = named == [case.victim] or not case.all_wait_for_all
+    else:
+        processes, _ = fields["_root"]
+        right = list(processes) == [token] and (case.victim not in group or named == [case.victim])
     return "" if right else f"{kind}, {fields}: {message}"
