@@ -209,18 +209,20 @@ def test_short_programs(pool: Pool, world_size: int, seeds: list[int]) -> None:
 
 
 def hold_things(comm: Communicator) -> list[Usage]:
-    for _ in range(2):
-        comm.empty(1)  # unmaps what earlier tests have released
+    gc.collect()
+    own = comm.split(0)  # the pool's would unmap what earlier tests have released
+    assert own is not None
     before = Usage.now()
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
-    memory = comm.empty(30_000_000, dtype=torch.uint8).fill_(1)
+    memory = own.empty(30_000_000, dtype=torch.uint8).fill_(1)
     with Path("/proc/self/statm").open():
         after = Usage.now()
     done.set()
     thread.join()
     del memory
+    own.close()
     return [before, after]
 
 
