@@ -231,7 +231,8 @@ def test_usage_is_what_a_process_holds(pool: Pool) -> None:
     assert after.num_threads == before.num_threads + 1
     assert after.num_descriptors == before.num_descriptors + 1
     assert after.num_mappings > before.num_mappings
-    assert after.resident_bytes >= before.resident_bytes + 30_000_000
+    # The kernel counts pages of each thread in batches, and malloc may give some back meanwhile.
+    assert after.resident_bytes >= before.resident_bytes + 30_000_000 - 2**20
 
 
 @pytest.mark.parametrize(
