@@ -14,26 +14,30 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
 from pycomm.arguments import checked_int, checked_shape, checked_timeout, checked_type, tensor_on
-from pycomm.backends import NAMES, Backend, choose
+from pycomm.backends import NAMES, Backend, Capabilities, choose
+from pycomm.backends.agreement import all_or_none, pack_numbers, unpack_numbers
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.nccl import NcclBackend, Offer, offer
 from pycomm.backends.shm import Flag, ShmBackend
 from pycomm.calls import InFlight, Work
-from pycomm.errors import BackendUnavailableError
 from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["Communicator", "Flag", "Work", "init"]
+
+Number = TypeVar("Number", int, float)
+Result = TypeVar("Result")
 
 _log = logging.getLogger("pycomm")
 _EXIT_DRAIN_S = 10.0  # at interpreter exit, calls that no peer joins may hold the process back so long, all together
@@ -53,6 +57,7 @@ class Communicator(FusedCalls, Messages):
     def __init__(self, backend: Backend, timeout_s: float) -> None:
         super().__init__(backend, timeout_s)
         self.backend = backend.name
+        self.capabilities: Capabilities = backend.capabilities
         self.name = backend.group
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
         self._finalizer.atexit = False
@@ -101,8 +106,6 @@ class Communicator(FusedCalls, Messages):
             ValueError: ``tensor`` is not one int64 of symmetric memory.
             BackendUnavailableError: another back end.
         """
-        if not isinstance(self._backend, ShmBackend):
-            raise BackendUnavailableError(f"flags need the host transport; this communicator is {self.backend}")
         tensor = tensor_on(self.device, tensor, "flag")
         if tensor.dtype != torch.int64 or tensor.numel() != 1:
             raise ValueError(f"flag is {tensor.dtype} {list(tensor.shape)}: it must be one torch.int64")
@@ -114,15 +117,41 @@ class Communicator(FusedCalls, Messages):
         Returns:
             None: the ranks share no host, or are one rank on NCCL.
         """
-        if isinstance(self._backend, NcclBackend):
-            backend = self._backend.on_host(self.timeout_s)
-            return None if backend is None else Communicator(backend, self.timeout_s)
-        return self if isinstance(self._backend, ShmBackend) else None
+        backend = self._backend.on_host(self.timeout_s)
+        if backend is self._backend:
+            return self
+        return None if backend is None else Communicator(backend, self.timeout_s)
 
     def when_it_fails(self, callback: Callable[[], None]) -> None:
         """On NCCL: call ``callback``, in any thread, once the group has failed; to end what waits for it on the GPU."""
-        if isinstance(self._backend, NcclBackend):
-            self._backend.when_it_fails(callback)
+        self._backend.when_it_fails(callback)
+
+    def agree(self, row: Sequence[Number]) -> list[list[Number]]:
+        """Show every rank a small row of numbers, and see theirs: collective; nothing is enqueued on a GPU.
+
+        Args:
+            row: ints of 64 bits and floats, as many on every rank, 1024 at most. An int comes back as an int.
+
+        Returns:
+            Every rank's row, by rank.
+
+        Raises:
+            MismatchError: rows have different lengths, or a rank called something else; says who did what.
+            TypeError, ValueError: the row is something else; nothing was sent.
+        """
+        rows = self._backend.agree(pack_numbers(row), self.timeout_s, count=len(row))
+        return [unpack_numbers(other) for other in rows]
+
+    def all_or_none(self, action: Callable[[], Result]) -> Result:
+        """Run ``action`` on every rank, and return its result here if it succeeded on all of them: collective.
+
+        For work of this rank that may fail on one rank alone, such as opening a file: none goes on without the others.
+
+        Raises:
+            MemoryError, PycommError: the action failed on a rank (MemoryError: for want of memory); the same on all
+                ranks, with the reasons by rank.
+        """
+        return all_or_none(action, lambda row: self._backend.agree(row, self.timeout_s))
 
     def split(self, color: int | None, key: int | None = None) -> Communicator | None:
         """Divide the group: collective; ranks of equal ``color`` form a new communicator, ordered by (key, rank).
@@ -153,8 +182,6 @@ class Communicator(FusedCalls, Messages):
         Raises:
             BackendUnavailableError: the back end is not NCCL, or NCCL is older than 2.31.
         """
-        if not isinstance(self._backend, NcclBackend):
-            raise BackendUnavailableError(f"CTA budgets are NCCL's; this communicator is {self.backend}")
         with self._backend.cta_budget(max_ctas):
             yield
 

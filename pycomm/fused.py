@@ -12,7 +12,6 @@ import torch
 
 from pycomm import _C
 from pycomm.arguments import dtype_name
-from pycomm.backends.shm import ShmBackend
 from pycomm.calls import Work
 from pycomm.collectives import Collectives
 
@@ -28,7 +27,7 @@ class FusedCalls(Collectives):
     @property
     def has_fused_calls(self) -> bool:
         """Whether the calls below work: ranks that share memory, more than one of them."""
-        return isinstance(self._backend, ShmBackend) and self.world_size > 1
+        return self._backend.capabilities.has_fused_step
 
     def reduce_gradients(
         self, reduction: _C.GradientReduction, memory: torch.Tensor, *, accumulate: bool, async_op: bool
@@ -65,5 +64,4 @@ class FusedCalls(Collectives):
 
     @property
     def _host(self) -> _C.HostCommunicator:
-        assert isinstance(self._backend, ShmBackend)
-        return self._backend._core
+        return self._backend.host()

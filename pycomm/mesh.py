@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from types import TracebackType
 
-import torch
-
 from pycomm.annotations import check_types
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError
@@ -76,10 +74,7 @@ class Mesh:
 
 def _check_same(comm: Communicator, shape: tuple[int, int, int]) -> None:
     """Otherwise each split would succeed, with groups that nobody asked for."""
-    own = torch.tensor(shape, dtype=torch.int64, device=comm.device)
-    shapes = torch.empty(comm.world_size * len(shape), dtype=torch.int64, device=comm.device)
-    comm.all_gather(shapes, own)
-    calls = {rank: "Mesh(dp={}, pp={}, tp={})".format(*row) for rank, row in enumerate(shapes.view(-1, 3).tolist())}
+    calls = {rank: "Mesh(dp={}, pp={}, tp={})".format(*row) for rank, row in enumerate(comm.agree(shape))}
     if len(set(calls.values())) > 1:
         listing = "; ".join(f"rank {rank}: {call}" for rank, call in calls.items())
         raise MismatchError(f"the ranks arrange themselves differently: {listing}", calls=calls)

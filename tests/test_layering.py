@@ -33,6 +33,7 @@ PYTHON_LAYERS = (
     {"pretrain", "plan", "doctor"},
     {"cli", "__main__"},
 )
+CHOOSERS = ("init", "_connect")  # of communicator.py: they make the back end that was asked for by name
 PYTHON_LEVEL = {name: level for level, names in enumerate(PYTHON_LAYERS) for name in names}
 
 # What each part of csrc may include from csrc, and the headers of others that only some of it may see.
@@ -95,6 +96,34 @@ def environment_readers(root: Path) -> list[str]:
     return found
 
 
+def back_ends_told_apart(root: Path) -> list[str]:
+    """Where root/pycomm asks which back end it has, outside those that may: what one can do is in its Capabilities."""
+    names = {"shm", "nccl", "gloo", "gloo+shm"}
+    found = []
+    for path in sorted((root / "pycomm").rglob("*.py")):
+        owner = path.relative_to(root).with_suffix("").parts[1]
+        if owner in ("backends", "doctor"):
+            continue
+        tree = ast.parse(path.read_text())
+        where = dict.fromkeys(ast.walk(tree), "")
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef) and owner == "communicator" and function.name in CHOOSERS:
+                where.update(dict.fromkeys(ast.walk(function), function.name))
+        for node, chooser in where.items():
+            texts = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            classes = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and part.id.endswith("Backend")}
+            classes -= {"Backend"}
+            if isinstance(node, ast.Compare | ast.MatchValue) and texts & names and not chooser:
+                found.append(f"{path}:{node.lineno}: compares with the name of a back end")
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                found += [f"{path}:{node.lineno}: asks whether it is a {name}" for name in sorted(classes)]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pycomm.backends"):
+                imported = {alias.name for alias in node.names if alias.name.endswith("Backend")} - {"Backend"}
+                if imported and owner != "communicator":
+                    found.append(f"{path}:{node.lineno}: imports {', '.join(sorted(imported))}")
+    return found
+
+
 def zone_of(path: str) -> str:
     """The zone of a path below csrc: its directory, of which only cuda/device is two levels deep."""
     return "cuda/device" if path.startswith("cuda/device/") else path.split("/")[0]
@@ -129,7 +158,7 @@ def run_python(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("rule", [upward_imports, environment_readers, forbidden_includes])
+@pytest.mark.parametrize("rule", [upward_imports, environment_readers, back_ends_told_apart, forbidden_includes])
 def test_the_repository_keeps_its_layers(rule):
     assert rule(ROOT) == []
 
@@ -147,6 +176,11 @@ def test_the_repository_keeps_its_layers(rule):
         (upward_imports, "pycomm/extra.py", "", "has no layer"),
         (environment_readers, "pycomm/mesh.py", "import os\nX = os.environ['X']\n", "mesh.py:2"),
         (environment_readers, "pycomm/mesh.py", "from os import getenv\n", "mesh.py:1"),
+        (back_ends_told_apart, "pycomm/mesh.py", "def f(c):\n return c.backend == 'nccl'\n", "mesh.py:2: compares"),
+        (back_ends_told_apart, "pycomm/mesh.py", "def init(c):\n return c.backend in ('shm', 'gloo')\n", "compares"),
+        (back_ends_told_apart, "pycomm/mesh.py", "x = isinstance(c, (int, NcclBackend))\n", "is a NcclBackend"),
+        (back_ends_told_apart, "pycomm/mesh.py", "from pycomm.backends.shm import ShmBackend\n", "imports ShmBackend"),
+        (back_ends_told_apart, "pycomm/communicator.py", "def f(c):\n return c.name != 'shm'\n", "compares"),
         (forbidden_includes, "csrc/host/a.cpp", '#include "bindings/b.hpp"\n', "host includes bindings"),
         (forbidden_includes, "csrc/host/a.cpp", '#include "nccl/n.hpp"\n', "host includes nccl"),
         (forbidden_includes, "csrc/include/pycomm/a.hpp", '# include "host/h.hpp"\n', "include includes host"),
@@ -172,10 +206,16 @@ def test_what_is_allowed_is_not_reported(tmp_path):
     plant(tmp_path / "pycomm/pipeline/actions.py", "")
     plant(tmp_path / "pycomm/pipeline/stage.py", "from pycomm.pipeline import actions\nfrom . import actions\n")
     plant(tmp_path / "pycomm/doctor.py", "import pycomm\nfrom pycomm import _C, errors\n")
+    plant(
+        tmp_path / "pycomm/communicator.py",
+        "from pycomm.backends.shm import ShmBackend\ndef init(b): return b == 'shm'\n",
+    )
+    plant(tmp_path / "pycomm/backends/a.py", "x = isinstance(b, ShmBackend)\n")
     plant(tmp_path / "csrc/include/pycomm/types.hpp", "")
     plant(tmp_path / "csrc/host/a.hpp", '#include "pycomm/types.hpp"\n')
     plant(tmp_path / "csrc/bindings/b.cpp", '#include <pybind11/pybind11.h>\n#include "host/a.hpp"\n')
-    assert upward_imports(tmp_path) + environment_readers(tmp_path) + forbidden_includes(tmp_path) == []
+    rules = upward_imports, environment_readers, back_ends_told_apart, forbidden_includes
+    assert [message for rule in rules for message in rule(tmp_path)] == []
 
 
 def plant(path: Path, text: str) -> None:

@@ -27,6 +27,14 @@ struct Guest {
   std::string address;
 };
 
+/// Which call ranks agree for.
+OpKind agreement_of(std::string_view kind) {
+  if (kind == "agree") return OpKind::kAgree;
+  if (kind == "empty") return OpKind::kAllocate;
+  if (kind == "split") return OpKind::kSplit;
+  throw std::invalid_argument("ranks agree for no call named " + std::string(kind));
+}
+
 /// Without the GIL. `check(missing)`: Python's, or None.
 std::unique_ptr<Communicator> connect(const Guest& guest, const host::Tuning& tuning, double timeout_s,
                                       std::vector<int> names, const py::object& check) {
@@ -102,6 +110,20 @@ void bind_communicator(py::module_& module) {
       .def_property_readonly("tokens", &Communicator::tokens)
       .def("tuning", [](const Communicator& self) { return host::thresholds_of(self.tuning()); })
       .def("empty", &Communicator::empty, py::arg("bytes"), py::arg("timeout_s"), NoGil())
+      .def(
+          "agree",
+          [](Communicator& self, const std::string& row, std::string_view kind, std::uint64_t count, double timeout_s) {
+            std::string rows;
+            {
+              const GilRelease nogil;
+              rows = self.agree(row, agreement_of(kind), count, timeout_s);
+            }
+            py::list by_rank;
+            for (int r = 0; r < self.world_size(); ++r) {
+              by_rank.append(py::bytes(rows.substr(static_cast<std::size_t>(r) * row.size(), row.size())));
+            }
+            return by_rank;
+          })
       .def("peer", [](Communicator& self, std::uintptr_t data, std::size_t bytes,
                       int rank) { return self.peer(as_pointer(data), bytes, rank); })
       .def("is_symmetric", [](Communicator& self, std::uintptr_t data,

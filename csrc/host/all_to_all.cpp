@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "host/exchange.hpp"
+#include "host/agree.hpp"
 #include "host/rounds.hpp"
 
 namespace pycomm::host {
@@ -86,7 +86,7 @@ void all_to_all_by_splits(Group& group, const Tensors& tensors, const Parts& out
     for (const Parts* const parts : {&input, &output}) {
       for (int p = 0; p < parts->num_parts(); ++p) mine.push_back(parts->count(p));
     }
-    const std::vector<std::uint64_t> all = exchange(group, call, mine);
+    const std::vector<std::uint64_t> all = agree(group, call, mine.data(), mine.size());
     const auto n = static_cast<std::ptrdiff_t>(group.world_size());
     for (auto counts = all.begin(); counts != all.end(); counts += 2 * n) {
       inputs.emplace_back(std::vector<std::uint64_t>(counts, counts + n));

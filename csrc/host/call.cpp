@@ -76,8 +76,8 @@ std::string describe(const Call& call) {
       return "empty(" + std::to_string(call.count) + " bytes)";
     case OpKind::kSplit:
       return "split()";
-    case OpKind::kExchange:
-      return "exchange(" + std::to_string(call.count) + " bytes)";
+    case OpKind::kAgree:
+      return "agree(row[" + std::to_string(call.count) + "])";
   }
   return "unknown operation " + std::to_string(static_cast<int>(call.kind));
 }

@@ -6,12 +6,12 @@
 #include <array>
 #include <limits>
 
+#include "host/agree.hpp"
 #include "host/all_gather.hpp"
 #include "host/all_reduce.hpp"
 #include "host/all_to_all.hpp"
 #include "host/barrier.hpp"
 #include "host/broadcast.hpp"
-#include "host/exchange.hpp"
 #include "host/issue_order.hpp"
 #include "host/reduce_scatter.hpp"
 #include "host/scatter.hpp"
@@ -222,7 +222,7 @@ std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
   run({.timeout_s = timeout_s}, [&](Group& group) {
     // Rank 0 has a socket to every rank, the others to rank 0 only: what comes from one is passed on to all.
     const auto& sockets = group.members().sockets;
-    exchange(group, group.rank());
+    host::agree(group, group.rank());
     if (group.rank() != 0) send_fd(sockets[0], fd, static_cast<std::uint64_t>(group.rank()));
     for (std::size_t owner = 0; owner < fds.size(); ++owner) {
       if (static_cast<int>(owner) == group.rank()) {
@@ -237,7 +237,7 @@ std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
         if (peer != owner) send_fd(sockets[peer], fds[owner].get(), owner);
       }
     }
-    exchange(group, group.rank());
+    host::agree(group, group.rank());
   });
   return fds;
 }
@@ -288,6 +288,16 @@ std::unique_ptr<SymmetricBuffer> Communicator::empty(std::size_t bytes, double t
   return buffer;
 }
 
+std::string Communicator::agree(const std::string& row, OpKind kind, std::uint64_t count, double timeout_s) {
+  std::string rows;
+  run({.timeout_s = timeout_s}, [&](Group& group) {
+    const Call call{.kind = kind, .count = count, .splits = row.size()};
+    const std::vector<char> all = host::agree(group, call, row.data(), row.size());
+    rows.assign(all.begin(), all.end());
+  });
+  return rows;
+}
+
 std::unique_ptr<SymmetricBuffer> Communicator::peer(const void* data, std::size_t bytes, int rank) {
   check_open();
   if (rank < 0 || rank >= world_size()) throw std::invalid_argument("no rank " + std::to_string(rank));
@@ -306,7 +316,7 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
       const Entry entry(group, Call{.kind = OpKind::kSplit});
     }
     const auto choices =
-        exchange(group, SplitChoice{.color = color.value_or(0), .key = key, .member = color.has_value()});
+        host::agree(group, SplitChoice{.color = color.value_or(0), .key = key, .member = color.has_value()});
     const std::vector<int> ranks = color ? members_of(choices, *color) : std::vector<int>{};
     const bool leads = !ranks.empty() && ranks.front() == group.rank();
     std::optional<Listener> listener;
@@ -316,7 +326,7 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
       const std::string address = listener->address();
       std::copy(address.begin(), address.end(), mine.text.begin());
     }
-    const auto addresses = exchange(group, mine);
+    const auto addresses = host::agree(group, mine);
     const std::string suffix = "." + std::to_string(num_splits_++);
     if (!color) return;
     const SplitAddress& address = addresses[static_cast<std::size_t>(ranks.front())];

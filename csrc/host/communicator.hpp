@@ -76,6 +76,8 @@ class Communicator {
   void wait_posted(const std::uint64_t& flag, std::uint64_t value, int only, double timeout_s);
 
   std::unique_ptr<SymmetricBuffer> empty(std::size_t bytes, double timeout_s);
+  /// Every rank's row, one behind the other, by rank: equally long, matched as a call of `kind` with `count`.
+  std::string agree(const std::string& row, OpKind kind, std::uint64_t count, double timeout_s);
   /// `rank`'s counterpart of a range of this rank's symmetric memory.
   std::unique_ptr<SymmetricBuffer> peer(const void* data, std::size_t bytes, int rank);
   bool is_symmetric(const void* data, std::size_t bytes) const;

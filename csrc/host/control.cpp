@@ -39,7 +39,7 @@ struct Range {
   std::uint64_t most;
   std::uint64_t multiple;
 };
-// A slice holds whatever ranks exchange by way of staging (exchange.hpp), and a line for each of kMaxRanks.
+// A slice holds whatever ranks agree on by way of staging (agree.hpp), and a line for each of kMaxRanks.
 constexpr Range kRanges[] = {
     {"slice_bytes", [](Tuning& t) -> std::uint64_t& { return t.slice_bytes; }, 32 * kKiB, 16 * kKiB * kKiB, kCacheLine},
     {"one_shot_bytes", [](Tuning& t) -> std::uint64_t& { return t.one_shot_bytes; }, 0, kMostOneShot, 1},

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <new>
 
-#include "host/exchange.hpp"
+#include "host/agree.hpp"
 #include "host/group.hpp"
 #include "host/memory_limits.hpp"
 #include "pycomm/error.hpp"
@@ -230,7 +230,7 @@ void SymmetricSegments::drop_freed(const Plan& plan) {
 // Every step that a rank's system may refuse is followed by an exchange, so that all ranks end it in the same way.
 std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::size_t bytes) {
   const std::size_t part_bytes = round_to_pages(std::max<std::size_t>(bytes, 1));
-  const std::vector<Limits> limits = exchange(group, Call{.kind = OpKind::kAllocate, .count = bytes}, Limits::here());
+  const std::vector<Limits> limits = agree(group, Call{.kind = OpKind::kAllocate, .count = bytes}, Limits::here());
 
   Plan mine;
   std::shared_ptr<SymmetricSegment> segment;
@@ -239,7 +239,7 @@ std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::
     const bool fits = part_bytes <= Location::kMaxOffset;
     segment = create(mine, fits ? too_little(limits, part_bytes) : "no rank can have more than 1 TiB at once");
   }
-  const Plan plan = exchange(group, mine)[0];
+  const Plan plan = agree(group, mine)[0];
   drop_freed(plan);
   if (plan.refusal.is_set()) {
     Refusal late;  // of a descriptor that was on its way
@@ -258,7 +258,7 @@ std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::
     segment->set_released(group.rank(), false);
   }
   std::string reasons;
-  const std::vector<Refusal> refusals = exchange(group, refusal);
+  const std::vector<Refusal> refusals = agree(group, refusal);
   for (std::size_t r = 0; r < refusals.size(); ++r) {
     if (!refusals[r].is_set()) continue;
     reasons += (reasons.empty() ? "rank " : "; rank ") + std::to_string(r) + ": " + refusals[r].text;

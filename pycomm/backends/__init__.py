@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from pycomm import _C
 from pycomm.arguments import Message
+from pycomm.backends.agreement import by_reason
 from pycomm.errors import BackendUnavailableError
 
-__all__ = ["Backend", "Calls", "Choice", "by_reason", "choose"]
+if TYPE_CHECKING:
+    from pycomm.backends.shm import Flag
+
+__all__ = ["Backend", "Calls", "Capabilities", "Choice", "choose"]
 
 NAMES = ("auto", "host", "shm", "nccl", "gloo")
 
@@ -73,7 +79,23 @@ class Calls(Protocol):
     ) -> _C.Work | list[int]: ...
 
 
-class Backend(Protocol):
+@dataclass(frozen=True)
+class Capabilities:
+    """What the ranks of a group can do beside the calls that all back ends have.
+
+    Attributes:
+        has_flags: ranks map each other's symmetric memory, and :meth:`Backend.flag` orders their work on it.
+        has_fused_step: :class:`pycomm.fused.FusedCalls` work.
+        orders_on_device: calls are enqueued on a GPU's stream and return at once; the host sees nothing of their
+            outcome before it waits, so shapes are fixed ahead and messages are issued in one order.
+    """
+
+    has_flags: bool = False
+    has_fused_step: bool = False
+    orders_on_device: bool = False
+
+
+class Backend(ABC):
     """What a Communicator needs: the calls of its group, and the group's memory and life.
 
     Attributes:
@@ -87,13 +109,52 @@ class Backend(Protocol):
     group: str
     tokens: list[int]
     calls: Calls
+    capabilities: Capabilities
 
+    @abstractmethod
+    def agree(self, row: bytes, timeout_s: float, kind: str = "agree", count: int | None = None) -> list[bytes]:
+        """Return every rank's row, by rank. Collective, and matched as other calls are.
+
+        Args:
+            row: equally long on all ranks, at most 16 KiB.
+            kind: the call that ranks agree for, as errors name it: "agree", "empty" or "split".
+            count: what it is about, the same on all ranks: numbers in the row (None: its bytes) or, of "empty", bytes.
+
+        Raises:
+            MismatchError: another rank called something else, or shows a row of another length.
+        """
+
+    @abstractmethod
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor: ...
+    @abstractmethod
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...
+    @abstractmethod
     def split(self, color: int | None, key: int, timeout_s: float) -> Backend | None: ...
+    @abstractmethod
     def synchronize(self, timeout_s: float) -> None: ...
+    @abstractmethod
     def abort(self, reason: str) -> None: ...
+    @abstractmethod
     def close(self, drain_s: float) -> None: ...
+
+    # What not every back end has.
+
+    def host(self) -> _C.HostCommunicator:
+        """The extension's end of a group on the host transport."""
+        raise BackendUnavailableError(f"this needs the host transport; this communicator is {self.name}")
+
+    def flag(self, tensor: torch.Tensor, timeout_s: float) -> Flag:
+        raise BackendUnavailableError(f"flags need the host transport; this communicator is {self.name}")
+
+    def on_host(self, timeout_s: float) -> Backend | None:
+        """The same ranks on the host transport, made by all of them; None: they share no host."""
+        return None
+
+    def when_it_fails(self, callback: Callable[[], None]) -> None:  # noqa: B027 (nothing waits on a GPU here)
+        """Call ``callback``, in any thread, once the group cannot go on, to end what waits for it on a GPU."""
+
+    def cta_budget(self, max_ctas: int) -> AbstractContextManager[None]:
+        raise BackendUnavailableError(f"CTA budgets are NCCL's; this communicator is {self.name}")
 
 
 @dataclass(frozen=True)
@@ -152,10 +213,3 @@ def _shared_gpus(hosts: Sequence[str], gpus: Sequence[str]) -> str:
     for rank, place in enumerate(zip(hosts, gpus, strict=True)):
         users.setdefault(place, []).append(str(rank))
     return "; ".join(f"ranks {', '.join(ranks)} share a GPU" for ranks in users.values() if len(ranks) > 1)
-
-
-def by_reason(obstacles: Sequence[str]) -> str:
-    """ "there is no GPU (rank 0, 1)", of texts by rank; empty: nobody has one."""
-    reasons = dict.fromkeys(filter(None, obstacles))
-    ranks = {reason: [str(r) for r, text in enumerate(obstacles) if text == reason] for reason in reasons}
-    return "; ".join(f"{reason} (rank {', '.join(numbers)})" for reason, numbers in ranks.items())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C, env
-from pycomm.backends import Calls
+from pycomm.backends import Backend, Calls, Capabilities
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["Flag", "ShmBackend", "meet_on_this_host", "tuning_here"]
@@ -46,7 +46,7 @@ class Flag:
         self._wait(self._address, value, rank, self._timeout_s if timeout_s is None else timeout_s)
 
 
-class ShmBackend:
+class ShmBackend(Backend):
     """One rank's end of the host transport; see :class:`pycomm.backends.Backend`."""
 
     name = "shm"
@@ -59,6 +59,7 @@ class ShmBackend:
         self.world_size = core.world_size
         self.group = core.name
         self.tokens = core.tokens
+        self.capabilities = Capabilities(has_flags=True, has_fused_step=core.world_size > 1)
 
     @classmethod
     def connect(
@@ -73,6 +74,9 @@ class ShmBackend:
         everyone = range(rendezvous.world_size)
         return cls(meet_on_this_host(rendezvous, everyone, name, strict, thresholds))
 
+    def agree(self, row: bytes, timeout_s: float, kind: str = "agree", count: int | None = None) -> list[bytes]:
+        return self._core.agree(row, kind, len(row) if count is None else count, timeout_s)
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
         num_elements = 1
         for size in shape:
@@ -86,6 +90,13 @@ class ShmBackend:
             _view(self._core.peer(tensor.data_ptr(), num_bytes, rank), tensor.numel(), tensor.dtype).view_as(tensor)
             for rank in range(self.world_size)
         ]
+
+    def host(self) -> _C.HostCommunicator:
+        return self._core
+
+    def on_host(self, timeout_s: float) -> ShmBackend:
+        """Itself."""
+        return self
 
     def flag(self, tensor: torch.Tensor, timeout_s: float) -> Flag:
         if not self._core.is_symmetric(tensor.data_ptr(), tensor.element_size()):

@@ -49,11 +49,11 @@ class Links:
         self._comm = comm
         self._rank_of = rank_of
         self._counts = slots
-        self._fixes_shapes = comm.backend == "nccl"
+        self._fixes_shapes = comm.capabilities.orders_on_device
         self.is_ordered = ordered or self._fixes_shapes
         # By whether gradients are wanted: what each transfer of a step, or of an evaluation, was the first time.
         self._known: dict[bool, dict[Key, Token]] = {}
-        self._wants_slots = bool(slots) and not ordered and comm.backend == "shm"
+        self._wants_slots = bool(slots) and not ordered and comm.capabilities.has_flags
         self._slots: Slots | None = None
         self._works: list[Work] = []
         self._largest: dict[Link, int] = {}  # bytes of what was sent

@@ -9,7 +9,6 @@ import torch
 
 from pycomm.communicator import Communicator
 from pycomm.pipeline.actions import KINDS, Action
-from pycomm.pipeline.agree import numbers_of_all
 from pycomm.pipeline.simulate import Costs, Span, Timeline
 
 __all__ = ["gather_spans", "measured_costs"]
@@ -17,7 +16,7 @@ __all__ = ["gather_spans", "measured_costs"]
 
 def gather_spans(comm: Communicator, spans: Sequence[Span]) -> list[list[Span]]:
     """Every rank's spans, by rank. Collective; only times of one host are on one clock."""
-    counts = numbers_of_all(comm, len(spans))
+    counts = [count for (count,) in comm.agree([len(spans)])]
     rows = [[KINDS.index(s.action.kind), s.action.stage, s.action.microbatch, s.start, s.end] for s in spans]
     mine = torch.tensor(rows, dtype=torch.float64, device=comm.device).view(-1, 5)
     table = torch.empty(sum(counts), 5, dtype=torch.float64, device=comm.device)

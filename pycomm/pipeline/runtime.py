@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pycomm.annotations import check_types
+from pycomm.backends.agreement import digest
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
 from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, steps
-from pycomm.pipeline.agree import number_of, numbers_of_all
 from pycomm.pipeline.links import Links
 from pycomm.pipeline.measure import gather_spans
 from pycomm.pipeline.shared import SharedParameters
@@ -308,7 +308,7 @@ def _checked_comm(stages: Sequence[PipelineStage], schedule: Schedule) -> Commun
 
 def _check_same(comm: Communicator, schedule: Schedule) -> None:
     text = repr((schedule.ranks, schedule.rank_of, schedule.num_microbatches))
-    numbers = numbers_of_all(comm, number_of(text))
-    odd = [rank for rank, other in enumerate(numbers) if other != numbers[0]]
+    rows = comm.agree([digest(text)])
+    odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
     if odd:
         raise MismatchError(f"the ranks have different schedules: rank(s) {odd} another than rank 0")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pycomm.backends.agreement import digest
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError
-from pycomm.pipeline.agree import number_of, numbers_of_all
 from pycomm.pipeline.stage import PipelineStage
 
 __all__ = ["SharedParameters"]
@@ -38,7 +38,7 @@ class SharedParameters:
                 if not any(param is other.param for other in copies.setdefault(name, [])):
                     copies[name].append(_Copy(param, stage.module))
         self._groups: list[tuple[Communicator, list[_Copy]]] = []
-        mine = {number_of(name): found for name, found in copies.items()}
+        mine = {digest(name): found for name, found in copies.items()}
         for number in _all_numbers(comm, sorted(mine)):
             group = comm.split(0 if number in mine else None)
             if group is not None:
@@ -99,8 +99,8 @@ class _Copy:
 def _check_parts(group: Communicator, parts: Sequence[Sequence[Part]]) -> None:
     """Otherwise sums would be of different elements."""
     cuts = {tuple((start, grad.numel()) for start, grad in of_copy) for of_copy in parts}
-    numbers = numbers_of_all(group, number_of(str(sorted(cuts))))
-    if len(cuts) > 1 or len(set(numbers)) > 1:
+    rows = group.agree([digest(str(sorted(cuts)))])
+    if len(cuts) > 1 or any(row != rows[0] for row in rows):
         raise MismatchError(
             f"the copies of a shared parameter have different shards of its gradient, here {sorted(cuts)}: train all "
             "stages in one way, and give the copies one number as their attribute shard_turn before they are wrapped"
@@ -109,8 +109,8 @@ def _check_parts(group: Communicator, parts: Sequence[Sequence[Part]]) -> None:
 
 def _make_equal(group: Communicator, params: Sequence[nn.Parameter]) -> None:
     text = f"{params[0].dtype} {list(params[0].shape)}"
-    numbers = numbers_of_all(group, number_of(text))
-    if len(set(numbers)) > 1 or any(param.shape != params[0].shape for param in params):
+    rows = group.agree([digest(text)])
+    if any(row != rows[0] for row in rows) or any(param.shape != params[0].shape for param in params):
         raise MismatchError(f"copies of a shared parameter differ; this rank's is {text}")
     with torch.no_grad():
         value = params[0].detach().contiguous()
@@ -121,8 +121,6 @@ def _make_equal(group: Communicator, params: Sequence[nn.Parameter]) -> None:
 
 def _all_numbers(comm: Communicator, mine: list[int]) -> list[int]:
     """The numbers of all ranks' shared parameters, in one order. Collective."""
-    counts = numbers_of_all(comm, len(mine))
-    numbers = torch.empty(sum(counts), dtype=torch.int64, device=comm.device)
-    own = torch.tensor(mine, dtype=torch.int64, device=comm.device)
-    comm.all_gather(numbers, own, output_splits=counts)
-    return sorted(set(numbers.tolist()))
+    most = max(count for (count,) in comm.agree([len(mine)]))
+    rows = comm.agree(mine + [0] * (most - len(mine)))  # 0 is no digest
+    return sorted({number for row in rows for number in row} - {0})

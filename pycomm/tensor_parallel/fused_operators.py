@@ -25,7 +25,7 @@ __all__ = ["all_gather_matmul_op", "copy_matmul_op", "matmul_all_reduce_op", "ma
 def _fused(comm: Communicator) -> ModuleType:
     if comm.world_size == 1:
         return fused_any
-    if comm.backend == "shm":
+    if comm.capabilities.has_flags:
         return fused_host
     return fused_any if cuda_products(comm) is None else fused_cuda
 

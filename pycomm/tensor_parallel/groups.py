@@ -57,7 +57,7 @@ def cuda_products(comm: Communicator) -> CudaProducts | None:
     Returns:
         None: its ranks do not map each other's memory.
     """
-    if comm.backend != "nccl":
+    if not comm.capabilities.orders_on_device:
         return None
     if comm not in _cuda_products:
         _cuda_products[comm] = CudaProducts.connect(comm)

@@ -100,7 +100,7 @@ class PycommProcessGroup(Collectives):
     def send(self, tensors: Tensors, dst: int, tag: int) -> PycommWork:
         (tensor,) = tensors
         comm = self._communicators.of(tensor)
-        if comm.backend == "nccl":
+        if comm.capabilities.orders_on_device:
             works = self._messages.add(comm, (True, source(tensor), dst, tag), self._timeout_s)
             return self._collect(DeviceWork(works, [tensor], None, CudaStreams(comm.device)))
         started = comm.send(source(tensor), dst, tag, async_op=True, timeout_s=self._timeout_s)
@@ -110,7 +110,7 @@ class PycommProcessGroup(Collectives):
         (tensor,) = tensors
         comm = self._communicators.of(tensor)
         wire, finish = landing(tensor)
-        if comm.backend == "nccl":
+        if comm.capabilities.orders_on_device:
             works = self._messages.add(comm, (False, wire, src, tag), self._timeout_s)
             return self._collect(
                 DeviceWork(works, [tensor], finish, CudaStreams(comm.device), -1 if src is None else src)
@@ -136,7 +136,7 @@ class PycommProcessGroup(Collectives):
     def _work(self, comm: Communicator, started: calls.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
         if started is None and finish is not None:
             finish()
-        if comm.backend == "nccl":
+        if comm.capabilities.orders_on_device:
             return self._collect(self._device_work(comm, started, outputs, finish))
         work = PycommWork([], outputs) if started is None else PycommWork([started], outputs, finish)
         return work if self._collected is None else self._collect(work)

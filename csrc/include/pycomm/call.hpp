@@ -16,7 +16,7 @@ enum class OpKind : std::uint8_t {
   kBroadcast = 3,
   kAllocate = 4,  // symmetric memory, first of its three exchanges
   kSplit = 5,
-  kExchange = 6,  // internal: a few bytes from every rank to every rank
+  kAgree = 6,  // a row of every rank to every rank: count its numbers, splits its bytes
   kReduceScatter = 7,
   kAllGather = 8,
   kAllToAll = 9,

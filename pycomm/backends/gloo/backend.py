@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from pycomm import _C, env
 from pycomm.arguments import Checked, Message
-from pycomm.backends import Backend, Calls
+from pycomm.backends import Backend, Calls, Capabilities
+from pycomm.backends.agreement import all_or_none
 from pycomm.backends.causes import Cause, Heard, listeners, raised
 from pycomm.backends.gloo.calls import Call
 from pycomm.backends.gloo.collectives import Body, HostsCollectives
@@ -34,13 +35,12 @@ from pycomm.rendezvous import Rendezvous
 
 __all__ = ["HostsBackend"]
 
-_REASON_BYTES = 512  # why a host's ranks cannot have their memory
 _FAREWELL_S = 1.0  # for the last frames of a rank that leaves
 _SPLIT = struct.Struct("<?qq")
 _TOKEN = struct.Struct("<Q")
 
 
-class HostsBackend(HostsCollectives):
+class HostsBackend(HostsCollectives, Backend):
     """One rank's end; see :class:`pycomm.backends.Backend`.
 
     Args:
@@ -49,6 +49,7 @@ class HostsBackend(HostsCollectives):
     """
 
     device = torch.device("cpu")
+    capabilities = Capabilities()
 
     def __init__(
         self,
@@ -135,22 +136,28 @@ class HostsBackend(HostsCollectives):
             operation.source() for operation in operations
         ]
 
+    def agree(self, row: bytes, timeout_s: float, kind: str = "agree", count: int | None = None) -> list[bytes]:
+        found: list[bytes] = []
+
+        def body(steps: Steps, limit: Limit) -> None:
+            found.extend(steps.table(row, limit) if row else [row] * self.world_size)  # as they entered the call
+
+        call = Call(0, kind, count=len(row) if count is None else count, splits=len(row))
+        self._run(call, body, False, timeout_s)
+        return found
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
         """Symmetric inside each host."""
         found: list[torch.Tensor] = []
 
-        def body(steps: Steps, limit: Limit) -> None:
-            reason = b""
+        def allocate(limit: Limit) -> torch.Tensor:
             try:
-                found.append(self._local.shm.empty(shape, dtype, limit.local_s))
+                return self._local.shm.empty(shape, dtype, limit.local_s)
             except MemoryError as error:
-                reason = self._failure.renumbered(str(error)).encode()[:_REASON_BYTES]
-            reasons = [row.rstrip(b"\0") for row in steps.table(reason.ljust(_REASON_BYTES, b"\0"), limit)]
-            if any(reasons):
-                found.clear()
-                raise MemoryError(
-                    "; ".join(text.decode(errors="replace") for text in dict.fromkeys(filter(None, reasons)))
-                )
+                raise MemoryError(self._failure.renumbered(str(error))) from None
+
+        def body(steps: Steps, limit: Limit) -> None:
+            found.append(all_or_none(lambda: allocate(limit), lambda row: steps.table(row, limit)))
 
         call = Call(0, "empty", count=torch.Size(shape).numel() * dtype.itemsize)
         self._run(call, body, False, timeout_s)

@@ -29,6 +29,7 @@ _KINDS = (
     "reduce",
     "gather",
     "scatter",
+    "agree",
 )
 DTYPES = _C.DTYPES
 
@@ -38,7 +39,8 @@ class Call:
     """One collective call of one rank. All fields must be equal on all ranks.
 
     Attributes:
-        splits: a hash of the ranks' parts where they differ, else 0; all_to_all: 1 if by splits.
+        splits: a hash of the ranks' parts where they differ, else 0; all_to_all: 1 if by splits;
+            agree: the bytes of a row.
     """
 
     seq: int
@@ -67,6 +69,7 @@ class Call:
         root = f"root={self.root}"
         uneven = f", uneven splits with hash {self.splits}" if self.splits else ""
         arguments = {
+            "agree": f"row[{self.count}]",
             "all_reduce": f"{self.op}, {elements}",
             "broadcast": f"{root}, {elements}",
             "empty": f"{self.count} bytes",

@@ -19,10 +19,10 @@ import torch
 
 from pycomm import _C
 from pycomm.arguments import REDUCED, Checked, Message, dtype_name
-from pycomm.backends import Backend, Calls
+from pycomm.backends import Backend, Calls, Capabilities
 from pycomm.backends.causes import Cause
 from pycomm.backends.gloo.operations import Waits
-from pycomm.backends.nccl.control import groups_on_the_host, rows_of_all
+from pycomm.backends.nccl.control import groups_on_the_host
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.library import load_nccl
 from pycomm.backends.nccl.mapping import Mapper
@@ -43,7 +43,7 @@ _NO_BOUND_S = 1e8  # an operation's own deadline ends it
 Call = Callable[[_C.NcclOptions], _C.NcclOperation]
 
 
-class NcclBackend:
+class NcclBackend(Backend):
     """One rank's end; see :class:`pycomm.backends.Backend`.
 
     Args:
@@ -55,6 +55,7 @@ class NcclBackend:
     """
 
     name = "nccl"
+    capabilities = Capabilities(orders_on_device=True)
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class NcclBackend:
         self._watchdog = Watchdog(core, control, gpu.driver, group, timeout_s)
         self.tokens = self._watchdog.tokens
         self._watchdog.start()
-        self._mapper = None if desk is None or world_size == 1 else Mapper(core, library, gpu, desk, self._table)
+        self._mapper = None if desk is None or world_size == 1 else Mapper(core, library, gpu, desk, self.agree)
         self._symmetric: Symmetric | None = None
         self.own_kernels = "not used: a world of one"
         if self._mapper is not None:
@@ -231,14 +232,10 @@ class NcclBackend:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
         """Memory of this GPU, which peers map where all can; then it is zero."""
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        sizes = [struct.unpack("<q", row)[0] for row in self._table("empty()", struct.pack("<q", num_bytes), timeout_s)]
-        if len(set(sizes)) > 1:
-            calls = {rank: f"empty({size} bytes)" for rank, size in enumerate(sizes)}
-            text = ", ".join(f"rank {rank} called {call}" for rank, call in calls.items())
-            raise MismatchError(f"group {self.group!r}: {text}", calls=calls)
+        self.agree(b"", timeout_s, "empty", num_bytes)
         if self._symmetric is None or self._mapper is None or num_bytes == 0:
             return torch.empty(*shape, dtype=dtype, device=self.device)
-        return self._symmetric.add(self._mapper.memory(num_bytes, "empty()", timeout_s), shape, dtype)
+        return self._symmetric.add(self._mapper.memory(num_bytes, timeout_s), shape, dtype)
 
     def peers(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         if self._symmetric is None:
@@ -246,7 +243,7 @@ class NcclBackend:
         return self._symmetric.peers(tensor)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> NcclBackend | None:
-        rows = self._table("split()", _SPLIT.pack(color is not None, color or 0, key), timeout_s)
+        rows = self.agree(_SPLIT.pack(color is not None, color or 0, key), timeout_s, "split", 0)
         choices = [_SPLIT.unpack(row) for row in rows]
         colors = sorted({c for member, c, _ in choices if member})
         chosen = sorted((k, r) for r, (member, c, k) in enumerate(choices) if member and c == color)
@@ -377,15 +374,19 @@ class NcclBackend:
             self.abort("interrupted while it waited")
             raise
 
-    def _table(self, call: str, row: bytes, timeout_s: float) -> list[bytes]:
-        """Every rank's row, by rank, over the host."""
+    def agree(self, row: bytes, timeout_s: float, kind: str = "agree", count: int | None = None) -> list[bytes]:
+        """Over the host; what is enqueued on GPUs goes on meanwhile."""
+        call = f"{kind}()"
         self._begin()
         self._watchdog.check(call, self._core.num_calls() + 1)
         if self._desk is None:
             return [row]
         self._watchdog.check_all_here(call)
         try:
-            return rows_of_all(self._desk, row, timeout_s)
+            return self._desk.agree(row, timeout_s, kind, count)
+        except MismatchError as error:
+            text = ", ".join(f"rank {rank} called {call}" for rank, call in error.calls.items())
+            raise MismatchError(f"group {self.group!r}: {text}", calls=error.calls) from None
         except PycommError as error:
             cause = Cause.of_host(error, timeout_s, self.tokens)
             raise self._watchdog.settle(cause).error(call, self._core.num_calls(), self.group) from None

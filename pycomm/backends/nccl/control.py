@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-import torch
-
 from pycomm.backends import Backend
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.shm import ShmBackend
 from pycomm.rendezvous import Rendezvous
 
-__all__ = ["groups_on_the_host", "rows_of_all"]
+__all__ = ["groups_on_the_host"]
 
 
 def groups_on_the_host(
@@ -34,11 +32,3 @@ def groups_on_the_host(
     else:
         control = HostsBackend.connect("gloo+shm", rendezvous, hosts, name, False)
     return control, control.split(0, rendezvous.rank, rendezvous.timeout_s)
-
-
-def rows_of_all(desk: Backend, row: bytes, timeout_s: float) -> list[bytes]:
-    """Every rank's row, by rank; all are equally long."""
-    mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
-    table = torch.empty(len(row) * desk.world_size, dtype=torch.uint8, device="cpu")
-    desk.calls.all_gather(table, mine, None, False, timeout_s)
-    return [part.numpy().tobytes() for part in table.split(len(row))]

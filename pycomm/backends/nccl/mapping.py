@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from pycomm import _C
-from pycomm.backends import Backend, by_reason
+from pycomm.backends import Backend
+from pycomm.backends.agreement import all_or_none, by_reason
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.symmetric import Symmetric
 from pycomm.backends.nccl.thresholds import Thresholds
 from pycomm.backends.shm import ShmBackend
-from pycomm.errors import BackendUnavailableError, PycommError
+from pycomm.errors import BackendUnavailableError
 
 __all__ = ["Mapper"]
 
 _MOST_RANKS = 16  # csrc/cuda/device/signal_pad.hpp
 _TEXT_BYTES = 240
 _ABILITIES = struct.Struct(f"<i?40s{_TEXT_BYTES}s")  # multiprocessors, windows, the GPU's UUID, obstacle
-_MEMORY = "memory: "  # how a text of MemoryError begins
 
 Result = TypeVar("Result")
 
@@ -35,14 +35,14 @@ class Mapper:
 
     Attributes:
         desk: a group of the same ranks on the host.
-        table: every rank's row, by rank, of what one calls; of :class:`pycomm.backends.nccl.NcclBackend`.
+        agree: that of :class:`pycomm.backends.nccl.NcclBackend`.
     """
 
     core: _C.NcclCommunicator
     library: _C.NcclLibrary
     gpu: Gpu
     desk: Backend
-    table: Callable[[str, bytes, float], list[bytes]]
+    agree: Callable[[bytes, float], list[bytes]]
 
     def agreed(self, thresholds: Thresholds, timeout_s: float) -> tuple[Symmetric | None, str]:
         """What there is where ranks map each other's memory, and a sentence about it, the same on all. Collective."""
@@ -62,9 +62,7 @@ class Mapper:
         obstacle = self.gpu.kernel_obstacle()
         num, uuid = (0, "") if obstacle else (self.gpu.num_multiprocessors(), self.gpu.uuid())
         row = _ABILITIES.pack(num, self.library.has_windows, uuid.encode(), _cut(obstacle))
-        nums, windows, uuids, obstacles = zip(
-            *map(_ABILITIES.unpack, self.table("init()", row, timeout_s)), strict=True
-        )
+        nums, windows, uuids, obstacles = zip(*map(_ABILITIES.unpack, self.agree(row, timeout_s)), strict=True)
         texts = [_text(text) for text in obstacles]
         if not isinstance(self.desk, ShmBackend):
             no_windows = "several hosts need windows, which NCCL has from 2.29 on"
@@ -72,41 +70,29 @@ class Mapper:
         if any(texts):
             raise BackendUnavailableError(by_reason(texts))
         num = min(nums)
-        self._all_or_none("init()", lambda: self.gpu.check_reaches([_text(uuid) for uuid in uuids]), timeout_s)
-        memory = self.memory(self.gpu.kernel_memory_bytes(thresholds.one_shot_bytes, num), "init()", timeout_s)
+        self._all_or_none(lambda: self.gpu.check_reaches([_text(uuid) for uuid in uuids]), timeout_s)
+        memory = self.memory(self.gpu.kernel_memory_bytes(thresholds.one_shot_bytes, num), timeout_s)
         rank = self.desk.rank
-        kernels = self._all_or_none("init()", lambda: self.gpu.kernels(memory, rank, num, timeout_s), timeout_s)
+        kernels = self._all_or_none(lambda: self.gpu.kernels(memory, rank, num, timeout_s), timeout_s)
         self.core.watch_kernels(kernels.abort_word, kernels.status, kernels)
         return Symmetric(rank, kernels, thresholds, self.gpu.tensors)
 
-    def memory(self, num_bytes: int, call: str, timeout_s: float) -> _C.GpuMemory:
-        """Of every rank, zero. Collective.
+    def memory(self, num_bytes: int, timeout_s: float) -> _C.GpuMemory:
+        """Allocate memory on every rank, which is zero. Collective.
 
         Raises:
             BackendUnavailableError, MemoryError: a rank cannot have or map it; on all ranks.
         """
         desk, gpu = self.desk, self.gpu
         if isinstance(desk, ShmBackend):
-            host = desk._core
-            return self._all_or_none(call, lambda: gpu.shared_memory(host, num_bytes, timeout_s), timeout_s)
-        window = self._all_or_none(call, lambda: _C.NcclWindow(self.core, num_bytes), timeout_s)
-        self._all_or_none(call, lambda: window.open(timeout_s), timeout_s)
-        return self._all_or_none(call, lambda: gpu.window_memory(window), timeout_s)
+            host = desk.host()
+            return self._all_or_none(lambda: gpu.shared_memory(host, num_bytes, timeout_s), timeout_s)
+        window = self._all_or_none(lambda: _C.NcclWindow(self.core, num_bytes), timeout_s)
+        self._all_or_none(lambda: window.open(timeout_s), timeout_s)
+        return self._all_or_none(lambda: gpu.window_memory(window), timeout_s)
 
-    def _all_or_none(self, call: str, attempt: Callable[[], Result], timeout_s: float) -> Result:
-        """What ``attempt`` returns, if it succeeds on all ranks; else the same error on all."""
-        problem = ""
-        try:
-            result = attempt()
-        except MemoryError as error:
-            problem = f"{_MEMORY}{error}"
-        except PycommError as error:
-            problem = str(error) or type(error).__name__
-        problems = [_text(row) for row in self.table(call, _cut(problem), timeout_s)]
-        if not any(problems):
-            return result
-        kind = MemoryError if any(text.startswith(_MEMORY) for text in problems) else BackendUnavailableError
-        raise kind(by_reason([text.removeprefix(_MEMORY) for text in problems]))
+    def _all_or_none(self, attempt: Callable[[], Result], timeout_s: float) -> Result:
+        return all_or_none(attempt, lambda row: self.agree(row, timeout_s), BackendUnavailableError)
 
 
 def _cut(text: str) -> bytes:

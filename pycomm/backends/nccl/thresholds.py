@@ -15,8 +15,6 @@ import struct
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-import torch
-
 from pycomm import env
 from pycomm.backends import Backend
 
@@ -73,9 +71,7 @@ class Thresholds:
         mine = cls.of_this_process(world_size)
         if desk is None:
             return mine
-        row = torch.frombuffer(bytearray(mine.pack()), dtype=torch.uint8)
-        desk.calls.broadcast(row, 0, False, timeout_s)
-        return cls.unpack(row.numpy().tobytes())
+        return cls.unpack(desk.agree(mine.pack(), timeout_s)[0])
 
     def route(self, num_bytes: int, *, symmetric: bool) -> Route:
         """Who does an all-reduce of ``num_bytes`` a rank, where ranks map each other's memory."""
