@@ -11,6 +11,7 @@ import torch
 
 import pycomm
 from pycomm import Communicator
+from pycomm.backends import Capabilities
 from tests.host.reduce_reference import STORAGE, Raw
 from tests.pool import file_store
 
@@ -36,7 +37,7 @@ class SharedGpu:
     It has what fused products ask of one, staged through the host, and the ranks' mapped memory is real.
     """
 
-    backend = "nccl"
+    capabilities = Capabilities(orders_on_device=True)
 
     def __init__(self, host: Communicator) -> None:
         self.rank, self.world_size, self.name = host.rank, host.world_size, host.name
@@ -45,6 +46,9 @@ class SharedGpu:
 
     def on_host(self) -> Communicator | None:
         return self._host.split(0)
+
+    def agree(self, row: Sequence[int]) -> list[list[int]]:
+        return self._host.agree(row)
 
     def when_it_fails(self, callback: Callable[[], None]) -> None:
         pass
