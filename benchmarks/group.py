@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -49,6 +50,7 @@ class Group:
     def __init__(self, spec: Spec, ranks: int, directory: Path, turn_timeout_s: float) -> None:
         self.spec, self.name, self.ranks = spec, spec.name, ranks
         self.version = ""
+        self._more: dict[str, object] = {}  # that every request says
         self._directory, self._timeout_s, self._port = directory, turn_timeout_s, free_port()
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -89,9 +91,17 @@ class Group:
         shared = {path for reply in replies for path in mapped_shared_memory(reply["pid"])}
         (self._directory / _SHARED).write_text("\n".join(str(path) for path in shared))
 
+    def tuned(self, name: str, tuning: str) -> Group:
+        """The same processes, with another communicator whose thresholds are ``tuning``, as PYCOMM_TUNE writes them."""
+        other = copy.copy(self)
+        other.name, other._more = name, {"tuning": tuning}
+        return other
+
     def request(self, command: str, **arguments: object) -> list[Reply]:
         """Send one command to every rank and return their replies in rank order. Raises GroupError."""
-        message = json.dumps({"command": command, **arguments}).encode()
+        if len(self._connections) < self.ranks:
+            raise GroupError(f"{self.name} has lost its processes")
+        message = json.dumps({"command": command, **self._more, **arguments}).encode()
         for connection in self._connections:
             with contextlib.suppress(OSError):  # a rank that is gone is named when its answer is read
                 connection.send_bytes(message)
@@ -120,7 +130,7 @@ class Group:
                 process.wait()
         for connection in self._connections:  # ranks that an MPI launcher put in sessions of their own see this
             connection.close()
-        self._connections = []
+        self._connections.clear()  # tuned() groups have them, too
         self._listener.close()
         remove_traces(self._directory)
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from command_line import Options, parse_arguments
-from contenders import BOUND, CONTENDERS
+from contenders import BOUND, CONTENDERS, Spec
 from group import Group, GroupError, Reply, remove_traces
 from host import describe_host, load_warning
 from linux import available_memory_bytes
@@ -59,6 +60,11 @@ class Samples:
         self.times_us += [max(ranks) / self.trips for ranks in zip(*times_us, strict=True)]
         self.wrong += sum(reply["wrong"] for reply in replies)
 
+    def medians_us(self) -> list[float]:
+        """Of each turn."""
+        starts = range(0, len(self.times_us), self.iterations)
+        return [statistics.median(self.times_us[start : start + self.iterations]) for start in starts]
+
 
 def _sweep(place: Path) -> None:
     """Remove what drivers of this user left that were killed too hard to clean up."""
@@ -71,10 +77,17 @@ def _sweep(place: Path) -> None:
 
 
 class Suite:
-    """The groups of one run. Use as a context manager: leaving it, however, ends every process it started."""
+    """The groups of one run. Use as a context manager: leaving it, however, ends every process it started.
 
-    def __init__(self, options: Options, report: Report) -> None:
-        self._options, self._report = options, report
+    Args:
+        specs: the contenders.
+        tunings: name -> PYCOMM_TUNE, of contenders that share the processes of each of ``specs`` in their place.
+    """
+
+    def __init__(
+        self, options: Options, report: Report, specs: Sequence[Spec], tunings: Mapping[str, str] | None = None
+    ) -> None:
+        self._options, self._report, self._specs, self._tunings = options, report, specs, tunings or {}
         self._groups: list[Group] = []
         self.lost: list[str] = []
         self._directory: tempfile.TemporaryDirectory[str] | None = None
@@ -100,7 +113,7 @@ class Suite:
     def start(self) -> dict[str, str]:
         """Start every contender that is here and name those that are not. Returns name -> version."""
         assert self._directory is not None
-        for spec in [*(CONTENDERS[name] for name in self._options.backends), BOUND]:
+        for spec in self._specs:
             missing = spec.missing()
             if missing is not None:
                 self._report.note(missing)
@@ -112,6 +125,8 @@ class Suite:
             self._report.progress(f"starting {group.name}")
             with self._losing(group, {}):
                 group.wait_ready()
+        if self._tunings:
+            self._groups = [group.tuned(*tuning) for group in self._groups for tuning in self._tunings.items()]
         return {group.name: group.version for group in self._groups}
 
     def measure(self, operation: str, num_bytes: int) -> dict[str, Samples]:
@@ -216,7 +231,7 @@ def run(bench: str, options: Options) -> tuple[list[Row], list[str]]:
     report = Report(bench, options.operations, options.ranks, options.json, options.plot)
     rows: list[Row] = []
     warning = load_warning()  # before our own processes add to it
-    with Suite(options, report) as suite:
+    with Suite(options, report, [*(CONTENDERS[name] for name in options.backends), BOUND]) as suite:
         versions = suite.start()
         report.header(describe_host(), versions, warning)
         for operation in options.operations:

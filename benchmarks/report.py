@@ -85,9 +85,12 @@ class Report:
 
     def note(self, text: str) -> None:
         """Say it now and again at the end: a contender that is missing, or that failed."""
+        self.say(text)
+        self._notes.append(text)
+
+    def say(self, text: str) -> None:
         self._clear_progress()
         print(text, flush=True)
-        self._notes.append(text)
 
     def not_available(self, operation: str, backend: str, reason: str) -> None:
         """A contender that cannot do this operation, dtype or size: its cell is n/a, with a footnote once."""

@@ -14,6 +14,7 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
@@ -109,32 +110,43 @@ class Job:
 
 
 class Session:
-    """The commands of the driver, by name."""
+    """The commands of the driver, by name. ``tuning``: for which of the contenders in these processes.
 
-    def __init__(self, contender: Contender, line: StartLine) -> None:
-        self._contender, self._line = contender, line
-        self._job: Job | None = None
+    Args:
+        tuned: makes the contender whose thresholds are as PYCOMM_TUNE says.
+    """
 
-    def prepare(self, operation: str, dtype: str, num_bytes: int) -> dict[str, object]:
-        reason = self._contender.unsupported(operation, getattr(torch, dtype), num_bytes)
+    def __init__(self, contender: Contender, line: StartLine, tuned: Callable[[str], Contender]) -> None:
+        self._line, self._tuned = line, tuned
+        self._contenders = {"": contender}
+        self._jobs: dict[str, Job] = {}
+
+    def prepare(self, operation: str, dtype: str, num_bytes: int, tuning: str = "") -> dict[str, object]:
+        if tuning not in self._contenders:
+            self._contenders[tuning] = self._tuned(tuning)
+        contender = self._contenders[tuning]
+        reason = contender.unsupported(operation, getattr(torch, dtype), num_bytes)
         if reason is not None:
             return {"unsupported": reason}
-        self._job = Job(self._contender, self._line, operation, dtype, num_bytes)
+        self._jobs[tuning] = Job(contender, self._line, operation, dtype, num_bytes)
         return {}
 
-    def turn(self, iterations: int) -> dict[str, object]:
-        if self._job is None:
+    def turn(self, iterations: int, tuning: str = "") -> dict[str, object]:
+        if tuning not in self._jobs:
             raise RuntimeError("a turn before anything was prepared")
-        return self._job.turn(iterations)
+        return self._jobs[tuning].turn(iterations)
 
-    def release(self) -> dict[str, object]:
-        self._job = None
+    def release(self, tuning: str = "") -> dict[str, object]:
+        self._jobs.pop(tuning, None)
         return {}
 
+    def close(self) -> None:
+        for contender in self._contenders.values():
+            contender.close()
 
-def serve(connection: Connection, contender: Contender, line: StartLine) -> None:
+
+def serve(connection: Connection, contender: Contender, session: Session) -> None:
     """Answer commands until "stop". An exception ends the process; the driver reads it in the log."""
-    session = Session(contender, line)
     hello = {"rank": contender.rank, "pid": os.getpid(), "version": contender.version()}
     connection.send_bytes(json.dumps(hello).encode())
     while True:
@@ -151,11 +163,18 @@ def main() -> None:
     name, world_size, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     spec = BOUND if name == BOUND.name else CONTENDERS[name]
-    contender = spec.load(None if spec.wheel else int(os.environ["RANK"]), world_size)
+    rank = None if spec.wheel else int(os.environ["RANK"])
+    contender = spec.load(rank, world_size)
+
+    def tuned(tuning: str) -> Contender:
+        os.environ["PYCOMM_TUNE"] = tuning
+        return spec.load(rank, world_size)
+
     connection = Client(str(directory / "socket"), "AF_UNIX")
     threading.Thread(target=_leave_when_driver_does, args=(connection,), daemon=True).start()
-    serve(connection, contender, StartLine(directory / "start_line", contender.rank, world_size))
-    contender.close()
+    session = Session(contender, StartLine(directory / "start_line", contender.rank, world_size), tuned)
+    serve(connection, contender, session)
+    session.close()
 
 
 if __name__ == "__main__":

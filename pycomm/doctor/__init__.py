@@ -19,7 +19,7 @@ from rich.table import Table
 from pycomm import _C, env
 from pycomm.backends import choose
 from pycomm.backends.nccl import offer
-from pycomm.doctor import gpu, host, tune
+from pycomm.doctor import gpu, host
 from pycomm.doctor.checks import Check, Report, Section
 from pycomm.doctor.self_test import self_test
 from pycomm.errors import BackendUnavailableError
@@ -39,14 +39,17 @@ class Options:
     """Print one JSON object instead of tables."""
     timeout_s: float = 60.0
     """Seconds after which the two-rank self-test counts as failed; 0 leaves it out."""
-    tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Measure other thresholds of the host transport beside those in use, instead of the report; about a minute."""
-    ranks: int = 2
-    """With --tune: how many processes to measure on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report. Returns 0 when pycomm works here, 1 when something it needs does not."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--tune" in argv:
+        print(
+            "pycomm doctor --tune has moved: run python benchmarks/tune.py in a checkout of pycomm (docs/tuning.md)",
+            file=sys.stderr,
+        )
+        return 2
     options = tyro.cli(Options, prog="pycomm doctor", args=argv)
     if not 0 <= options.timeout_s <= MOST_TIMEOUT_S:
         print(
@@ -54,13 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if options.tune:
-        if not 2 <= options.ranks <= _C.MAX_RANKS:
-            print(
-                f"pycomm doctor --tune: --ranks must be from 2 to {_C.MAX_RANKS}, got {options.ranks}", file=sys.stderr
-            )
-            return 2
-        return tune.main(options.ranks, options.json)
     found = report(options.timeout_s)
     if options.json:
         print(json.dumps({"healthy": found.healthy, **dataclasses.asdict(found)}, indent=2))
