@@ -5,8 +5,7 @@ Needs a build with CUDA code (``PYCOMM_CUDA=ON``, or ``AUTO`` where there is a G
 making :class:`KernelRanks` raises :class:`pycomm.errors.BackendUnavailableError`.
 """
 
-from pycomm.gpu.bucket import Bucket
 from pycomm.gpu.matmul import OverlappedMatmuls
-from pycomm.gpu.ranks import KernelRanks, kernel_device
+from pycomm.gpu.ranks import Bucket, KernelRanks, kernel_device
 
 __all__ = ["Bucket", "KernelRanks", "OverlappedMatmuls", "kernel_device"]

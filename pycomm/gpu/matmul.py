@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pycomm import _C
-from pycomm.gpu.memory import dtype_name, tensor_at
+from pycomm.arguments import dtype_name
+from pycomm.gpu.memory import tensor_at
 from pycomm.gpu.ranks import KernelRanks
 
 __all__ = ["OverlappedMatmuls", "cublaslt_names"]

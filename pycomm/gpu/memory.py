@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pycomm import _C
 
-__all__ = ["dtype_name", "tensor_at", "tensors_of"]
+__all__ = ["tensor_at", "tensors_of"]
 
 
 def tensor_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:
@@ -29,8 +29,3 @@ def tensors_of(
     end = offset + prod(shape) * dtype.itemsize
     parts = (tensor_at(memory.part(rank), memory.bytes, device, memory) for rank in range(memory.world_size))
     return [part[offset:end].view(dtype).view(*shape) for part in parts]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As the extension calls it."""
-    return str(dtype).removeprefix("torch.")

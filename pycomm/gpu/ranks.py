@@ -11,14 +11,50 @@ import torch
 from torch import Tensor
 
 from pycomm import _C
+from pycomm.arguments import dtype_name
 from pycomm.errors import BackendUnavailableError
-from pycomm.gpu.bucket import Bucket
 from pycomm.gpu.grids import CHUNK_ELEMENTS, MAX_BLOCKS, NUM_THREADS, ONE_SHOT_CHUNK, Grid, grid_of, one_shot_grid
-from pycomm.gpu.memory import dtype_name, tensors_of
+from pycomm.gpu.memory import tensors_of
 
-__all__ = ["KernelRanks", "kernel_device"]
+__all__ = ["Bucket", "KernelRanks", "kernel_device"]
 
 AdamWOptions = tuple[float, float, float, float, float, int]  # lr, beta1, beta2, eps, weight_decay, step
+
+
+class Bucket:
+    """``tensors`` and their places in flat ``memory``, in order and without gaps, with the table that kernels read.
+
+    Args:
+        tensors: contiguous, of one dtype (float32, float16 or bfloat16), on one GPU. They are kept alive.
+        dtype: of the bucket's memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        if not tensors:
+            raise ValueError("a bucket needs at least one tensor")
+        first = tensors[0]
+        for tensor in tensors:
+            if tensor.dtype != first.dtype or tensor.device != first.device or not tensor.is_contiguous():
+                raise ValueError(
+                    f"a bucket's tensors are contiguous and of one dtype and device, not {tensor.dtype} on "
+                    f"{tensor.device} beside {first.dtype} on {first.device}"
+                )
+        rows, element, chunk = [], 0, 0
+        for tensor in tensors:
+            rows.append([element, tensor.numel(), chunk, tensor.data_ptr()])
+            element += tensor.numel()
+            chunk += -(-tensor.numel() // CHUNK_ELEMENTS)
+        self.tensors = list(tensors)
+        self.num_chunks = chunk
+        self.memory = torch.empty(element, dtype=dtype, device=first.device)
+        self.squares = torch.empty(chunk, dtype=torch.float64, device=first.device)
+        self.non_finite = torch.zeros(1, dtype=torch.int32, device=first.device)
+        self._table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(first.device)  # Segment of layout.hpp
+
+    @property
+    def table(self) -> tuple[int, int, int, int]:
+        """For :class:`pycomm._C.RankGroup`: address, number of segments, of chunks, of elements."""
+        return self._table.data_ptr(), len(self.tensors), self.num_chunks, self.memory.numel()
 
 
 class HostRanks(Protocol):
@@ -189,18 +225,18 @@ class KernelRanks:
                 targets = _addresses(outputs, rank * count)
                 self._group.all_gather(rank, input.data_ptr(), num_bytes, targets, grid)
 
-    def exchange(
+    def shift(
         self,
         outputs: Sequence[Tensor],
         inputs: Sequence[Tensor],
         slots: Sequence[Tensor],
         *,
-        shift: int = 1,
+        by: int = 1,
         num_blocks: int | None = None,
     ) -> None:
-        """Every rank puts its local input to rank + ``shift`` and gets what came from rank - ``shift``.
+        """Every rank puts its local input to rank + ``by`` and gets what came from rank - ``by``.
 
-        ``slots``: by rank, [num_slots, bytes of a message] uint8 for this shift alone; 1, 2, 4 or 8 slots.
+        ``slots``: by rank, [num_slots, bytes of a message] uint8 for this ``by`` alone; 1, 2, 4 or 8 slots.
         """
         count = self._same(inputs, len(self.local_ranks))
         self._same(outputs, len(self.local_ranks))
@@ -211,11 +247,11 @@ class KernelRanks:
         grid = self._grid(count, num_blocks, per_rank=2)
         with self._launching():
             for rank, input in zip(self.local_ranks, inputs, strict=True):
-                peer = (rank + shift) % self.num_ranks
+                peer = (rank + by) % self.num_ranks
                 addresses = [row.data_ptr() for row in slots[peer]]
                 self._group.put(rank, peer, input.data_ptr(), num_bytes, addresses, grid)
             for rank, output in zip(self.local_ranks, outputs, strict=True):
-                peer = (rank - shift) % self.num_ranks
+                peer = (rank - by) % self.num_ranks
                 addresses = [row.data_ptr() for row in slots[rank]]
                 self._group.get(rank, peer, output.data_ptr(), num_bytes, addresses, grid)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -168,16 +168,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: the sequence is longer than ``config.max_seq``.
         """
-        seq = tokens_BT.shape[1]
-        if seq > self.config.max_seq:
-            raise ValueError(f"sequence of {seq} tokens is longer than the model's max_seq {self.config.max_seq}")
-        x_BTD = self.token_embedding(tokens_BT)
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding.weight[:seq]
-        for block in self.blocks:
-            x_BTD = block(x_BTD, self.rotation_TK)
-        logits_BTV: Tensor = self.unembedding(self.final_norm(x_BTD))
-        return logits_BTV
+        return run_layers(self, tokens_BT, self.config.max_seq)
 
     def num_parameters(self) -> int:
         """Number of trained values; a tied embedding counts once."""
@@ -237,6 +228,27 @@ class GPT(nn.Module):
                 chosen = torch.multinomial(F.softmax(logits_V / temperature, -1), 1, generator=generator)
             ids = torch.cat([ids, chosen])
         return ids
+
+
+def run_layers(layers: Any, x: Tensor, max_seq: int, *, embeds: bool = True, scores: bool = True) -> Tensor:
+    """Run a GPT, or a part of one that has some of its layers under their names there.
+
+    Args:
+        x: tokens [B, T] for a part that ``embeds``, else x [B, T, D].
+
+    Returns:
+        logits [B, T, V] from a part that ``scores``, else x [B, T, D].
+    """
+    seq = x.shape[1]  # less than that of the tokens where parallelize() cuts it between blocks
+    if seq > max_seq:
+        raise ValueError(f"sequence of {seq} tokens is longer than the model's max_seq {max_seq}")
+    if embeds:
+        x = layers.token_embedding(x)
+        if layers.position_embedding is not None:
+            x = x + layers.position_embedding.weight[:seq]
+    for block in layers.blocks.children():
+        x = block(x, layers.rotation_TK)
+    return layers.unembedding(layers.final_norm(x)) if scores else x
 
 
 def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

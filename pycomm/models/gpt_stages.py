@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
-from pycomm.models.gpt import GPT
+from pycomm.models.gpt import GPT, run_layers
 from pycomm.pipeline import PipelineStage, partition
 
 __all__ = ["GPTStage", "gpt_layers", "gpt_stages", "split_gpt"]
@@ -46,18 +46,7 @@ class GPTStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, T] or x [B, T, D] in, x [B, T, D] or logits [B, T, V] out; see :meth:`GPT.forward`."""
-        seq = x.shape[1]  # less than that of the tokens where parallelize() cuts it between blocks
-        if seq > self._max_seq:
-            raise ValueError(f"sequence of {seq} tokens is longer than the model's max_seq {self._max_seq}")
-        if self.embeds:
-            x = self.token_embedding(x)
-            if self.position_embedding is not None:
-                x = x + self.position_embedding.weight[:seq]
-        for block in self.blocks.values():
-            x = block(x, self.rotation_TK)
-        if self.scores:
-            x = self.unembedding(self.final_norm(x))
-        return x
+        return run_layers(self, x, self._max_seq, embeds=self.embeds, scores=self.scores)
 
 
 def gpt_layers(model: GPT) -> list[nn.Module]:

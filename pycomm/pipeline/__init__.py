@@ -6,11 +6,10 @@ predicts its time, and :class:`Pipeline` runs it over :class:`PipelineStage`.
 
 from pycomm.pipeline.actions import Action, Schedule
 from pycomm.pipeline.lowering import lower, place_weight_gradients
-from pycomm.pipeline.measure import measured_costs
 from pycomm.pipeline.partition import measure_layers, measure_memory, parameter_costs, partition
 from pycomm.pipeline.runtime import Pipeline
 from pycomm.pipeline.schedules import NAMES, build
-from pycomm.pipeline.simulate import Costs, Span, Timeline, simulate, transfer_s
+from pycomm.pipeline.simulate import Costs, Span, Timeline, measured_costs, simulate, transfer_s
 from pycomm.pipeline.stage import PipelineStage
 from pycomm.pipeline.verify import slots_needed, verify
 

@@ -13,13 +13,11 @@ from pycomm.annotations import check_types
 from pycomm.backends.agreement import digest
 from pycomm.communicator import Communicator
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError
-from pycomm.pipeline.actions import COMPUTE, Action, Schedule, last_uses, steps
-from pycomm.pipeline.links import Links
-from pycomm.pipeline.measure import gather_spans
+from pycomm.pipeline.actions import COMPUTE, KINDS, Action, Schedule, last_uses, steps
+from pycomm.pipeline.links import Arrived, Links
 from pycomm.pipeline.shared import SharedParameters
 from pycomm.pipeline.simulate import Span, Timeline
 from pycomm.pipeline.stage import PipelineStage
-from pycomm.pipeline.tokens import Arrived
 from pycomm.pipeline.verify import buffers, verify
 
 __all__ = ["Pipeline"]
@@ -114,7 +112,7 @@ class Pipeline:
 
     def timeline(self) -> Timeline:
         """What every rank did in its last step and when, on one clock; the ranks share a host. Collective."""
-        return Timeline(gather_spans(self._comm, self._spans))
+        return Timeline(_gather_spans(self._comm, self._spans))
 
     def _parts(self, inputs: Tensor | None, targets: Tensor | None) -> tuple[Parts, Parts]:
         """The micro-batches that this rank needs."""
@@ -312,3 +310,16 @@ def _check_same(comm: Communicator, schedule: Schedule) -> None:
     odd = [rank for rank, row in enumerate(rows) if row != rows[0]]
     if odd:
         raise MismatchError(f"the ranks have different schedules: rank(s) {odd} another than rank 0")
+
+
+def _gather_spans(comm: Communicator, spans: Sequence[Span]) -> list[list[Span]]:
+    """Every rank's spans, by rank. Collective; only times of one host are on one clock."""
+    counts = [count for (count,) in comm.agree([len(spans)])]
+    rows = [[KINDS.index(s.action.kind), s.action.stage, s.action.microbatch, s.start, s.end] for s in spans]
+    mine = torch.tensor(rows, dtype=torch.float64, device=comm.device).view(-1, 5)
+    table = torch.empty(sum(counts), 5, dtype=torch.float64, device=comm.device)
+    comm.all_gather(table, mine, output_splits=counts)
+    return [
+        [Span(Action(KINDS[int(kind)], int(stage), int(i)), start, end) for kind, stage, i, start, end in part.tolist()]
+        for part in table.split(counts)
+    ]

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from pycomm.errors import ScheduleError
 from pycomm.pipeline.actions import COMPUTE, Action, Schedule, held_after, mate, steps
 
-__all__ = ["Costs", "Span", "Timeline", "simulate", "transfer_s"]
+__all__ = ["Costs", "Span", "Timeline", "measured_costs", "simulate", "transfer_s"]
 
 Cost = float | Sequence[float]
 
@@ -216,6 +217,37 @@ class _Run:
         if kind == "F":
             return "F"
         return "BW" if ("BW", stage, i) in self._done else "B"
+
+
+def measured_costs(timelines: Sequence[Timeline], num_stages: int, comm: float | Sequence[float] = 0.0) -> Costs:
+    """The mean seconds of each stage's F, B and W over micro-batches, in the timelines of middling length.
+
+    The mean, since what follows one after the other takes the sum; of the middle half of the timelines, as sorted by
+    makespan, since a pause of the whole machine is no cost of a stage.
+
+    Where backward is in one piece (BW), half of it counts as B and half as W; their sum is what matters there.
+
+    Args:
+        timelines: measured ones.
+        num_stages: of the model.
+        comm: of a transfer, as :class:`Costs` takes it; spans do not show it.
+    """
+    seconds: dict[tuple[str, int], list[float]] = {}
+    by_length = sorted(timelines, key=lambda timeline: timeline.makespan)
+    aside = len(by_length) // 4
+    for timeline in by_length[aside : len(by_length) - aside]:
+        for spans in timeline.ranks:
+            for span in spans:
+                seconds.setdefault((span.action.kind, span.action.stage), []).append(span.end - span.start)
+    typical = {place: fmean(values) for place, values in seconds.items()}
+    stages = range(num_stages)
+    whole = [typical.get(("BW", stage), 0.0) / 2 for stage in stages]
+    return Costs(
+        f=[typical[("F", stage)] for stage in stages],
+        b=[typical.get(("B", stage), whole[stage]) for stage in stages],
+        w=[typical.get(("W", stage), whole[stage]) for stage in stages],
+        comm=comm,
+    )
 
 
 def _pick(cost: Cost, stage: int) -> float:

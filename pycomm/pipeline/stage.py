@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pycomm.annotations import check_types
 from pycomm.communicator import Communicator
 from pycomm.pipeline.backward import Leaves, SplitBackward, leaves_of
-from pycomm.pipeline.tokens import check_sendable
+from pycomm.pipeline.links import check_sendable
 
 __all__ = ["PipelineStage"]
 

@@ -13,7 +13,6 @@ reading a pickle can run code: resume only from folders that you trust.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from pycomm.communicator import Communicator
 from pycomm.pretrain.config import ConfigError, PretrainConfig, PretrainError
+from pycomm.pretrain.files import checksum
 from pycomm.pretrain.loop import TrainState
 
 FORMAT = 2
@@ -38,7 +38,6 @@ _STEP_DIR = re.compile(r"step_(\d+)")
 _INFO, _SUMS = "info.json", "SHA256SUMS"
 _SUM_LINE = re.compile(r"([0-9a-f]{64})  ([^/]+)")
 _WRITTEN, _REPLACED, _DELETED = ".tmp", ".replaced", ".deleted"  # what is about to happen to a folder, after its name
-_CHUNK_BYTES = 2**20
 
 
 class DamagedCheckpointError(PretrainError):
@@ -80,7 +79,7 @@ def save(folder: Path, state: TrainState, config: PretrainConfig, corpus_key: st
         "config": config.to_json(),
     }
     (work / _INFO).write_text(json.dumps(info, indent=1))
-    (work / _SUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(work.iterdir())))
+    (work / _SUMS).write_text("".join(f"{checksum(path, 'sha256')}  {path.name}\n" for path in sorted(work.iterdir())))
     for path in [*work.iterdir(), work]:
         _flush(path)
     if final.exists():
@@ -304,17 +303,9 @@ def _difference_from_sums(path: Path, only: str | None = None) -> str | None:
             return f"{name} has no line in {_SUMS}"
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != sums[name]:
+        if checksum(path / name, "sha256") != sums[name]:
             return f"{name} has changed since it was written"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _point_latest(folder: Path, name: str) -> None:

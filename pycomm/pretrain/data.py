@@ -27,13 +27,12 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pycomm.pretrain.config import ConfigError, PretrainConfig
-from pycomm.pretrain.files import file_errors, locked, own_folder
+from pycomm.pretrain.files import checksum, file_errors, locked, own_folder
 from pycomm.pretrain.text import TextSelection, select_text
 
 DOCUMENT_START = "<|document|>"
 FORMAT = 2  # part of the cache key: raise it when a cached entry would mean something else
 ENCODE_AT_ONCE = 256  # documents; bounds the memory that token lists take
-READ_AT_ONCE = 1 << 20  # bytes
 
 _DTYPES = ("<u2", "<u4")  # of tokens.bin
 _log = logging.getLogger("pycomm")
@@ -104,7 +103,7 @@ def _build(entry: Path, selection: TextSelection, vocab_size: int, report: Calla
         (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         report(f"tokenizing {selection.num_bytes / 1e6:.1f} MB")
         meta = _write_tokens(work / "tokens.bin", tokenizer, selection.documents)
-        meta["checksums"] = {name: _checksum(work / name) for name in ("tokenizer.json", "tokens.bin")}
+        meta["checksums"] = {name: checksum(work / name, "blake2b") for name in ("tokenizer.json", "tokens.bin")}
         (work / "meta.json").write_text(json.dumps(meta))
         work.rename(entry)
     finally:
@@ -153,14 +152,6 @@ class _Stored:
     document_starts: list[int]
 
 
-def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b()
-    with path.open("rb") as file:
-        while block := file.read(READ_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _read(entry: Path) -> _Stored:
     """Raises OSError or ValueError if the entry is not as it was written; nothing in it is trusted before."""
     meta = json.loads((entry / "meta.json").read_text())
@@ -172,7 +163,7 @@ def _read(entry: Path) -> _Stored:
     if not all(isinstance(start, int) and 0 <= start < num_tokens for start in starts):
         raise ValueError("a document starts outside of the tokens")
     for name in ("tokenizer.json", "tokens.bin"):
-        if checksums.get(name) != _checksum(entry / name):
+        if checksums.get(name) != checksum(entry / name, "blake2b"):
             raise ValueError(f"{name} is not what was written")
     tokens: TokenArray = np.memmap(entry / "tokens.bin", np.dtype(meta["dtype"]), mode="r")
     if len(tokens) != num_tokens:

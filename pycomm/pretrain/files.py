@@ -7,6 +7,7 @@ into, or that somebody else has made, is refused and not used.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from pycomm.errors import PycommError
 from pycomm.pretrain.config import PretrainError, printable
+
+_BLOCK_BYTES = 1 << 20
 
 
 class FileError(PretrainError):
@@ -77,6 +80,15 @@ def own_folder(path: Path) -> Path:
             f"could choose what your model learns: take that right away (chmod go-w), or {advice}"
         )
     return path
+
+
+def checksum(path: Path, algorithm: str) -> str:
+    """Hex digest of a file; ``algorithm`` is one of hashlib's."""
+    digest = hashlib.new(algorithm)
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 
 import torch
 
@@ -67,23 +66,18 @@ class TrainState:
     step: int = 0
 
 
-class AbortOnError:
-    """Context manager: tells the other ranks at once when this one fails, so that none waits for its timeout.
+@contextmanager
+def abort_on_error(comm: Communicator) -> Iterator[None]:
+    """Tells the other ranks at once when this one fails in the block, so that none waits for its timeout.
 
     Errors of pycomm itself and NonFiniteError are not told on: the others have them already.
     """
-
-    def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and not isinstance(error, PycommError | NonFiniteError):
-            self._comm.abort(printable(f"{type(error).__name__}: {error}"))
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, PycommError | NonFiniteError):
+            comm.abort(printable(f"{type(error).__name__}: {error}"))
+        raise
 
 
 def build_state(comm: Communicator, config: PretrainConfig) -> TrainState:
@@ -146,7 +140,7 @@ def train(
         PeerLostError: another rank failed. If this rank fails, its error is passed on and the others are told.
     """
     sampler = Sampler(corpus.train, config.model.max_seq, config.global_batch, config.seed)
-    with AbortOnError(comm):
+    with abort_on_error(comm):
         while state.step < config.steps:
             record, stopping = train_step(comm, config, state, sampler, stop())
             last = state.step == config.steps

@@ -18,11 +18,10 @@ from rich.console import Console
 from pycomm.pretrain import checkpoint
 from pycomm.pretrain.config import PretrainConfig
 from pycomm.pretrain.data import Corpus
-from pycomm.pretrain.display import Display
+from pycomm.pretrain.display import Display, plot_loss
 from pycomm.pretrain.files import file_errors
 from pycomm.pretrain.loop import StepRecord, TrainState
 from pycomm.pretrain.metrics import METRICS, MetricsFile, claim_run_dir, read_metrics
-from pycomm.pretrain.plot import plot_loss
 
 
 class Run:

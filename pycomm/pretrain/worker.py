@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from rich.console import Console
@@ -25,7 +25,7 @@ from pycomm.pretrain import checkpoint
 from pycomm.pretrain.config import ConfigError, PretrainConfig, PretrainError
 from pycomm.pretrain.data import Corpus, prepare
 from pycomm.pretrain.files import file_errors
-from pycomm.pretrain.loop import AbortOnError, TrainState, build_state, train
+from pycomm.pretrain.loop import TrainState, abort_on_error, build_state, train
 from pycomm.pretrain.run import Run
 from pycomm_command import StopSignals, end_with_parent
 
@@ -54,7 +54,8 @@ def main(config: PretrainConfig, command: str, signals: StopSignals) -> int:
         if env.elastic_error_file() is not None:  # a launcher of torch's, which does not end before its workers
             end_with_parent(os.getppid())
         config.validate(1 if launched is None else launched.world_size)
-        with pycomm.init("host", timeout_s=config.run.timeout_s) as comm, AbortOnError(comm), OrderlyFailure(signals):
+        comm = pycomm.init("host", timeout_s=config.run.timeout_s)
+        with comm, abort_on_error(comm), orderly_failure(signals):
             finished = pretrain(comm, config, command, signals)
     except KeyboardInterrupt:
         if is_lead:
@@ -74,31 +75,25 @@ def main(config: PretrainConfig, command: str, signals: StopSignals) -> int:
     return 0 if finished else signals.exit_code()
 
 
-class OrderlyFailure:
-    """Context manager: lets a failed worker end in peace, and leaves an unexpected error's traceback for the launcher.
+@contextmanager
+def orderly_failure(signals: StopSignals) -> Iterator[None]:
+    """Lets a failed worker end in peace, and leaves an unexpected error's traceback for the launcher.
 
     A launcher sends SIGTERM to all as soon as one worker has ended, and the others end within moments of being told of
     the failure. From here on this worker ignores that, so that its message and exit code are not lost. The launcher
     shows the traceback once; without one that asks for it, the error takes its usual way to the terminal.
     """
-
-    def __init__(self, signals: StopSignals) -> None:
-        self._signals = signals
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception):
-            return
-        self._signals.ignore()
-        if isinstance(error, PycommError | PretrainError):
-            return
-        if env.elastic_error_file() is not None:
-            get_error_handler().record_exception(error)
-            raise WorkerFailed(f"{type(error).__name__}: {error}") from error
+    try:
+        yield
+    except (PycommError, PretrainError):
+        signals.ignore()
+        raise
+    except Exception as error:
+        signals.ignore()
+        if env.elastic_error_file() is None:
+            raise
+        get_error_handler().record_exception(error)
+        raise WorkerFailed(f"{type(error).__name__}: {error}") from error
 
 
 class WorkerFailed(SystemExit):
@@ -152,11 +147,8 @@ def shared_corpus(comm: Communicator, config: PretrainConfig, say: Say) -> Corpu
     else:
         comm.barrier(timeout_s=PREPARE_TIMEOUT_S)
         corpus = prepare(config, env.cache_dir())
-    # The first 60 bits of the key, highest and lowest over the ranks: equal if and only if all are equal.
-    bits = int(corpus.key[:15], 16)
-    extremes = torch.tensor([bits, -bits], dtype=torch.int64)
-    comm.all_reduce(extremes, op="max")
-    if extremes.tolist() != [bits, -bits]:
+    rows = comm.agree([int(corpus.key[:15], 16)])
+    if any(row != rows[0] for row in rows):
         raise ConfigError("the ranks found different text: --text and the Python version must agree on all hosts")
     return corpus
 
@@ -180,9 +172,7 @@ def restore(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: T
                 notes = checkpoint.check_fits(checkpoint.read_info(path), config, corpus.key)
             for note in notes:
                 say(f"differs from the checkpoint's run: {note}")
-    found = torch.tensor([path is not None], dtype=torch.int64)
-    comm.broadcast(found)
-    if found.item():
+    if comm.agree([path is not None])[0][0]:  # rank 0 has found one
         checkpoint.load(path or Path(), comm, state)
         say(f"resumed from {path} after step {state.step}")
     return path

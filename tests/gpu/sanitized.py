@@ -46,7 +46,7 @@ def collectives(ranks: KernelRanks, dtype: torch.dtype) -> None:
     ranks.all_reduce_one_shot(small, small)
     inputs, received = filled(5000, 3), filled(5000)
     slots = [torch.empty(2, 8 * 5000, dtype=torch.uint8, device="cuda") for _ in range(WORLD)]
-    ranks.exchange(received, inputs, slots)
+    ranks.shift(received, inputs, slots)
     ranks.synchronize(120.0)
     expect(f"all_reduce of {dtype}", two_shot, WORLD)
     expect(f"reduce_scatter and all_gather of {dtype}", outputs, 1)

@@ -99,8 +99,8 @@ def test_messages_go_round(groups, world, num_slots):
     outputs = [torch.empty_like(tensor) for tensor in inputs]
     slots = [torch.empty(num_slots, 4 * count + 64, dtype=torch.uint8, device="cuda") for _ in range(world)]
     for _ in range(world):
-        ranks.exchange(outputs, inputs, slots)
-        ranks.exchange(inputs, outputs, slots)
+        ranks.shift(outputs, inputs, slots)
+        ranks.shift(inputs, outputs, slots)
     ranks.synchronize()
     shift = 2 * world % world
     for rank, tensor in enumerate(inputs):

@@ -21,7 +21,7 @@ from pycomm.pretrain import (
     train,
 )
 from pycomm.pretrain.data import Corpus, prepare
-from pycomm.pretrain.loop import AbortOnError, validate
+from pycomm.pretrain.loop import abort_on_error, validate
 from tests.pretrain.helpers import small_config
 
 
@@ -210,6 +210,6 @@ def test_only_what_others_do_not_know_is_passed_on() -> None:
 
     recorder = Recorder()
     for error in (PeerLostError("gone"), KeyboardInterrupt(), KeyError("k")):
-        with pytest.raises(type(error)), AbortOnError(recorder):  # type: ignore[arg-type]
+        with pytest.raises(type(error)), abort_on_error(recorder):  # type: ignore[arg-type]
             raise error
     assert recorder.reasons == ["KeyboardInterrupt: ", "KeyError: 'k'"]

@@ -11,10 +11,9 @@ import pytest
 from rich.console import Console
 
 from pycomm.pretrain import ConfigError
-from pycomm.pretrain.display import Display
+from pycomm.pretrain.display import Display, plot_loss
 from pycomm.pretrain.loop import StepRecord
 from pycomm.pretrain.metrics import MetricsFile, claim_run_dir, read_metrics
-from pycomm.pretrain.plot import plot_loss
 
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "exposed_comm_ms"]
 
