@@ -24,7 +24,7 @@ def machine() -> list[Check]:
 
 
 def limits() -> list[Check]:
-    return [memfd(), pidfd(), open_files(), locked_memory(), shmem_huge_pages()]
+    return [memfd(), pidfd(), open_files(), shmem_huge_pages()]
 
 
 def cgroup_dirs(controller: str, proc: Path = PROC, sys: Path = SYS) -> Iterator[Path]:
@@ -122,12 +122,6 @@ def open_files() -> Check:
     if soft != resource.RLIM_INFINITY and soft < 1024:
         return Check("open files", "warning", detail, "ulimit -n 1024, or more with many ranks")
     return Check("open files", "ok", detail)
-
-
-def locked_memory() -> Check:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    detail = "unlimited" if soft == resource.RLIM_INFINITY else format_bytes(soft)
-    return Check("locked memory", "ok", f"{detail} (the host transport locks none)")
 
 
 def shmem_huge_pages(sys: Path = SYS) -> Check:

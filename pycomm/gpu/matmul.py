@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from pycomm import _C
 from pycomm.arguments import dtype_name
-from pycomm.gpu.memory import tensor_at
+from pycomm.gpu.memory import in_wheels, tensor_at
 from pycomm.gpu.ranks import KernelRanks
 
 __all__ = ["OverlappedMatmuls", "cublaslt_names"]
@@ -152,10 +150,6 @@ def cublaslt_names() -> Iterator[str]:
     """Where cuBLASLt may be, best first: in the process already (torch's), in NVIDIA's wheels, in the system."""
     sonames = ("libcublasLt.so.13", "libcublasLt.so.12")
     yield from (f"loaded:{name}" for name in sonames)
-    spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations if spec is not None else None) or ():
-        for folder, name in (("cu13", sonames[0]), ("cublas", sonames[1])):
-            path = Path(root) / folder / "lib" / name
-            if path.is_file():
-                yield str(path)
+    for folder, name in zip(("cu13", "cublas"), sonames, strict=True):
+        yield from in_wheels(folder, name)
     yield from sonames

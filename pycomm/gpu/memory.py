@@ -1,16 +1,27 @@
-"""Symmetric memory of GPUs as torch tensors."""
+"""Symmetric memory of GPUs as torch tensors, and where NVIDIA's libraries lie."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pycomm import _C
 
-__all__ = ["tensor_at", "tensors_of"]
+__all__ = ["in_wheels", "tensor_at", "tensors_of"]
+
+
+def in_wheels(folder: str, name: str) -> Iterator[str]:
+    """The files ``lib/name`` of NVIDIA's Python packages in ``folder``; none where they are not installed."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations if spec is not None else None) or ():
+        path = Path(root) / folder / "lib" / name
+        if path.is_file():
+            yield str(path)
 
 
 def tensor_at(address: int, num_bytes: int, device: torch.device, owner: object) -> Tensor:

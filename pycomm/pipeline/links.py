@@ -258,7 +258,7 @@ class Links:
             self._comm.recv(tensor, peer, _tag(link, _DATA))
         return Arrived(tensor, token, link)
 
-    def exchange(self, sends: Sequence[Outgoing], receives: Sequence[Action]) -> list[Arrived]:
+    def send_and_receive(self, sends: Sequence[Outgoing], receives: Sequence[Action]) -> list[Arrived]:
         """Send and receive what a step of the schedule says, and return when all of it is done, or enqueued.
 
         Raises:

@@ -167,7 +167,7 @@ class _Run:
         elif self._links.is_ordered:
             receives = [action for action in step if action.kind.startswith("RECV")]
             sends = [self._outgoing(action) for action in step if action.kind.startswith("SEND")]
-            for action, arrived in zip(receives, self._links.exchange(sends, receives), strict=True):
+            for action, arrived in zip(receives, self._links.send_and_receive(sends, receives), strict=True):
                 self._arrived[action.key] = arrived
         else:
             for action in step:

@@ -165,13 +165,11 @@ def restore(comm: Communicator, config: PretrainConfig, corpus: Corpus, state: T
     if comm.rank == 0:
         with file_errors(f"--resume {config.resume}", "give another checkpoint"):
             path = checkpoint.find(config.resume, config.out_dir())
+            notes = [] if path is None else checkpoint.check_fits(checkpoint.read_info(path), config, corpus.key)
         if path is None:
             say(f"--resume auto: no checkpoint in {config.out_dir()} yet, starting anew")
-        else:
-            with file_errors(f"--resume {config.resume}", "give another checkpoint"):
-                notes = checkpoint.check_fits(checkpoint.read_info(path), config, corpus.key)
-            for note in notes:
-                say(f"differs from the checkpoint's run: {note}")
+        for note in notes:
+            say(f"differs from the checkpoint's run: {note}")
     if comm.agree([path is not None])[0][0]:  # rank 0 has found one
         checkpoint.load(path or Path(), comm, state)
         say(f"resumed from {path} after step {state.step}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 from pycomm import _C, env
+from pycomm.gpu.memory import in_wheels
 
 __all__ = ["load_driver", "load_nccl", "nccl_candidates"]
 
@@ -31,11 +30,7 @@ def nccl_candidates() -> Iterator[str]:
     if named is not None:
         yield named
         return  # what was asked for, or an error
-    spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations if spec is not None else None) or ():
-        path = Path(root) / "nccl" / "lib" / NCCL
-        if path.is_file():
-            yield str(path)
+    yield from in_wheels("nccl", NCCL)
     yield NCCL
 
 
