@@ -504,6 +504,11 @@ class NcclWindow:
 # GPUs; pycomm/gpu. Addresses are the device's. Without CUDA code in the build, what makes an object raises
 # BackendUnavailableError. A grid is (blocks, threads); dtypes and operators are names.
 SIGNAL_PAD_BYTES: int
+MAX_KERNEL_RANKS: int
+MAX_KERNEL_BLOCKS: int  # of a kernel that waits for other ranks
+MAX_KERNEL_THREADS: int  # of a block
+ONE_SHOT_BLOCKS: int
+CHUNK_ELEMENTS: int
 
 def dlpack(address: int, bytes: int, device: int, owner: object) -> Any:
     """A capsule for torch.from_dlpack: uint8 on a CUDA device (-1: on the host). What is made of it keeps ``owner``."""

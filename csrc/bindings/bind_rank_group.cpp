@@ -274,6 +274,11 @@ void bind_rank_group(py::module_& module) {
       },
       py::arg("address"), py::arg("bytes"), py::arg("device"), py::arg("owner"));
   module.attr("SIGNAL_PAD_BYTES") = sizeof(SignalPad);
+  module.attr("MAX_KERNEL_RANKS") = kMaxRanks;
+  module.attr("MAX_KERNEL_BLOCKS") = kMaxBlocks;
+  module.attr("MAX_KERNEL_THREADS") = kMaxThreads;
+  module.attr("ONE_SHOT_BLOCKS") = kOneShotBlocks;
+  module.attr("CHUNK_ELEMENTS") = kChunkElements;
 }
 
 }  // namespace pycomm::bindings

@@ -3,20 +3,20 @@ others. Functions of what all ranks know."""
 
 from __future__ import annotations
 
-__all__ = ["MAX_BLOCKS", "NUM_THREADS", "ONE_SHOT_BLOCKS", "ONE_SHOT_CHUNK", "Grid", "grid_of", "one_shot_grid"]
+from pycomm import _C
+
+__all__ = ["NUM_THREADS", "ONE_SHOT_BLOCKS", "ONE_SHOT_CHUNK", "Grid", "grid_of", "one_shot_grid"]
 
 Grid = tuple[int, int]  # blocks, threads a block
 
-CHUNK_ELEMENTS = 1024  # csrc/cuda/device/layout.hpp
-NUM_THREADS = 512  # csrc/cuda/kernels/launch.hpp, kMaxThreads
-MAX_BLOCKS = 128  # csrc/cuda/device/signal_pad.hpp: of a kernel that waits for other ranks
-ONE_SHOT_BLOCKS = 32  # csrc/cuda/kernels/all_reduce.hpp
+NUM_THREADS = _C.MAX_KERNEL_THREADS
+ONE_SHOT_BLOCKS = _C.ONE_SHOT_BLOCKS
 ONE_SHOT_CHUNK = 256  # elements of a warp: small tensors over many warps
 
 
 def grid_of(count: int, most_blocks: int) -> Grid:
     """For ``count`` elements: a warp a chunk, up to ``most_blocks``."""
-    chunks = -(-count // CHUNK_ELEMENTS)
+    chunks = -(-count // _C.CHUNK_ELEMENTS)
     return max(1, min(most_blocks, -(-chunks * 32 // NUM_THREADS))), NUM_THREADS
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pycomm import _C
 from pycomm.arguments import dtype_name
 from pycomm.errors import BackendUnavailableError
-from pycomm.gpu.grids import CHUNK_ELEMENTS, MAX_BLOCKS, NUM_THREADS, ONE_SHOT_CHUNK, Grid, grid_of, one_shot_grid
+from pycomm.gpu.grids import NUM_THREADS, ONE_SHOT_CHUNK, Grid, grid_of, one_shot_grid
 from pycomm.gpu.memory import tensors_of
 
 __all__ = ["Bucket", "KernelRanks", "kernel_device"]
@@ -43,7 +43,7 @@ class Bucket:
         for tensor in tensors:
             rows.append([element, tensor.numel(), chunk, tensor.data_ptr()])
             element += tensor.numel()
-            chunk += -(-tensor.numel() // CHUNK_ELEMENTS)
+            chunk += -(-tensor.numel() // _C.CHUNK_ELEMENTS)
         self.tensors = list(tensors)
         self.num_chunks = chunk
         self.memory = torch.empty(element, dtype=dtype, device=first.device)
@@ -202,14 +202,14 @@ class KernelRanks:
         count = self._same(outputs, len(self.local_ranks))
         if count * self.num_ranks != total:
             raise ValueError(f"outputs of {count} elements for inputs of {total} on {self.num_ranks} ranks")
-        if squares and count % CHUNK_ELEMENTS != 0:
-            raise ValueError(f"squares: parts of {count} elements are not whole chunks of {CHUNK_ELEMENTS}")
+        if squares and count % _C.CHUNK_ELEMENTS != 0:
+            raise ValueError(f"squares: parts of {count} elements are not whole chunks of {_C.CHUNK_ELEMENTS}")
         grid = self._grid(total, num_blocks)
         with self._launching():
             for rank, output in zip(self.local_ranks, outputs, strict=True):
                 names = (dtype_name(inputs[0].dtype), dtype_name(output.dtype), op)
                 parts = _addresses(inputs, rank * count)
-                sums = _addresses(squares, rank * count // CHUNK_ELEMENTS)
+                sums = _addresses(squares, rank * count // _C.CHUNK_ELEMENTS)
                 self._group.reduce_scatter(rank, *names, count, parts, output.data_ptr(), sums, grid)
 
     def all_gather(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, num_blocks: int | None = None) -> None:
@@ -335,7 +335,9 @@ class KernelRanks:
         if num_blocks is not None:
             return num_blocks, NUM_THREADS
         most = self._num_multiprocessors // (len(self.local_ranks) * per_rank)
-        return grid_of(count, 16 * self._num_multiprocessors if self.num_ranks == 1 else min(most, MAX_BLOCKS))
+        return grid_of(
+            count, 16 * self._num_multiprocessors if self.num_ranks == 1 else min(most, _C.MAX_KERNEL_BLOCKS)
+        )
 
     def _one_shot_staging(self, wire: str, count: int, grid: Grid) -> _C.GpuMemory:
         needed = self._group.staging_bytes(wire, count, ONE_SHOT_CHUNK, grid)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
 from pycomm.models.gpt import GPT, run_layers
-from pycomm.pipeline import PipelineStage, partition
+from pycomm.pipeline import PipelineStage, parameter_costs, partition
 
 __all__ = ["GPTStage", "gpt_layers", "gpt_stages", "split_gpt"]
 
@@ -67,7 +67,7 @@ def split_gpt(model: GPT, num_stages: int, costs: Sequence[float] | None = None)
     """
     layers = gpt_layers(model)
     if costs is None:
-        costs = [0.0, *(float(sum(p.numel() for p in layer.parameters())) for layer in layers[1:])]
+        costs = [0.0, *parameter_costs(layers[1:])]
     if len(costs) != len(layers):
         raise ValueError(f"{len(layers)} costs are needed (embedding, blocks, output), got {len(costs)}")
     return partition(costs, num_stages)

@@ -74,12 +74,14 @@ def _one_f_one_b(p: int, m: int, _chunks: int) -> Schedule:
 
     Ref: "PipeDream" (2019), "Memory-Efficient Pipeline-Parallel DNN Training" (2021), flushed every batch.
     """
-    order = []
-    for rank in range(p):
-        forwards = [Action("F", rank, i) for i in range(m)]
-        backwards = [Action("BW", rank, i) for i in range(m)]
-        order.append(_alternate(forwards, backwards, p - 1 - rank))
-    return Schedule(order, list(range(p)), m, _one_f_one_b_held(p, m))
+    return Schedule(_one_f_one_b_order(p, m, "BW"), list(range(p)), m, _one_f_one_b_held(p, m))
+
+
+def _one_f_one_b_order(p: int, m: int, backward: str) -> Order:
+    return [
+        _alternate([Action("F", r, i) for i in range(m)], [Action(backward, r, i) for i in range(m)], p - 1 - r)
+        for r in range(p)
+    ]
 
 
 def _one_f_one_b_held(p: int, m: int) -> list[int]:
@@ -117,18 +119,13 @@ def _zb_h1(p: int, m: int, _chunks: int, stage_memory: Sequence[float] | None = 
 
     Ref: "Zero Bubble Pipeline Parallelism" (2023), section 2.3.
     """
-    order = []
-    for rank in range(p):
-        forwards = [Action("F", rank, i) for i in range(m)]
-        backwards = [Action("B", rank, i) for i in range(m)]
-        order.append(_alternate(forwards, backwards, p - 1 - rank))
     held = _one_f_one_b_held(p, m)
     memory = [1.0] * p if stage_memory is None else list(stage_memory)
     if len(memory) != p or min(memory) <= 0:
         raise ValueError(f"stage_memory is {memory}: a positive number for each of {p} stages")
     limit = _MEMORY_TOLERANCE * max(n * size for n, size in zip(held, memory, strict=True))
     bound = [max(n, min(m, p, int(limit / size))) for n, size in zip(held, memory, strict=True)]
-    return place_weight_gradients(Schedule(order, list(range(p)), m, bound))
+    return place_weight_gradients(Schedule(_one_f_one_b_order(p, m, "B"), list(range(p)), m, bound))
 
 
 def _zb_v(p: int, m: int, _chunks: int) -> Schedule:

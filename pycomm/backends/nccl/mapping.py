@@ -22,7 +22,6 @@ from pycomm.errors import BackendUnavailableError
 
 __all__ = ["Mapper"]
 
-_MOST_RANKS = 16  # csrc/cuda/device/signal_pad.hpp
 _TEXT_BYTES = 240
 _ABILITIES = struct.Struct(f"<i?40s{_TEXT_BYTES}s")  # multiprocessors, windows, the GPU's UUID, obstacle
 
@@ -57,8 +56,8 @@ class Mapper:
         Raises:
             BackendUnavailableError, MemoryError: they cannot be had; on all ranks, with the reason.
         """
-        if self.desk.world_size > _MOST_RANKS:
-            raise BackendUnavailableError(f"{self.desk.world_size} ranks: kernels serve {_MOST_RANKS} at most")
+        if self.desk.world_size > _C.MAX_KERNEL_RANKS:
+            raise BackendUnavailableError(f"{self.desk.world_size} ranks: kernels serve {_C.MAX_KERNEL_RANKS} at most")
         obstacle = self.gpu.kernel_obstacle()
         num, uuid = (0, "") if obstacle else (self.gpu.num_multiprocessors(), self.gpu.uuid())
         row = _ABILITIES.pack(num, self.library.has_windows, uuid.encode(), _cut(obstacle))

@@ -11,12 +11,12 @@ Ref: vLLM, csrc/custom_all_reduce.cuh and vllm/distributed/device_communicators/
 from __future__ import annotations
 
 import math
-import struct
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Literal
 
 from pycomm import env
 from pycomm.backends import Backend
+from pycomm.backends.agreement import pack_numbers, unpack_numbers
 
 __all__ = ["Route", "Thresholds"]
 
@@ -71,7 +71,7 @@ class Thresholds:
         mine = cls.of_this_process(world_size)
         if desk is None:
             return mine
-        return cls.unpack(desk.agree(mine.pack(), timeout_s)[0])
+        return cls(*unpack_numbers(desk.agree(pack_numbers(astuple(mine)), timeout_s)[0]))
 
     def route(self, num_bytes: int, *, symmetric: bool) -> Route:
         """Who does an all-reduce of ``num_bytes`` a rank, where ranks map each other's memory."""
@@ -84,10 +84,3 @@ class Thresholds:
             f"in one step up to {self.one_shot_bytes} bytes; in two, in symmetric memory, up to "
             f"{self.two_shot_bytes}; above by NCCL"
         )
-
-    def pack(self) -> bytes:
-        return struct.pack("<qq", self.one_shot_bytes, self.two_shot_bytes)
-
-    @classmethod
-    def unpack(cls, row: bytes) -> Thresholds:
-        return cls(*struct.unpack("<qq", row))
