@@ -285,10 +285,9 @@ def update_everywhere(
     update: ParameterUpdate,
     groups: Sequence[tuple[float, float, float, float, float, float, float, float]],
     reduce_first: bool,
-    async_op: bool,
     timeout_s: float,
     /,
-) -> Work | None: ...
+) -> None: ...
 def update_locally(
     update: ParameterUpdate, groups: Sequence[tuple[float, float, float, float, float, float, float, float]], /
 ) -> None: ...

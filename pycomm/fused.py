@@ -48,19 +48,15 @@ class FusedCalls(Collectives):
         groups: Sequence[AdamWScalars],
         *,
         reduce_first: bool,
-        memory: Sequence[torch.Tensor] = (),
-        async_op: bool = False,
-    ) -> Work | None:
+    ) -> None:
         """One step of AdamW on the runs that this rank owns; their new values go to every rank's parameters.
 
         Args:
             update: gradients, parameters, states, and the runs.
             groups: by the number of the parameter group in each run.
             reduce_first: average the gradients over the ranks on the way.
-            memory: what an asynchronous call reads and writes, kept alive until it is over.
         """
-        core = _C.update_everywhere(self._host, update, groups, reduce_first, async_op, self.timeout_s)
-        return None if core is None else self._work(core, *memory)
+        _C.update_everywhere(self._host, update, groups, reduce_first, self.timeout_s)
 
     @property
     def _host(self) -> _C.HostCommunicator:

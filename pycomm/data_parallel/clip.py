@@ -122,7 +122,6 @@ def _clip_averages(
         _check_on_host((repr(slot.name), slot.param) for slot in engine.gradients.slots)
     tables = []
     for engine in engines:
-        engine.settle()
         table = engine.gradients.norm_table()
         for slot in engine.gradients.slots:
             if not _counts(slot.param, mesh):

@@ -30,7 +30,6 @@ from pycomm.communicator import Communicator
 from pycomm.data_parallel.bucket import Slot
 from pycomm.data_parallel.gradients import Gradients
 from pycomm.data_parallel.join import Joining
-from pycomm.data_parallel.pending import PendingStep
 from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
 
 _NUM_NAMED = 5  # parameters that an error message names
@@ -56,7 +55,6 @@ class GradientEngine:
         self.scales_in_step = False  # clipping leaves gradients as they are, and the optimizer's step scales them
         self.grad_scale = 1.0
         self.norm_is_finite = True  # as far as it was looked at
-        self.pending: PendingStep | None = None  # of an optimizer whose step may still be under way
         self.joining: Joining | None = None
         self._comm = comm
         self._overlap = gradients.options.overlap
@@ -111,7 +109,6 @@ class GradientEngine:
     def gradient_arrived(self, slot: Slot) -> None:
         """Autograd has accumulated into ``slot.param.grad``."""
         with self._lock:
-            self.settle()
             self._require_not_interrupted()
             _check_gradient(slot)
             if self._no_sync_depth:
@@ -139,7 +136,6 @@ class GradientEngine:
     def backward_began(self) -> None:
         """Backward has reached an output of forward."""
         with self._lock:
-            self.settle()
             self._require_not_interrupted()
             self.gradients.before_backward()
             if not self._no_sync_depth:
@@ -162,18 +158,12 @@ class GradientEngine:
     def contribute_zeros(self) -> None:
         """Take part in a backward of the other ranks with gradients of zeros."""
         with self._lock:
-            self.settle()
             for slot in self.gradients.slots:
                 slot.param.grad = None
                 self.gradients.keep_zeros(slot)
             self._complete()
             self._require_nobody_failed()
             self._reorder()
-
-    def settle(self) -> None:
-        """Wait for the optimizer's last step, which reads gradients and writes parameters."""
-        if self.pending is not None:
-            self.pending.finish()
 
     def clear(self) -> None:
         """The gradients were zeroed."""

@@ -182,13 +182,10 @@ class DataParallel(nn.Module):
         the element of the parameter where it starts. A parameter that is a copy of one in another DataParallel gets
         equal shards there if both have one number as their attribute ``shard_turn`` when they are wrapped.
         """
-        self._engine.settle()
         return self._engine.gradients.parts(next(slot for slot in self._engine.gradients.slots if slot.param is param))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the plain module's; under stage 2 of :class:`pycomm.ShardedAdamW`, what was averaged so far, too."""
-        if not set_to_none:
-            self._engine.settle()
         self.module.zero_grad(set_to_none)
         self._engine.clear()
 

@@ -23,12 +23,11 @@ from pycomm.data_parallel.bucket import Slot
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.module import DataParallel
 from pycomm.data_parallel.norms import check_on_host
-from pycomm.data_parallel.pending import PendingStep
 from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.replicas import check_same
 from pycomm.data_parallel.shards import Shard
 from pycomm.data_parallel.states import FamilyState
-from pycomm.errors import BackendUnavailableError, PycommError
+from pycomm.errors import PycommError
 from pycomm.fused import AdamWScalars
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ _log = logging.getLogger("pycomm")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STAGES = (0, 1, 2)
 _NUM_NAMED = 3  # parameters, in an error
-_NUM_PARTS = 4  # of a step that overlaps with forward; each costs the ranks two more meetings
 
 
 class ShardedAdamW(torch.optim.Optimizer):
@@ -64,10 +62,6 @@ class ShardedAdamW(torch.optim.Optimizer):
         stage: 0, 1 or 2.
         param_groups: None: all parameters in one group. Otherwise dictionaries as torch's optimizers take them, with
             "params" and what differs from the arguments; together they have every trainable parameter once.
-        overlap_forward: let :meth:`step` return at once, and the next forward wait for each module's parameters when
-            that module runs. Forwards, ``state_dict``, ``load_state_dict`` and this optimizer wait by themselves; call
-            :meth:`synchronize` before anything else reads or writes parameters or ``.grad``. The same bits. Stages 1
-            and 2, on symmetric memory of one host.
 
     Raises:
         ValueError: an argument is out of range, parameters are missing or of another dtype, ``ddp`` has a ShardedAdamW.
@@ -91,7 +85,6 @@ class ShardedAdamW(torch.optim.Optimizer):
         stage: int = 1,
         *,
         param_groups: Sequence[Mapping[str, Any]] | None = None,
-        overlap_forward: bool = False,
     ) -> None:
         self.num_skipped = 0  # steps left out since the norm was not finite
         self._ddp = ddp
@@ -115,21 +108,15 @@ class ShardedAdamW(torch.optim.Optimizer):
             ((repr(slot.name), slot.param) for slot in slots),
             "torch.optim.AdamW(ddp.parameters()) takes what DataParallel averages there",
         )
-        options = f"{stage=} {overlap_forward=} " + " ".join(
-            f"{k}={v}" for g in self.param_groups for k, v in g.items() if k != "params"
-        )
+        options = f"{stage=} " + " ".join(f"{k}={v}" for g in self.param_groups for k, v in g.items() if k != "params")
         groups_of_slots = [f"{slot.name!r} in group {group_of.get(id(slot.param))}" for slot in slots]
         check_same("make different optimizers", [options, *groups_of_slots], ddp.comm)
         self._check(stage, group_of)
-        if overlap_forward:
-            self._check_overlap()
         self._divide_gradients()
         self._states = [
             FamilyState(family, ddp.comm, self._engine.gradients, [group_of[id(s.param)] for s in family.slots], stage)
             for family in self._engine.gradients.families
         ]
-        if overlap_forward and ddp.comm.world_size > 1:
-            self._engine.pending = PendingStep(ddp.module, slots)
 
     @property
     def stage(self) -> int:
@@ -145,13 +132,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         """Memory of optimizer states on this rank: both averages, and fp32 values of 16-bit parameters."""
         return sum(state.num_bytes for state in self._states)
 
-    def synchronize(self) -> None:
-        """Return when the last step is over on every rank; with ``overlap_forward`` it may be under way."""
-        self._engine.settle()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if not set_to_none:
-            self.synchronize()  # the step reads them
         super().zero_grad(set_to_none)
         self._engine.clear()
 
@@ -169,7 +150,6 @@ class ShardedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
-        engine.settle()
         if engine.is_accumulating:
             raise PycommError(
                 "ShardedAdamW: gradients were accumulated under no_sync() and not averaged; let the last backward "
@@ -181,10 +161,7 @@ class ShardedAdamW(torch.optim.Optimizer):
             self._num_steps += 1
             scalars = [self._scalars(group) for group in self.param_groups]
             for state in self._states:
-                if engine.pending is None:
-                    state.update(scalars)
-                else:
-                    engine.pending.add(state.update(scalars, _NUM_PARTS))
+                state.update(scalars)
         else:
             self.num_skipped += 1
             _log.warning("ShardedAdamW: step left out, since the norm of the gradients was not finite")
@@ -205,7 +182,6 @@ class ShardedAdamW(torch.optim.Optimizer):
         Args:
             root: the only rank that gets states; elsewhere "state" is empty, and memory that of one parameter's.
         """
-        self.synchronize()
         result = super().state_dict()
         numbers = self._numbers()
         has_states = root in (None, self._ddp.comm.rank)
@@ -225,7 +201,6 @@ class ShardedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: other groups or parameters, or their numbers of steps differ.
         """
-        self.synchronize()
         saved = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in self.param_groups]
         if sizes != [len(group["params"]) for group in saved]:
@@ -255,7 +230,6 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     def shards(self) -> Iterator[tuple[Slot, Shard, Mapping[str, Tensor]]]:
         """Every parameter, this rank's part of it, and the packed states in which that part lies."""
-        self.synchronize()
         for state in self._states:
             for slot, shard in state.shards():
                 yield slot, shard, state.tensors
@@ -310,15 +284,6 @@ class ShardedAdamW(torch.optim.Optimizer):
         for slot in slots:
             if slot.param.dtype not in _DTYPES:
                 raise ValueError(f"{slot.name!r} is {slot.param.dtype}; ShardedAdamW takes float32, bfloat16, float16")
-
-    def _check_overlap(self) -> None:
-        gradients, comm = self._engine.gradients, self._ddp.comm
-        if self._stage == 0:
-            raise ValueError("overlap_forward is for stages 1 and 2: in stage 0 no rank waits for another's parameters")
-        if comm.world_size > 1 and not gradients.options.symmetric:
-            raise ValueError("overlap_forward needs symmetric=True in DataParallel")
-        if comm.world_size > 1 and not comm.has_fused_calls:
-            raise BackendUnavailableError(f"overlap_forward needs the ranks on one host's shared memory, not {comm}")
 
     def _divide_gradients(self) -> None:
         engine = self._engine

@@ -13,7 +13,6 @@ from pycomm.communicator import Communicator
 from pycomm.data_parallel.bucket import Family, Slot
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.gradients import Gradients
-from pycomm.data_parallel.pending import Part
 from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.shards import Shard, owned, row
 from pycomm.fused import AdamWScalars, dtype_name
@@ -34,8 +33,7 @@ class FamilyState:
         self._is_divided = stage > 0 and comm.world_size > 1
         self._pushes = self._is_divided and gradients.fused
         self._shards = self._shards_of(comm.rank)
-        self._shard_of = dict(zip(family.slots, self._shards, strict=True))
-        self._group_of = dict(zip(family.slots, group_of, strict=True))
+        self._groups = group_of
         numel = max(1, family.numel)
         self._flat = (
             comm.empty(numel, dtype=family.param_dtype)
@@ -53,43 +51,26 @@ class FamilyState:
             self.tensors["master"] = torch.zeros(num_owned)
             self._take_values()
         self._versions = self._current_versions()
-        self._updates: list[tuple[list[Slot], _C.ParameterUpdate]] = []  # one after the other they are a step
-        self._layout = 0  # of the gradients that they describe
+        self._update: _C.ParameterUpdate | None = None  # what a step reads and writes
+        self._layout = 0  # of the gradients that it describes
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def update(self, scalars: Sequence[AdamWScalars], num_parts: int = 1) -> list[Part]:
-        """One step. Collective where states are divided.
-
-        Returns:
-            Where peers write the parameters and ``num_parts`` is more than 1: so many parts, about equal, that are
-            under way, in the order in which forward needs them. Otherwise nothing: every rank has the new parameters.
-        """
+    def update(self, scalars: Sequence[AdamWScalars]) -> None:
+        """One step: then every rank has the new parameters. Collective where states are divided."""
         if self.family.has_master and self._versions != self._current_versions():
             self._take_values()  # somebody has loaded other values
-        if not self._updates or self._layout != self._gradients.layout:
-            divided = _divided(self._in_forward_order(), num_parts if self._pushes else 1)
-            self._updates, self._layout = [(p, self._describe(p)) for p in divided], self._gradients.layout
-        under_way: list[Part] = []
-        for slots, update in self._updates:
-            if self._pushes:
-                work = self._comm.update_parameters(
-                    update,
-                    scalars,
-                    reduce_first=self._gradients.unreduced,
-                    memory=(self._flat, self._gradient(), *self.tensors.values()),
-                    async_op=num_parts > 1,
-                )
-                if work is not None:
-                    under_way.append((slots, work))
-            else:
-                _C.update_locally(update, scalars)
-        if self._is_divided and not self._pushes:
-            self._gather(self._flat)
+        if self._update is None or self._layout != self._gradients.layout:
+            self._update, self._layout = self._describe(), self._gradients.layout
+        if self._pushes:
+            self._comm.update_parameters(self._update, scalars, reduce_first=self._gradients.unreduced)
+        else:
+            _C.update_locally(self._update, scalars)
+            if self._is_divided:
+                self._gather(self._flat)
         self._versions = self._current_versions()
-        return under_way
 
     def whole(self, root: int | None = None) -> dict[Slot, dict[str, Tensor]]:
         """Every parameter's states, whole and in its shape. Collective where states are divided.
@@ -170,12 +151,6 @@ class FamilyState:
     def _current_versions(self) -> list[int]:
         return [slot.param._version for slot in self.family.slots]
 
-    def _in_forward_order(self) -> list[Slot]:
-        """The family's parameters, those first whose gradients come last."""
-        return [
-            s for bucket in reversed(self._gradients.buckets) for s in reversed(bucket.slots) if s in self._shard_of
-        ]
-
     def _gradient(self) -> Tensor:
         """What the family's averages are read from."""
         gradients = self._gradients
@@ -184,15 +159,13 @@ class FamilyState:
         assert isinstance(gradients, PooledGradients)
         return gradients.shards[self.family]
 
-    def _describe(self, slots: Sequence[Slot]) -> _C.ParameterUpdate:
+    def _describe(self) -> _C.ParameterUpdate:
         gradients = self._gradients
         is_flat = isinstance(gradients, FlatGradients)
         rows = []
-        for slot in slots:
-            shard = self._shard_of[slot]
+        for (slot, shard), group in zip(self.shards(), self._groups, strict=True):
             if len(shard) > 0:
                 start = gradients.start(slot) if isinstance(gradients, FlatGradients) else 0
-                group = self._group_of[slot]
                 rows.append(row(shard, slot.first_block, grad=start, param=slot.start, group=group))
         grads = self._gradient()
         return _C.ParameterUpdate(
@@ -221,16 +194,3 @@ class FamilyState:
         for part, values in zip(parts, received.split(counts), strict=True):
             for target, value in zip(part, values.split([len(t) for t in part]), strict=True):
                 target.copy_(value)
-
-
-def _divided(slots: Sequence[Slot], num_parts: int) -> list[list[Slot]]:
-    """``slots`` in order, in at most ``num_parts`` runs of about equal numbers of elements."""
-    total = sum(slot.param.numel() for slot in slots)
-    parts: list[list[Slot]] = [[]]
-    done = 0
-    for slot in slots:
-        if done * num_parts >= total * len(parts):
-            parts.append([])
-        parts[-1].append(slot)
-        done += slot.param.numel()
-    return parts
