@@ -121,8 +121,8 @@ void bind_gradient_step(py::module_& module) {
       NoGil());
   module.def(
       "block_norms",
-      [](std::uintptr_t values, const std::string& dtype, const RunsHandle& runs, bool packed, std::uintptr_t norms) {
-        host::block_norms(pointer(values), dtype_of(dtype), *runs.runs, packed, pointer<double>(norms));
+      [](std::uintptr_t values, const std::string& dtype, const RunsHandle& runs, std::uintptr_t norms) {
+        host::block_norms(pointer(values), dtype_of(dtype), *runs.runs, pointer<double>(norms));
       },
       NoGil());
   module.def(

@@ -142,12 +142,12 @@ void reduce_gradients(Group& group, const GradientReduction& reduction, bool acc
   group.wait(1);
 }
 
-void block_norms(const void* values, DType dtype, const std::vector<Run>& runs, bool packed, double* norms) {
+void block_norms(const void* values, DType dtype, const std::vector<Run>& runs, double* norms) {
   const StepKernels& kernels = step_kernels();
   Scratch scratch;
   for (const Run& run : runs) {
     for_each_block(run, [&](std::size_t begin, std::size_t count) {
-      const void* const block = at(values, (packed ? run.packed : run.grad) + begin, dtype);
+      const void* const block = at(values, run.grad + begin, dtype);
       norms[run.first_block + begin / kNormBlock] = squared_norm(kernels, block, dtype, count, scratch);
     });
   }

@@ -17,8 +17,9 @@ its buckets from its next forward, says so, and then every rank drops the step a
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
@@ -27,13 +28,29 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import Slot
-from pycomm.data_parallel.gradients import Gradients
+from pycomm.data_parallel.flat import FlatGradients
+from pycomm.data_parallel.gradients import Gradients, Options
 from pycomm.data_parallel.join import Joining
+from pycomm.data_parallel.layout import Family, TrainedParam
+from pycomm.data_parallel.pooled import PooledGradients
+from pycomm.data_parallel.step import Step
 from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
 
 _NUM_NAMED = 5  # parameters that an error message names
 _JOIN = "If ranks have different numbers of batches, let the loop run inside `with ddp.join():`"
+
+
+@dataclass(eq=False)
+class _Backward:
+    """A synchronising backward that is running."""
+
+    # Autograd alone owns the callback. If it is gone and this backward still counts as running, then it ended with an
+    # exception before the callback could run. None: this rank takes part without a backward of its own.
+    end: "weakref.ref[_EndOfBackward] | None"
+    num_missing: list[int]  # gradients, by bucket
+    came: dict[TrainedParam, None] = field(default_factory=dict)  # whose gradients have arrived, in that order
+    num_launched: int = 0
+    has_reported: bool = False  # to the other ranks, that it came to its end
 
 
 class GradientEngine:
@@ -42,34 +59,48 @@ class GradientEngine:
     Autograd may run hooks on its own threads, so they take a lock; on the CPU they run in the thread of backward().
 
     Args:
-        gradients: their memory and buckets, the same on all ranks.
+        params: those to be averaged, and their ``families``, the same on all ranks.
         find_unused: a parameter without a gradient counts as zeros instead of being an error.
     """
 
-    def __init__(self, gradients: Gradients, comm: Communicator, *, find_unused: bool) -> None:
+    def __init__(
+        self,
+        params: Sequence[TrainedParam],
+        families: Sequence[Family],
+        comm: Communicator,
+        options: Options,
+        *,
+        find_unused: bool,
+    ) -> None:
         self.exposed_comm_s = 0.0
-        self.gradients = gradients
-        self.has_averages = False  # since the last time that gradients were zeroed
-        # What a ShardedAdamW and clip_grad_norm_ say to each other:
-        self.is_sharded = False  # gradients, or what the optimizer makes of them
-        self.scales_in_step = False  # clipping leaves gradients as they are, and the optimizer's step scales them
-        self.grad_scale = 1.0
-        self.norm_is_finite = True  # as far as it was looked at
-        self.joining: Joining | None = None
+        self.step = Step()
+        self.gradients: Gradients = FlatGradients(params, families, comm, options, self.step)
+        self.stage: int | None = None  # of the ShardedAdamW that they belong to; it scales them in its step
         self._comm = comm
-        self._overlap = gradients.options.overlap
+        self._options = options
         self._find_unused = find_unused
         self._failed = torch.zeros(comm.world_size, dtype=torch.int32, device=comm.device)
         self._lock = threading.Lock()
         self._no_sync_depth = 0
-        self._num_launched = 0
-        self._has_reported = False  # in the running backward, to the other ranks, that it came to its end
-        self._observed: list[Slot] | None = []  # the order in which gradients came; None once buckets are in that order
-        # None between backwards. Autograd alone owns the callback that this refers to: if it is gone and nobody has
-        # set None, then that backward ended with an exception before the callback could run.
-        self._end: weakref.ref[_EndOfBackward] | None = None
-        for slot in gradients.slots:
-            slot.param.register_post_accumulate_grad_hook(partial(_on_gradient, weakref.ref(self), weakref.ref(slot)))
+        self._joining: Joining | None = None
+        self._backward: _Backward | None = None
+        self._accumulated: set[TrainedParam] = set()  # under no_sync() since the last averages
+        self._is_ordered = False  # buckets are in the order in which gradients come
+        for param in params:
+            hook = partial(_on_gradient, weakref.ref(self), weakref.ref(param))
+            param.param.register_post_accumulate_grad_hook(hook)
+
+    def divide(self, stage: int) -> None:
+        """Gradients belong to a ShardedAdamW of this stage from now on. Collective in stage 2."""
+        self.stage = stage
+        flat = self.gradients
+        assert isinstance(flat, FlatGradients)
+        if stage == 1:
+            flat.divide()
+        if stage == 2:
+            flat.give_back()
+            self._comm.barrier()  # every rank has released its part, so the next allocation frees them
+            self.gradients = PooledGradients(flat.params, flat.families, self._comm, self._options, self.step)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -97,7 +128,7 @@ class GradientEngine:
         with self._lock:
             if not self._is_interrupted():
                 return
-            if self._has_reported:
+            if self._running().has_reported:
                 self._give_up("a backward was interrupted while it waited for its last bucket")
             self._failed[self._comm.rank] = 1
             self._announce()
@@ -106,29 +137,27 @@ class GradientEngine:
             finally:
                 self._drop_gradients()
 
-    def gradient_arrived(self, slot: Slot) -> None:
-        """Autograd has accumulated into ``slot.param.grad``."""
+    def gradient_arrived(self, param: TrainedParam) -> None:
+        """Autograd has accumulated into the parameter's ``.grad``."""
         with self._lock:
             self._require_not_interrupted()
-            _check_gradient(slot)
+            _check_gradient(param)
             if self._no_sync_depth:
-                self.gradients.keep(slot)
-                slot.unreduced = True
+                self.gradients.keep(param)
+                self._accumulated.add(param)
                 return
-            self._begin()
-            if slot.ready:
+            backward = self._running()
+            if param in backward.came:
                 raise PycommError(
-                    f"DataParallel: {slot.name!r} got a gradient twice in one backward (shared between reentrant "
+                    f"DataParallel: {param.name!r} got a gradient twice in one backward (shared between reentrant "
                     "checkpoints?); its bucket may be on its way already. Use checkpoint(..., use_reentrant=False)"
                 )
-            self.gradients.keep(slot)
-            slot.ready = True
-            self.gradients.buckets[slot.bucket_index].num_pending -= 1
-            if self._observed is not None:
-                self._observed.append(slot)
-            if self._overlap:
+            self.gradients.keep(param)
+            backward.came[param] = None
+            backward.num_missing[param.bucket_index] -= 1
+            if self._options.overlap and self._joining is None:  # else nothing may be sent before finish()
                 try:
-                    self._launch_ready()
+                    self._launch_complete(backward)
                 except PycommError as error:
                     self._explain(error)
                     raise
@@ -139,43 +168,54 @@ class GradientEngine:
             self._require_not_interrupted()
             self.gradients.before_backward()
             if not self._no_sync_depth:
-                self._begin()
+                self._running()
 
     def finish(self) -> None:
         """End of backward: reduce what remains and wait."""
         with self._lock:
-            if not any(slot.ready for slot in self.gradients.slots):
-                self._end = None  # torch.autograd.grad() went through an output; no parameter was asked for
+            backward = self._backward
+            if backward is None or not backward.came:
+                self._backward = None  # torch.autograd.grad() went through an output; no parameter was asked for
                 return
             start = time.perf_counter()
-            self._complete_missing()
+            self._complete_missing(backward)
             self._announce()
             self._complete()
             self._require_nobody_failed()
-            self._reorder()
+            self._reorder(backward.came)
             self.exposed_comm_s = time.perf_counter() - start
 
     def contribute_zeros(self) -> None:
         """Take part in a backward of the other ranks with gradients of zeros."""
         with self._lock:
-            for slot in self.gradients.slots:
-                slot.param.grad = None
-                self.gradients.keep_zeros(slot)
+            for param in self.gradients.params:
+                param.param.grad = None
+                self.gradients.keep_zeros(param)
+            self._backward = _Backward(None, [])
             self._complete()
             self._require_nobody_failed()
-            self._reorder()
+            self._reorder({})
+
+    @contextmanager
+    def join(self) -> Iterator[Joining]:
+        """Backwards inside are announced to ranks that may have none."""
+        self._joining = Joining(self._comm)
+        try:
+            yield self._joining
+        finally:
+            self._joining = None
 
     def clear(self) -> None:
         """The gradients were zeroed."""
-        self.has_averages = False
+        self.step.end()
         self.gradients.were_zeroed()
-        for slot in self.gradients.slots:
-            slot.unreduced = False
+        self._accumulated.clear()
 
     def were_taken(self) -> None:
         """The optimizer has made its step with the averages."""
         self.gradients.were_taken()
-        self.has_averages = self.gradients.stay
+        if self.gradients.packed:
+            self.step.end()
 
     @property
     def in_no_sync(self) -> bool:
@@ -184,15 +224,18 @@ class GradientEngine:
     @property
     def is_accumulating(self) -> bool:
         """Whether gradients were accumulated under no_sync() and not averaged since."""
-        return any(slot.unreduced and slot.param.grad is not None for slot in self.gradients.slots)
+        return any(param.param.grad is not None for param in self._accumulated)
 
-    def _begin(self) -> None:
-        if self._end is None:
-            # Not kept in a local variable: a traceback that holds this frame would keep it alive.
-            self._end = _queue_at_end_of_backward(self)
+    def _running(self) -> _Backward:
+        """The running backward, which begins if none is."""
+        if self._backward is None:
+            # The callback is not kept in a local variable: a traceback that holds this frame would keep it alive.
+            num_missing = [len(bucket.params) for bucket in self.gradients.buckets]
+            self._backward = _Backward(_queue_at_end_of_backward(self), num_missing)
+        return self._backward
 
     def _is_interrupted(self) -> bool:
-        return self._end is not None and self._end() is None
+        return self._backward is not None and self._backward.end is not None and self._backward.end() is None
 
     def _require_not_interrupted(self) -> None:
         if self._is_interrupted():
@@ -202,34 +245,33 @@ class GradientEngine:
             )
 
     def _announce(self) -> None:
-        if self.joining is not None:
-            self.joining.announce(active=True)
+        if self._joining is not None:
+            self._joining.announce(active=True)
 
-    def _launch_ready(self) -> None:
-        if self.joining is not None:
-            return  # nothing may be sent before finish() has announced this backward
-        buckets = self.gradients.buckets
-        while self._num_launched < len(buckets) and not buckets[self._num_launched].num_pending:
-            self._launch_next()
+    def _launch_complete(self, backward: _Backward) -> None:
+        """Launch the buckets whose gradients are all there, up to the first that waits for one."""
+        while backward.num_launched < len(backward.num_missing) and not backward.num_missing[backward.num_launched]:
+            self._launch_next(backward)
 
-    def _launch_next(self) -> None:
-        bucket = self.gradients.buckets[self._num_launched]
-        self._num_launched += 1
+    def _launch_next(self, backward: _Backward) -> None:
+        bucket = self.gradients.buckets[backward.num_launched]
+        backward.num_launched += 1
         self.gradients.launch(bucket)
 
     def _complete(self) -> None:
         """Launch the rest, wait for all, be idle. Idle after an error too: a broken communicator repeats it later."""
+        backward = self._running()
         errors: list[PycommError] = []
+        is_averaged, report = True, None
         try:
-            while self._num_launched < len(self.gradients.buckets):
-                self._launch_next()
-            self._has_reported = True
-            report = self._comm.all_reduce(self._failed, op="max", async_op=self._overlap)
+            while backward.num_launched < len(self.gradients.buckets):
+                self._launch_next(backward)
+            backward.has_reported = True
+            report = self._comm.all_reduce(self._failed, op="max", async_op=self._options.overlap)
         except PycommError as error:
             errors.append(error)
-            report = None
         try:
-            self.gradients.wait()
+            is_averaged = self.gradients.wait()
             if report is not None:
                 report.wait()
         except PycommError as error:
@@ -238,37 +280,31 @@ class GradientEngine:
         if errors:
             self._explain(errors[0])
             raise errors[0]
-        self.has_averages = True
-        self.grad_scale, self.norm_is_finite = 1.0, True
+        self.step.begin(is_averaged=is_averaged)
 
     def _explain(self, error: PycommError) -> None:
         """Add what is nearly always behind it if a rank does not come to this backward."""
         left = isinstance(error, (MismatchError, PeerTimeoutError)) or "exited normally" in str(error)
-        if left and self.joining is None and _JOIN not in str(error):
+        if left and self._joining is None and _JOIN not in str(error):
             error.args = (f"{error}. {_JOIN}", *error.args[1:])
 
     def _become_idle(self) -> None:
-        self._end = None
-        self._num_launched = 0
-        self._has_reported = False
-        for bucket in self.gradients.buckets:
-            bucket.num_pending = len(bucket.slots)
-            for slot in bucket.slots:
-                slot.ready = slot.unreduced = False
+        self._backward = None
+        self._accumulated.clear()
 
-    def _complete_missing(self) -> None:
-        """Put a value into every slot that no hook has filled in this backward, or say that one has none."""
-        slots = self.gradients.slots
-        missing = [slot for slot in slots if not slot.ready and not self.gradients.has_earlier(slot)]
+    def _complete_missing(self, backward: _Backward) -> None:
+        """Put a value where no hook has in this backward, or say that there is none."""
+        others = [param for param in self.gradients.params if param not in backward.came]
+        missing = [param for param in others if not self.gradients.has_earlier(param, param in self._accumulated)]
         if missing and not self._find_unused:
-            names = ", ".join(repr(slot.name) for slot in missing[:_NUM_NAMED])
+            names = ", ".join(repr(param.name) for param in missing[:_NUM_NAMED])
             more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
             self._give_up(
                 f"{len(missing)} parameter(s) got no gradient in this backward: {names}{more}. Use them in the loss, "
                 "freeze them with requires_grad_(False) before wrapping, or pass find_unused=True (zeros then)"
             )
-        for slot in missing:
-            self.gradients.keep_zeros(slot)
+        for param in missing:
+            self.gradients.keep_zeros(param)
 
     def _require_nobody_failed(self) -> None:
         failed = torch.nonzero(self._failed).flatten().tolist()
@@ -280,19 +316,18 @@ class GradientEngine:
             "included, were set to zero on every rank. Skip the step on every rank, or stop"
         )
 
-    def _reorder(self) -> None:
-        """After the first synchronising backward: buckets in the order in which rank 0's gradients came."""
-        if self._observed is None:
+    def _reorder(self, came: dict[TrainedParam, None]) -> None:
+        """After the first synchronising backward: buckets in the order in which rank 0's gradients ``came``."""
+        if self._is_ordered:
             return
-        slots = self.gradients.slots
-        came = dict.fromkeys(self._observed)
+        self._is_ordered = True
+        params = self.gradients.params
         # A gradient that did not come now is expected where the reverse of the model's order has it last.
-        order = [*came, *(slot for slot in reversed(slots) if slot not in came)]
-        self._observed = None
-        message = torch.tensor([slot.index for slot in order], dtype=torch.int64, device=self._comm.device)
+        order = [*came, *(param for param in reversed(params) if param not in came)]
+        message = torch.tensor([param.index for param in order], dtype=torch.int64, device=self._comm.device)
         self._comm.broadcast(message, root=0)
-        order = [slots[index] for index in message.tolist()]
-        if order != [slot for bucket in self.gradients.buckets for slot in bucket.slots]:
+        order = [params[index] for index in message.tolist()]
+        if order != [param for bucket in self.gradients.buckets for param in bucket.params]:
             self.gradients.reorder(order)
 
     def _give_up(self, reason: str) -> NoReturn:
@@ -304,7 +339,7 @@ class GradientEngine:
     def _drop_gradients(self) -> None:
         self._failed.zero_()
         self.gradients.drop()
-        self.has_averages = False
+        self.step.end()
 
 
 class _EndOfBackward:
@@ -323,12 +358,12 @@ def _queue_at_end_of_backward(engine: GradientEngine) -> "weakref.ref[_EndOfBack
     return weakref.ref(end)
 
 
-def _check_gradient(slot: Slot) -> None:
-    grad = slot.param.grad
+def _check_gradient(param: TrainedParam) -> None:
+    grad = param.param.grad
     if grad is None:
-        raise PycommError(f"DataParallel: a hook registered before wrapping took the gradient of {slot.name!r} away")
+        raise PycommError(f"DataParallel: a hook registered before wrapping took the gradient of {param.name!r} away")
     if grad.layout != torch.strided:
-        raise PycommError(f"DataParallel: the gradient of {slot.name!r} is sparse; build its layer with sparse=False")
+        raise PycommError(f"DataParallel: the gradient of {param.name!r} is sparse; build its layer with sparse=False")
     if grad.requires_grad:
         raise PycommError(
             "DataParallel: backward(create_graph=True) is not possible, since averaging is no part of the graph; "
@@ -347,10 +382,10 @@ def is_averaged(param: nn.Parameter) -> bool:
 
 # Hooks live as long as the parameters. They hold no strong reference, so that a wrapper that is gone frees its buckets
 # and leaves a plain module behind.
-def _on_gradient(engine: "weakref.ref[GradientEngine]", slot: "weakref.ref[Slot]", _param: Tensor) -> None:
-    live_engine, live_slot = engine(), slot()
-    if live_engine is not None and live_slot is not None:
-        live_engine.gradient_arrived(live_slot)
+def _on_gradient(engine: "weakref.ref[GradientEngine]", param: "weakref.ref[TrainedParam]", _: Tensor) -> None:
+    live_engine, live_param = engine(), param()
+    if live_engine is not None and live_param is not None:
+        live_engine.gradient_arrived(live_param)
 
 
 def _on_output(engine: "weakref.ref[GradientEngine]", _grad: Tensor) -> None:

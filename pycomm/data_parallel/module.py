@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from pycomm.annotations import check_types
 from pycomm.checkpoints import Part, num_ranks
 from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import make_slots
 from pycomm.data_parallel.engine import GradientEngine, is_averaged
-from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.gradients import Options
-from pycomm.data_parallel.join import Joining
+from pycomm.data_parallel.layout import lay_out
 from pycomm.data_parallel.replicas import broadcast_state, check_same, model_entries
 from pycomm.errors import PycommError
 
@@ -97,9 +95,8 @@ class DataParallel(nn.Module):
         self.comm = comm
         self._broadcast_buffers = broadcast_buffers
         self._has_warned = False
-        slots, families = make_slots(named, comm.rank, comm.world_size)
         how = Options(int(bucket_mb * _MIB), overlap, symmetric, wire_dtype)
-        self._engine = GradientEngine(FlatGradients(slots, families, comm, how), comm, find_unused=find_unused)
+        self._engine = GradientEngine(*lay_out(named, comm.rank, comm.world_size), comm, how, find_unused=find_unused)
         self._wrapped = _signature(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,24 +152,21 @@ class DataParallel(nn.Module):
             raise ValueError(
                 "join: broadcast_buffers communicates in every forward, which a rank without batches lacks"
             )
-        if after_backward is None and self._engine.is_sharded:
+        if after_backward is None and self._engine.stage:
             raise ValueError("join: a rank that has run out still owns a shard; pass after_backward, which steps there")
-        joining = self._engine.joining = Joining(self.comm)
-        try:
+        with self._engine.join() as joining:
             yield
             while joining.announce(active=False):
                 self._engine.contribute_zeros()
                 if after_backward is not None:
                     after_backward()
-        finally:
-            self._engine.joining = None
         if after_backward is None and joining.last_active:
             broadcast_state(self.module, self.comm, root=joining.last_active[0])
 
     @property
     def averages_every_backward(self) -> bool:
         """Whether gradients shall not pile up under :meth:`no_sync`: in stage 2 of :class:`pycomm.ShardedAdamW`."""
-        return not self._engine.gradients.stay
+        return self._engine.gradients.packed
 
     def gradient_parts(self, param: nn.Parameter) -> list[tuple[int, Tensor]]:
         """All that counts of the gradient of ``param`` on this rank, to be changed in place before the step.
@@ -182,7 +176,8 @@ class DataParallel(nn.Module):
         the element of the parameter where it starts. A parameter that is a copy of one in another DataParallel gets
         equal shards there if both have one number as their attribute ``shard_turn`` when they are wrapped.
         """
-        return self._engine.gradients.parts(next(slot for slot in self._engine.gradients.slots if slot.param is param))
+        gradients = self._engine.gradients
+        return gradients.parts(next(trained for trained in gradients.params if trained.param is param))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the plain module's; under stage 2 of :class:`pycomm.ShardedAdamW`, what was averaged so far, too."""
@@ -237,7 +232,7 @@ class DataParallel(nn.Module):
         raise PycommError(f"DataParallel: {_difference(self.module, self._wrapped)}; wrap it after such changes")
 
 
-# A parameter and what its slot relies on: trainable, dtype, shape, device.
+# A parameter and what its buffers rely on: trainable, dtype, shape, device.
 _Signature = tuple[nn.Parameter, bool, torch.dtype, torch.Size, torch.device]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import dense_strides
+from pycomm.data_parallel.layout import dense_strides
 from pycomm.errors import MismatchError
 
 _TEXT_BYTES = 512

@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from pycomm.annotations import check_type, check_types
 from pycomm.checkpoints import PER_PLACE, are_connected, num_ranks
-from pycomm.data_parallel.bucket import Slot
-from pycomm.data_parallel.flat import FlatGradients
+from pycomm.data_parallel.gradients import check_on_host
+from pycomm.data_parallel.layout import Shard, TrainedParam
 from pycomm.data_parallel.module import DataParallel
-from pycomm.data_parallel.norms import check_on_host
-from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.replicas import check_same
-from pycomm.data_parallel.shards import Shard
 from pycomm.data_parallel.states import FamilyState
 from pycomm.errors import PycommError
 from pycomm.fused import AdamWScalars
@@ -102,19 +99,19 @@ class ShardedAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._complete = True
         group_of = {id(param): number for number, group in enumerate(self.param_groups) for param in group["params"]}
-        slots = self._engine.gradients.slots
+        params = self._engine.gradients.params
         check_on_host(
             "ShardedAdamW",
-            ((repr(slot.name), slot.param) for slot in slots),
+            ((repr(param.name), param.param) for param in params),
             "torch.optim.AdamW(ddp.parameters()) takes what DataParallel averages there",
         )
         options = f"{stage=} " + " ".join(f"{k}={v}" for g in self.param_groups for k, v in g.items() if k != "params")
-        groups_of_slots = [f"{slot.name!r} in group {group_of.get(id(slot.param))}" for slot in slots]
-        check_same("make different optimizers", [options, *groups_of_slots], ddp.comm)
+        numbers_of_groups = [f"{param.name!r} in group {group_of.get(id(param.param))}" for param in params]
+        check_same("make different optimizers", [options, *numbers_of_groups], ddp.comm)
         self._check(stage, group_of)
-        self._divide_gradients()
+        self._engine.divide(stage)
         self._states = [
-            FamilyState(family, ddp.comm, self._engine.gradients, [group_of[id(s.param)] for s in family.slots], stage)
+            FamilyState(family, ddp.comm, self._engine.gradients, group_of, stage)
             for family in self._engine.gradients.families
         ]
 
@@ -155,13 +152,13 @@ class ShardedAdamW(torch.optim.Optimizer):
                 "ShardedAdamW: gradients were accumulated under no_sync() and not averaged; let the last backward "
                 "before step() run outside of it"
             )
-        if not engine.has_averages or not engine.gradients.are_complete():
+        if not engine.step.has_gradients or not engine.gradients.are_complete():
             return loss
-        if engine.norm_is_finite:
+        if engine.step.is_finite:
             self._num_steps += 1
             scalars = [self._scalars(group) for group in self.param_groups]
             for state in self._states:
-                state.update(scalars)
+                state.update(scalars, is_averaged=engine.step.is_averaged)
         else:
             self.num_skipped += 1
             _log.warning("ShardedAdamW: step left out, since the norm of the gradients was not finite")
@@ -186,9 +183,9 @@ class ShardedAdamW(torch.optim.Optimizer):
         numbers = self._numbers()
         has_states = root in (None, self._ddp.comm.rank)
         result["state"] = {
-            numbers[id(slot.param)]: {"step": torch.tensor(float(self._num_steps)), **tensors}
+            numbers[id(param.param)]: {"step": torch.tensor(float(self._num_steps)), **tensors}
             for state in self._states
-            for slot, tensors in state.whole(root).items()
+            for param, tensors in state.whole(root).items()
             if has_states
         }
         return result
@@ -211,7 +208,9 @@ class ShardedAdamW(torch.optim.Optimizer):
         if len(steps) > 1:
             raise ValueError(f"parameters made different numbers of steps, {sorted(steps)}; here they go together")
         for state in self._states:
-            state.load({slot: state_dict["state"].get(keys[numbers[id(slot.param)]]) for slot in state.family.slots})
+            state.load(
+                {param: state_dict["state"].get(keys[numbers[id(param.param)]]) for param in state.family.params}
+            )
         others = [{key: value for key, value in group.items() if key != "params"} for group in saved]
         self.states_were_read(int(steps.pop()) if steps else 0, others)
 
@@ -228,11 +227,11 @@ class ShardedAdamW(torch.optim.Optimizer):
 
         return ShardedStates(self)
 
-    def shards(self) -> Iterator[tuple[Slot, Shard, Mapping[str, Tensor]]]:
+    def shards(self) -> Iterator[tuple[TrainedParam, Shard, Mapping[str, Tensor]]]:
         """Every parameter, this rank's part of it, and the packed states in which that part lies."""
         for state in self._states:
-            for slot, shard in state.shards():
-                yield slot, shard, state.tensors
+            for param, shard in state.shards():
+                yield param, shard, state.tensors
 
     def states_were_read(self, num_steps: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Somebody has put other states into the memory of :meth:`shards`, which belong to these steps and groups."""
@@ -248,8 +247,10 @@ class ShardedAdamW(torch.optim.Optimizer):
         own, ranks = self._ddp.comm.world_size, num_ranks()
         if own == ranks and (are_connected() or ranks == 1):
             return
-        slots = self._engine.gradients.slots
-        names = ", ".join(repr(slot.name) for slot in slots[:_NUM_NAMED]) + (", …" if len(slots) > _NUM_NAMED else "")
+        params = self._engine.gradients.params
+        names = ", ".join(repr(param.name) for param in params[:_NUM_NAMED]) + (
+            ", …" if len(params) > _NUM_NAMED else ""
+        )
         if not are_connected():
             raise PycommError(
                 "sharded_states: torch.distributed is not initialised, so that all ranks would write one file, and the "
@@ -269,41 +270,29 @@ class ShardedAdamW(torch.optim.Optimizer):
     def _check(self, stage: int, group_of: Mapping[int, int]) -> None:
         if stage not in _STAGES:
             raise ValueError(f"stage={stage}: it is one of {_STAGES}")
-        if self._engine.scales_in_step:
+        if self._engine.stage is not None:
             raise ValueError(
                 "this DataParallel belongs to a ShardedAdamW already; wrap the module anew for another one"
             )
         for group in self.param_groups:
             _check_group(group)
-        slots = self._engine.gradients.slots
-        missing = [slot.name for slot in slots if id(slot.param) not in group_of]
+        params = self._engine.gradients.params
+        missing = [param.name for param in params if id(param.param) not in group_of]
         if missing:
             raise ValueError(f"{len(missing)} trainable parameter(s) are in no group, the first is {missing[0]!r}")
-        if len(group_of) != len(slots):
+        if len(group_of) != len(params):
             raise ValueError("param_groups have parameters that the DataParallel does not train")
-        for slot in slots:
-            if slot.param.dtype not in _DTYPES:
-                raise ValueError(f"{slot.name!r} is {slot.param.dtype}; ShardedAdamW takes float32, bfloat16, float16")
-
-    def _divide_gradients(self) -> None:
-        engine = self._engine
-        engine.scales_in_step = True
-        engine.is_sharded = self._stage > 0
-        gradients = engine.gradients
-        assert isinstance(gradients, FlatGradients)
-        if self._stage == 1:
-            gradients.shard_between_ranks()
-        if self._stage == 2:
-            gradients.give_back()
-            comm = self._ddp.comm
-            comm.barrier()  # every rank has released its part, so the next allocation frees them
-            engine.gradients = PooledGradients(gradients.slots, gradients.families, comm, gradients.options)
+        for param in params:
+            if param.param.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{param.name!r} is {param.param.dtype}; ShardedAdamW takes float32, bfloat16, float16"
+                )
 
     def _scalars(self, group: Mapping[str, Any]) -> AdamWScalars:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         correction1, correction2 = 1 - beta1**self._num_steps, 1 - beta2**self._num_steps
         return (
-            self._engine.grad_scale,
+            self._engine.step.grad_scale,
             1 - lr * group["weight_decay"],
             1 - beta1,
             beta2,

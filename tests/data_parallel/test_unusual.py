@@ -298,8 +298,8 @@ def refusals_of_other_devices(comm):
     ddp(batch(comm.rank)[0]).sum().backward()
     on_meta = nn.Parameter(torch.empty(4, device="meta"))
     on_meta.grad = torch.empty(4, device="meta")
-    for slot in ddp._engine.gradients.slots:
-        slot.param = on_meta
+    for trained in ddp._engine.gradients.params:
+        trained.param = on_meta
     events.clear()
     messages = [
         message_of(NotImplementedError, ShardedAdamW, ddp),
