@@ -22,12 +22,7 @@ AdamWScalars = tuple[float, float, float, float, float, float, float, float]
 
 
 class FusedCalls(Collectives):
-    """What all ranks of a communicator with :attr:`has_fused_calls` call together, in the same order."""
-
-    @property
-    def has_fused_calls(self) -> bool:
-        """Whether the calls below work: ranks that share memory, more than one of them."""
-        return self._backend.capabilities.has_fused_step
+    """What all ranks of a communicator whose capabilities have ``has_fused_step`` call together, in the same order."""
 
     def reduce_gradients(
         self, reduction: _C.GradientReduction, memory: torch.Tensor, *, accumulate: bool, async_op: bool

@@ -10,6 +10,9 @@ A hook per parameter runs when autograd has accumulated its gradient. A synchron
 4. ``finish`` launches what remains and waits for all, so ``.grad`` is final when ``backward()`` returns.
 5. The first time, rank 0 says in which order its gradients came, and all rebuild their buckets in that order.
 
+In a ``with ddp.join():`` block every rank says, before the first bucket, whether it has a backward. A rank that has run
+out says no, and sends zeros as long as somebody says yes.
+
 After the last bucket every rank says whether its backward came to its end. One whose backward raised sends the rest of
 its buckets from its next forward, says so, and then every rank drops the step and can go on.
 """
@@ -30,7 +33,6 @@ from torch.autograd import Variable
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.gradients import Gradients, Options
-from pycomm.data_parallel.join import Joining
 from pycomm.data_parallel.layout import Family, TrainedParam
 from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.step import Step
@@ -51,6 +53,20 @@ class _Backward:
     came: dict[TrainedParam, None] = field(default_factory=dict)  # whose gradients have arrived, in that order
     num_launched: int = 0
     has_reported: bool = False  # to the other ranks, that it came to its end
+
+
+class Joining:
+    """One ``with ddp.join():`` block on one rank. torch.distributed.algorithms.Join divides by all ranks, too."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self.last_active: list[int] = []  # the ranks that had the last backward
+        self._comm = comm
+
+    def announce(self, *, active: bool) -> bool:
+        """Say whether this rank has a backward; returns whether any rank has. Collective."""
+        ranks = [rank for rank, (has_backward,) in enumerate(self._comm.agree([active])) if has_backward]
+        self.last_active = ranks or self.last_active
+        return bool(ranks)
 
 
 class GradientEngine:
@@ -190,7 +206,7 @@ class GradientEngine:
         with self._lock:
             for param in self.gradients.params:
                 param.param.grad = None
-                self.gradients.keep_zeros(param)
+                self.gradients.keep(param)
             self._backward = _Backward(None, [])
             self._complete()
             self._require_nobody_failed()
@@ -295,7 +311,7 @@ class GradientEngine:
     def _complete_missing(self, backward: _Backward) -> None:
         """Put a value where no hook has in this backward, or say that there is none."""
         others = [param for param in self.gradients.params if param not in backward.came]
-        missing = [param for param in others if not self.gradients.has_earlier(param, param in self._accumulated)]
+        missing = [param for param in others if not self._has_earlier(param)]
         if missing and not self._find_unused:
             names = ", ".join(repr(param.name) for param in missing[:_NUM_NAMED])
             more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
@@ -304,7 +320,15 @@ class GradientEngine:
                 "freeze them with requires_grad_(False) before wrapping, or pass find_unused=True (zeros then)"
             )
         for param in missing:
-            self.gradients.keep_zeros(param)
+            self.gradients.keep(param)
+
+    def _has_earlier(self, param: TrainedParam) -> bool:
+        """Whether there is a gradient to average from no_sync(), or from the user."""
+        grad = param.param.grad
+        if grad is not None and grad is not param.view:
+            self.gradients.keep(param)
+            return True
+        return grad is not None and param in self._accumulated
 
     def _require_nobody_failed(self) -> None:
         failed = torch.nonzero(self._failed).flatten().tolist()

@@ -41,11 +41,6 @@ class FlatGradients(Gradients):
         self._carried: dict[TrainedParam, Tensor] = {}  # averages of earlier backwards, to be added to the next
         self._versions: list[int] = []  # of the buffers when the norms were taken
 
-    @property
-    def num_bytes(self) -> int:
-        tensors = {id(tensor): tensor for tensor in (*self.buffers.values(), *self._messages.values())}
-        return sum(tensor.nbytes for tensor in tensors.values())
-
     def divide(self) -> None:
         """From now on only this rank's shard is averaged (ZeRO-1)."""
         self._is_divided = True
@@ -72,33 +67,19 @@ class FlatGradients(Gradients):
         # After zero_grad(set_to_none=True) autograd stores a fresh tensor in .grad. Copying it here reads S and writes
         # S bytes. The other way to get it into the bucket, zeroing the view before backward so that autograd
         # accumulates into it, writes S, then reads 2 S and writes S; it would also turn -0.0 into 0.0.
-        if param.param.grad is param.view:
+        grad, view = param.param.grad, param.view
+        assert view is not None
+        if grad is view:
             if param in self._scattered:
                 raise PycommError(
                     f"DataParallel: {param.name!r} was accumulated onto a gradient of which only this rank's shard is "
                     "averaged, by a backward that went through no output of forward; call zero_grad() before it"
                 )
             return
-        assert param.param.grad is not None
-        assert param.view is not None
         self._scattered.discard(param)
         with torch.no_grad():
-            param.view.copy_(param.param.grad)
-        param.param.grad = param.view
-
-    def has_earlier(self, param: TrainedParam, accumulated: bool) -> bool:
-        if param.param.grad is None:
-            return False
-        if param.param.grad is param.view:
-            return accumulated
-        self.keep(param)  # the user's own tensor
-        return True
-
-    def keep_zeros(self, param: TrainedParam) -> None:
-        assert param.view is not None
-        if param.param.grad is None:
-            param.view.zero_()
-            param.param.grad = param.view
+            view.zero_() if grad is None else view.copy_(grad)
+        param.param.grad = view
 
     def launch(self, bucket: Bucket) -> None:
         if bucket.numel > 0 and not self._waits_for_step:
@@ -132,7 +113,7 @@ class FlatGradients(Gradients):
                 f"{len(missing)} averaged gradient(s) are gone before the step, the first: {missing[0]!r}"
             )
         for param in self.params:
-            if param.param.grad is not param.view:  # the user's own tensor
+            if param.param.grad is not param.view:
                 self.keep(param)
         return True
 
@@ -149,6 +130,7 @@ class FlatGradients(Gradients):
             param.view = None
         self.buffers.clear()
         self._messages.clear()
+        self._travels.clear()
 
     def parts(self, param: TrainedParam) -> list[tuple[int, Tensor]]:
         self._average_now()

@@ -51,7 +51,7 @@ class Gradients(ABC):
         self.comm = comm
         self.options = options
         self.step = step
-        self.one_pass = options.symmetric and comm.has_fused_calls  # averages and their norms
+        self.one_pass = options.symmetric and comm.capabilities.has_fused_step  # averages and their norms
         self.buffers: dict[Family, Tensor] = {}  # what the optimizer reads
         self.starts: dict[TrainedParam, int] = {}  # of whole gradients in their buffers
         self.buckets = plan(list(reversed(params)), options.cap_bytes)  # backward reaches the last layers first
@@ -60,13 +60,14 @@ class Gradients(ABC):
         self._norms = torch.zeros(sum(num_blocks(param.param.numel()) for param in params), dtype=torch.float64)
         self._norms_hold = False  # as far as known, they are those of the averages
         self._under_way: list[tuple[Work, Callable[[], object] | None]] = []
+        self._travels: list[Tensor] = []  # memory
         self._allocate()
         self._lay_out()
 
     @property
-    @abstractmethod
     def num_bytes(self) -> int:
         """Memory for gradients on this rank, what travels included."""
+        return sum({id(memory): memory.nbytes for memory in (*self.buffers.values(), *self._travels)}.values())
 
     @abstractmethod
     def before_backward(self) -> None:
@@ -74,15 +75,7 @@ class Gradients(ABC):
 
     @abstractmethod
     def keep(self, param: TrainedParam) -> None:
-        """Autograd has stored or accumulated the parameter's ``.grad``."""
-
-    @abstractmethod
-    def has_earlier(self, param: TrainedParam, accumulated: bool) -> bool:
-        """Whether a parameter without a gradient from this backward has one to average, ``accumulated`` or stored."""
-
-    @abstractmethod
-    def keep_zeros(self, param: TrainedParam) -> None:
-        """The parameter got no gradient on this rank, which counts as zeros."""
+        """Autograd has stored or accumulated the parameter's ``.grad``, or the user has; none counts as zeros."""
 
     @abstractmethod
     def launch(self, bucket: Bucket) -> None:
@@ -100,9 +93,9 @@ class Gradients(ABC):
     def are_complete(self) -> bool:
         """For the optimizer: whether there are gradients; False if all were zeroed. Raises if some were."""
 
-    @abstractmethod
     def were_taken(self) -> None:
         """By the optimizer, which has averaged them if that was left to it."""
+        self.were_zeroed()
 
     @abstractmethod
     def parts(self, param: TrainedParam) -> list[tuple[int, Tensor]]:
@@ -209,10 +202,10 @@ class Gradients(ABC):
 
     def _memory(self, numel: int, dtype: torch.dtype) -> Tensor:
         """[at least 1] zeros for what travels. Collective if symmetric."""
-        if not self.options.symmetric:
-            return torch.zeros(max(1, numel), dtype=dtype)
+        empty = self.comm.empty if self.options.symmetric else torch.empty
         # Symmetric memory may be a reused segment: without zeroing, the gaps would carry old values, NaN perhaps.
-        return self.comm.empty(max(1, numel), dtype=dtype).zero_()
+        self._travels.append(empty(max(1, numel), dtype=dtype).zero_())
+        return self._travels[-1]
 
 
 def block_norms(values: Tensor, runs: _C.Runs | Sequence[Run], table: Tensor) -> None:

@@ -224,28 +224,24 @@ class DataParallel(nn.Module):
         return self.module.load_state_dict(state_dict, strict=strict)
 
     def _check_unchanged(self) -> None:
-        now = _signature(self.module)
-        if len(now) == len(self._wrapped) and all(
-            new[0] is old[0] and new[1:] == old[1:] for new, old in zip(now, self._wrapped, strict=True)
-        ):
-            return
-        raise PycommError(f"DataParallel: {_difference(self.module, self._wrapped)}; wrap it after such changes")
+        if _signature(self.module) != self._wrapped:
+            raise PycommError(f"DataParallel: {_difference(self.module, self._wrapped)}; wrap it after such changes")
 
 
-# A parameter and what its buffers rely on: trainable, dtype, shape, device.
-_Signature = tuple[nn.Parameter, bool, torch.dtype, torch.Size, torch.device]
+# id() of a parameter, and what its buffers rely on: trainable, dtype, shape, device.
+_Signature = tuple[int, bool, torch.dtype, torch.Size, torch.device]
 
 
 def _signature(module: nn.Module) -> list[_Signature]:
-    return [(p, p.requires_grad, p.dtype, p.shape, p.device) for p in module.parameters()]
+    return [(id(p), p.requires_grad, p.dtype, p.shape, p.device) for p in module.parameters()]
 
 
 def _difference(module: nn.Module, wrapped: list[_Signature]) -> str:
     """What has become of the wrapped parameters, the first difference only."""
-    known = {id(old[0]): old for old in wrapped}
+    known = {old[0]: old for old in wrapped}
     names = [name for name, _ in module.named_parameters()]
     for name, new in zip(names, _signature(module), strict=True):
-        old = known.get(id(new[0]))
+        old = known.get(new[0])
         if old is None:
             return f"{name!r} was added or replaced since wrapping"
         if new[1] != old[1]:

@@ -70,10 +70,6 @@ class PooledGradients(Gradients):
         for param in self.params:
             param.param.register_hook(partial(_before_accumulation, weakref.ref(self)))
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.buffers.values(), *self._pool))
-
     def before_backward(self) -> None:
         """Autograd shall store fresh gradients, not add to what stands for averages."""
         self._notice_zeroing()
@@ -84,13 +80,7 @@ class PooledGradients(Gradients):
                     param.param.grad = None
 
     def keep(self, param: TrainedParam) -> None:
-        pass  # autograd's own tensor is the place, until the bucket is launched
-
-    def has_earlier(self, param: TrainedParam, accumulated: bool) -> bool:
-        return param.param.grad is not None
-
-    def keep_zeros(self, param: TrainedParam) -> None:
-        pass
+        pass  # it lies in autograd's own tensor until its bucket is launched
 
     def launch(self, bucket: Bucket) -> None:
         for message, runs in self._messages[bucket]:
@@ -119,9 +109,6 @@ class PooledGradients(Gradients):
     def are_complete(self) -> bool:
         self._notice_zeroing()
         return not self._is_zero
-
-    def were_taken(self) -> None:
-        self.were_zeroed()
 
     def parts(self, param: TrainedParam) -> list[tuple[int, Tensor]]:
         self._norms_hold = False
