@@ -9,41 +9,30 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pycomm import _C
 from pycomm.annotations import check_type, check_types
-from pycomm.communicator import Communicator
 from pycomm.data_parallel.engine import GradientEngine
 from pycomm.data_parallel.gradients import block_norms, check_on_host
-from pycomm.data_parallel.layout import Run, dense_strides, in_memory_order, num_blocks
+from pycomm.data_parallel.layout import TrainedParam, lay_out, num_blocks
 from pycomm.data_parallel.module import DataParallel
 from pycomm.data_parallel.partial import PartialGradient
 from pycomm.errors import PycommError
+from pycomm.mesh import Mesh
 
 _log = logging.getLogger("pycomm")
 _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 _NUM_NAMED = 5
 
 
-class ModelAxes(Protocol):
-    """The axes of a mesh along which one model is divided."""
-
-    @property
-    def tp(self) -> Communicator: ...
-    @property
-    def pp(self) -> Communicator: ...
-
-
 @check_types()
 def clip_grad_norm_(
     parameters: DataParallel | Iterable[DataParallel] | Iterable[Tensor],
     max_norm: float,
-    mesh: ModelAxes | None = None,
+    mesh: Mesh | None = None,
     *,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
@@ -91,22 +80,21 @@ def clip_grad_norm_(
     found = _of_averages(wrapped) if wrapped else [_of_tensors([item for item in given if isinstance(item, Tensor)])]
     norms = []
     for gradients in found:
-        for param, blocks in zip(gradients.params, gradients.blocks, strict=True):
-            if not _counts(param, mesh):
-                gradients.table[blocks] = 0
-        step = None if gradients.engine is None else gradients.engine.step
-        square = _C.sum_in_order(gradients.table.data_ptr(), gradients.table.numel())
-        norms.append(square**0.5 * (1.0 if step is None else step.grad_scale))
+        for trained in gradients.params:
+            if not _counts(trained.param, mesh):
+                gradients.table[trained.blocks] = 0
+        scale = 1.0 if gradients.engine is None else gradients.engine.step.grad_scale
+        norms.append(_C.sum_in_order(gradients.table.data_ptr(), gradients.table.numel()) ** 0.5 * scale)
     norm = _over_model(math.hypot(*norms), mesh)
     factor = min(1.0, max_norm / (norm + _EPS)) if math.isfinite(norm) else 1.0
     for gradients in found:
         if gradients.engine is not None and gradients.engine.stage is not None:
             gradients.engine.step.clipped(norm, factor)
         elif factor < 1:
-            torch._foreach_mul_([param.grad for param in gradients.params if param.grad is not None], factor)
+            torch._foreach_mul_([p.param.grad for p in gradients.params if p.param.grad is not None], factor)
     if not math.isfinite(norm):
         _say_non_finite(norm, [name for gradients in found for name in gradients.non_finite()], error_if_nonfinite)
-    is_double = any(dtype == torch.float64 for gradients in found for dtype in gradients.dtypes)
+    is_double = any(p.family.grad_dtype == torch.float64 for gradients in found for p in gradients.params)
     return torch.tensor(norm, dtype=torch.float64 if is_double else torch.float32)
 
 
@@ -115,16 +103,14 @@ class _Gradients:
     """What a norm is taken of: the averages of one DataParallel, or gradients that are given."""
 
     table: Tensor  # of squared norms
-    names: list[str]
-    params: list[Tensor]
-    blocks: list[slice]  # of each parameter, in the table
-    dtypes: list[torch.dtype]
+    params: Sequence[TrainedParam]
     engine: GradientEngine | None = None  # of averages
 
     def non_finite(self) -> list[str]:
         """The parameters whose gradients have an infinity or a NaN."""
         is_finite = torch.isfinite(self.table)
-        return [name for name, blocks in zip(self.names, self.blocks, strict=True) if not is_finite[blocks].all()]
+        names = [p.name for p in self.params if not is_finite[p.blocks].all()]
+        return names if self.engine is None else [repr(name) for name in names]
 
 
 def _of_averages(wrapped: Sequence[DataParallel]) -> list[_Gradients]:
@@ -132,37 +118,27 @@ def _of_averages(wrapped: Sequence[DataParallel]) -> list[_Gradients]:
     engines = [ddp._engine for ddp in wrapped]
     for engine in engines:
         _check_on_host((repr(trained.name), trained.param) for trained in engine.gradients.params)
-    return [
-        _Gradients(
-            engine.gradients.norm_table(),
-            [repr(trained.name) for trained in engine.gradients.params],
-            [trained.param for trained in engine.gradients.params],
-            [trained.blocks for trained in engine.gradients.params],
-            [family.grad_dtype for family in engine.gradients.families],
-            engine,
-        )
-        for engine in engines
-    ]
+    return [_Gradients(engine.gradients.norm_table(), engine.gradients.params, engine) for engine in engines]
 
 
 def _of_tensors(given: Sequence[Tensor]) -> _Gradients:
     """Those that the parameters have, whole."""
-    params = [param for param in given if param.grad is not None]
-    grads = [param.grad for param in params if param.grad is not None]
-    for grad in grads:
+    with_grad = [(param, param.grad) for param in given if param.grad is not None]
+    for _, grad in with_grad:
         if isinstance(grad, PartialGradient):
             grad.refuse("clip_grad_norm_ of parameters")
         if grad.layout != torch.strided:
             raise ValueError("the norm of a sparse gradient is not defined here; build its layer with sparse=False")
-    _check_on_host((f"gradient number {number}", grad) for number, grad in enumerate(grads))
-    ends = list(accumulate(num_blocks(grad.numel()) for grad in grads))
-    table = torch.zeros(ends[-1] if ends else 0, dtype=torch.float64)
-    blocks = [slice(end - num_blocks(grad.numel()), end) for grad, end in zip(grads, ends, strict=True)]
-    for grad, own in zip(grads, blocks, strict=True):
-        values = in_memory_order(grad, dense_strides(grad))
-        block_norms(values, [Run(0, 0, 0, values.numel(), own.start, 0)], table)
-    names = [f"number {number} of {len(params)}, {list(param.shape)}" for number, param in enumerate(params)]
-    return _Gradients(table, names, params, blocks, [grad.dtype for grad in grads])
+    _check_on_host((f"gradient number {number}", grad) for number, (_, grad) in enumerate(with_grad))
+    named = [
+        (f"number {number} of {len(with_grad)}, {list(param.shape)}", param, grad.dtype)
+        for number, (param, grad) in enumerate(with_grad)
+    ]
+    params, _ = lay_out(named, 0, 1)
+    table = torch.zeros(sum(num_blocks(grad.numel()) for _, grad in with_grad), dtype=torch.float64)
+    for trained, (_, grad) in zip(params, with_grad, strict=True):
+        block_norms(trained.in_memory_order(grad), [trained.run(trained.shard)], table)
+    return _Gradients(table, params)
 
 
 def _check_on_host(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -171,7 +147,7 @@ def _check_on_host(tensors: Iterable[tuple[str, Tensor]]) -> None:
     )
 
 
-def _counts(param: Tensor, mesh: ModelAxes | None) -> bool:
+def _counts(param: Tensor, mesh: Mesh | None) -> bool:
     """Whether this rank counts the parameter for the model: its owner alone does."""
     if mesh is None:
         return True
@@ -179,7 +155,7 @@ def _counts(param: Tensor, mesh: ModelAxes | None) -> bool:
     return is_owner and not getattr(param, "is_counted_elsewhere", False)
 
 
-def _over_model(norm: float, mesh: ModelAxes | None) -> float:
+def _over_model(norm: float, mesh: Mesh | None) -> float:
     """The norm over all parts of the model. Collective over the mesh's tp and pp."""
     if mesh is None:
         return norm

@@ -11,7 +11,8 @@ A hook per parameter runs when autograd has accumulated its gradient. A synchron
 5. The first time, rank 0 says in which order its gradients came, and all rebuild their buckets in that order.
 
 In a ``with ddp.join():`` block every rank says, before the first bucket, whether it has a backward. A rank that has run
-out says no, and sends zeros as long as somebody says yes.
+out says no, and sends zeros as long as somebody says yes; averages divide by all ranks, as those of
+torch.distributed.algorithms.Join.
 
 After the last bucket every rank says whether its backward came to its end. One whose backward raised sends the rest of
 its buckets from its next forward, says so, and then every rank drops the step and can go on.
@@ -20,7 +21,7 @@ its buckets from its next forward, says so, and then every rank drops the step a
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,25 +49,11 @@ class _Backward:
 
     # Autograd alone owns the callback. If it is gone and this backward still counts as running, then it ended with an
     # exception before the callback could run. None: this rank takes part without a backward of its own.
-    end: "weakref.ref[_EndOfBackward] | None"
+    end: "weakref.ref[partial[None]] | None"
     num_missing: list[int]  # gradients, by bucket
     came: dict[TrainedParam, None] = field(default_factory=dict)  # whose gradients have arrived, in that order
     num_launched: int = 0
     has_reported: bool = False  # to the other ranks, that it came to its end
-
-
-class Joining:
-    """One ``with ddp.join():`` block on one rank. torch.distributed.algorithms.Join divides by all ranks, too."""
-
-    def __init__(self, comm: Communicator) -> None:
-        self.last_active: list[int] = []  # the ranks that had the last backward
-        self._comm = comm
-
-    def announce(self, *, active: bool) -> bool:
-        """Say whether this rank has a backward; returns whether any rank has. Collective."""
-        ranks = [rank for rank, (has_backward,) in enumerate(self._comm.agree([active])) if has_backward]
-        self.last_active = ranks or self.last_active
-        return bool(ranks)
 
 
 class GradientEngine:
@@ -98,7 +85,8 @@ class GradientEngine:
         self._failed = torch.zeros(comm.world_size, dtype=torch.int32, device=comm.device)
         self._lock = threading.Lock()
         self._no_sync_depth = 0
-        self._joining: Joining | None = None
+        self._is_joined = False
+        self.last_active: list[int] = []  # in join(): the ranks that had the last backward
         self._backward: _Backward | None = None
         self._accumulated: set[TrainedParam] = set()  # under no_sync() since the last averages
         self._is_ordered = False  # buckets are in the order in which gradients come
@@ -147,7 +135,7 @@ class GradientEngine:
             if self._running().has_reported:
                 self._give_up("a backward was interrupted while it waited for its last bucket")
             self._failed[self._comm.rank] = 1
-            self._announce()
+            self._announce(active=True)
             try:
                 self._complete()
             finally:
@@ -171,9 +159,9 @@ class GradientEngine:
             self.gradients.keep(param)
             backward.came[param] = None
             backward.num_missing[param.bucket_index] -= 1
-            if self._options.overlap and self._joining is None:  # else nothing may be sent before finish()
+            if self._options.overlap and not self._is_joined:  # else nothing may be sent before finish()
                 try:
-                    self._launch_complete(backward)
+                    self._launch(backward, rest=False)
                 except PycommError as error:
                     self._explain(error)
                     raise
@@ -195,31 +183,26 @@ class GradientEngine:
                 return
             start = time.perf_counter()
             self._complete_missing(backward)
-            self._announce()
-            self._complete()
-            self._require_nobody_failed()
-            self._reorder(backward.came)
+            self._announce(active=True)
+            self._average_together(backward.came)
             self.exposed_comm_s = time.perf_counter() - start
 
-    def contribute_zeros(self) -> None:
-        """Take part in a backward of the other ranks with gradients of zeros."""
-        with self._lock:
-            for param in self.gradients.params:
-                param.param.grad = None
-                self.gradients.keep(param)
-            self._backward = _Backward(None, [])
-            self._complete()
-            self._require_nobody_failed()
-            self._reorder({})
-
     @contextmanager
-    def join(self) -> Iterator[Joining]:
-        """Backwards inside are announced to ranks that may have none."""
-        self._joining = Joining(self._comm)
+    def join(self, after_backward: Callable[[], object]) -> Iterator[None]:
+        """After the block, take part in the backwards of the other ranks with gradients of zeros."""
+        self._is_joined, self.last_active = True, []
         try:
-            yield self._joining
+            yield
+            while self._announce(active=False):
+                with self._lock:
+                    for param in self.gradients.params:
+                        param.param.grad = None
+                        self.gradients.keep(param)
+                    self._backward = _Backward(None, [])
+                    self._average_together({})
+                after_backward()
         finally:
-            self._joining = None
+            self._is_joined = False
 
     def clear(self) -> None:
         """The gradients were zeroed."""
@@ -260,19 +243,20 @@ class GradientEngine:
                 "starts again together with the other ranks, before the next backward"
             )
 
-    def _announce(self) -> None:
-        if self._joining is not None:
-            self._joining.announce(active=True)
+    def _announce(self, *, active: bool) -> bool:
+        """In join(): say whether this rank has a backward; returns whether any rank has. Collective."""
+        if self._is_joined:
+            ranks = [rank for rank, (has_backward,) in enumerate(self._comm.agree([active])) if has_backward]
+            self.last_active = ranks or self.last_active
+            return bool(ranks)
+        return True
 
-    def _launch_complete(self, backward: _Backward) -> None:
-        """Launch the buckets whose gradients are all there, up to the first that waits for one."""
-        while backward.num_launched < len(backward.num_missing) and not backward.num_missing[backward.num_launched]:
-            self._launch_next(backward)
-
-    def _launch_next(self, backward: _Backward) -> None:
-        bucket = self.gradients.buckets[backward.num_launched]
-        backward.num_launched += 1
-        self.gradients.launch(bucket)
+    def _launch(self, backward: _Backward, *, rest: bool) -> None:
+        """Launch buckets in order: those whose gradients are all there, or all that are left."""
+        buckets = self.gradients.buckets
+        while backward.num_launched < len(buckets) and (rest or not backward.num_missing[backward.num_launched]):
+            backward.num_launched += 1
+            self.gradients.launch(buckets[backward.num_launched - 1])
 
     def _complete(self) -> None:
         """Launch the rest, wait for all, be idle. Idle after an error too: a broken communicator repeats it later."""
@@ -280,8 +264,7 @@ class GradientEngine:
         errors: list[PycommError] = []
         is_averaged, report = True, None
         try:
-            while backward.num_launched < len(self.gradients.buckets):
-                self._launch_next(backward)
+            self._launch(backward, rest=True)
             backward.has_reported = True
             report = self._comm.all_reduce(self._failed, op="max", async_op=self._options.overlap)
         except PycommError as error:
@@ -298,10 +281,15 @@ class GradientEngine:
             raise errors[0]
         self.step.begin(is_averaged=is_averaged)
 
+    def _average_together(self, came: dict[TrainedParam, None]) -> None:
+        self._complete()
+        self._require_nobody_failed()
+        self._reorder(came)
+
     def _explain(self, error: PycommError) -> None:
         """Add what is nearly always behind it if a rank does not come to this backward."""
         left = isinstance(error, (MismatchError, PeerTimeoutError)) or "exited normally" in str(error)
-        if left and self._joining is None and _JOIN not in str(error):
+        if left and not self._is_joined and _JOIN not in str(error):
             error.args = (f"{error}. {_JOIN}", *error.args[1:])
 
     def _become_idle(self) -> None:
@@ -366,18 +354,9 @@ class GradientEngine:
         self.step.end()
 
 
-class _EndOfBackward:
+def _queue_at_end_of_backward(engine: GradientEngine) -> "weakref.ref[partial[None]]":
     """The callback that autograd runs at the end of a backward, and drops if the backward raises."""
-
-    def __init__(self, engine: GradientEngine) -> None:
-        self._engine = engine
-
-    def __call__(self) -> None:
-        self._engine.finish()
-
-
-def _queue_at_end_of_backward(engine: GradientEngine) -> "weakref.ref[_EndOfBackward]":
-    end = _EndOfBackward(engine)
+    end = partial(GradientEngine.finish, engine)
     Variable._execution_engine.queue_callback(end)
     return weakref.ref(end)
 

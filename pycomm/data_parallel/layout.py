@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pycomm import _C
 
@@ -73,7 +73,7 @@ class TrainedParam:
 
     index: int  # in model order
     name: str
-    param: nn.Parameter
+    param: Tensor  # as the user has it
     family: Family
     start: int  # elements, in buffers of its family that keep the model's order
     first_block: int  # in the table of norms
@@ -121,7 +121,9 @@ class TrainedParam:
 
     def in_memory_order(self, tensor: Tensor) -> Tensor:
         """[numel] elements of ``tensor``, which has the parameter's shape, in the order of the parameter's memory."""
-        return in_memory_order(tensor, self.strides)
+        if tensor.stride() != self.strides:
+            tensor = torch.empty_strided(tensor.shape, self.strides, dtype=tensor.dtype).copy_(tensor)
+        return torch.as_strided(tensor, (tensor.numel(),), (1,))
 
 
 @dataclass(eq=False)
@@ -145,13 +147,6 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta").stride()
 
 
-def in_memory_order(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """[numel] elements of ``tensor`` in the order of memory with these dense strides; a copy if it has others."""
-    if tensor.stride() != strides:
-        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-    return torch.as_strided(tensor, (tensor.numel(),), (1,))
-
-
 def num_blocks(numel: int) -> int:
     return -(-numel // NORM_BLOCK)
 
@@ -169,7 +164,7 @@ def owned(numel: int, turn: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 def lay_out(
-    named: Sequence[tuple[str, nn.Parameter, torch.dtype]], rank: int, world_size: int
+    named: Sequence[tuple[str, Tensor, torch.dtype]], rank: int, world_size: int
 ) -> tuple[list[TrainedParam], list[Family]]:
     """The parameters in model order, and the families that they belong to.
 

@@ -154,14 +154,10 @@ class DataParallel(nn.Module):
             )
         if after_backward is None and self._engine.stage:
             raise ValueError("join: a rank that has run out still owns a shard; pass after_backward, which steps there")
-        with self._engine.join() as joining:
+        with self._engine.join(after_backward or (lambda: None)):
             yield
-            while joining.announce(active=False):
-                self._engine.contribute_zeros()
-                if after_backward is not None:
-                    after_backward()
-        if after_backward is None and joining.last_active:
-            broadcast_state(self.module, self.comm, root=joining.last_active[0])
+        if after_backward is None and self._engine.last_active:
+            broadcast_state(self.module, self.comm, root=self._engine.last_active[0])
 
     @property
     def averages_every_backward(self) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,12 +26,7 @@ _PART_OF_GRADIENTS = 64  # a buffer has at most this part of all gradients, so t
 _MIN_BYTES = 64 * 1024
 
 
-class Piece(NamedTuple):
-    """Elements of a parameter's gradient, and where in a message they start."""
-
-    param: TrainedParam
-    elements: slice
-    start: int
+Piece = tuple[TrainedParam, slice, int]  # elements of a parameter's gradient, and where in a message they start
 
 
 @dataclass(eq=False)
@@ -165,7 +159,7 @@ def messages_of(bucket: Bucket, capacity: int) -> list[Message]:
                 messages.append(Message([], 0))
                 continue
             message = messages[-1]
-            message.pieces.append(Piece(param, slice(begin, begin + length), message.numel))
+            message.pieces.append((param, slice(begin, begin + length), message.numel))
             message.numel += length
             begin += length
     return messages

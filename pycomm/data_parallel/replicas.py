@@ -48,12 +48,10 @@ def broadcast_state(module: nn.Module, comm: Communicator, *, root: int = 0, onl
         if tensor.numel() == 0:
             continue
         data = tensor.detach()
-        is_contiguous = data.is_contiguous()
-        message = data if is_contiguous else data.contiguous()
+        message = data.contiguous()
         # As bytes: buffers may have dtypes that no reduction knows, such as bool.
         comm.broadcast(message.reshape(-1).view(torch.uint8), root=root)
-        if not is_contiguous:
-            data.copy_(message)
+        data.copy_(message)  # nothing to do if it was contiguous
 
 
 def model_entries(module: nn.Module) -> list[str]:

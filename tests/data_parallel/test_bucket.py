@@ -81,7 +81,7 @@ def test_messages_carry_every_element_once_and_their_runs_are_the_shards(numels,
         packed = [at for _, run in runs for at in range(run.packed, run.packed + run.numel)]
         assert sorted(packed) == list(range(params[0].family.num_owned))
         for message, run in runs:
-            param, elements, start = [piece for piece in message.pieces if piece.start <= run.grad][-1]
+            param, elements, start = [piece for piece in message.pieces if piece[2] <= run.grad][-1]
             begin = elements.start + run.grad - start
             assert begin + run.numel <= elements.stop
             assert run.first_block == param.first_block + begin // NORM_BLOCK
