@@ -90,9 +90,9 @@ class GradientEngine:
         self._backward: _Backward | None = None
         self._accumulated: set[TrainedParam] = set()  # under no_sync() since the last averages
         self._is_ordered = False  # buckets are in the order in which gradients come
-        for param in params:
-            hook = partial(_on_gradient, weakref.ref(self), weakref.ref(param))
-            param.param.register_post_accumulate_grad_hook(hook)
+        for trained in params:
+            hook = partial(_on_gradient, weakref.ref(self), weakref.ref(trained))
+            trained.param.register_post_accumulate_grad_hook(hook)
 
     def divide(self, stage: int) -> None:
         """Gradients belong to a ShardedAdamW of this stage from now on. Collective in stage 2."""
@@ -141,24 +141,24 @@ class GradientEngine:
             finally:
                 self._drop_gradients()
 
-    def gradient_arrived(self, param: TrainedParam) -> None:
+    def gradient_arrived(self, trained: TrainedParam) -> None:
         """Autograd has accumulated into the parameter's ``.grad``."""
         with self._lock:
             self._require_not_interrupted()
-            _check_gradient(param)
+            _check_gradient(trained)
             if self._no_sync_depth:
-                self.gradients.keep(param)
-                self._accumulated.add(param)
+                self.gradients.keep(trained)
+                self._accumulated.add(trained)
                 return
             backward = self._running()
-            if param in backward.came:
+            if trained in backward.came:
                 raise PycommError(
-                    f"DataParallel: {param.name!r} got a gradient twice in one backward (shared between reentrant "
+                    f"DataParallel: {trained.name!r} got a gradient twice in one backward (shared between reentrant "
                     "checkpoints?); its bucket may be on its way already. Use checkpoint(..., use_reentrant=False)"
                 )
-            self.gradients.keep(param)
-            backward.came[param] = None
-            backward.num_missing[param.bucket_index] -= 1
+            self.gradients.keep(trained)
+            backward.came[trained] = None
+            backward.num_missing[trained.bucket_index] -= 1
             if self._options.overlap and not self._is_joined:  # else nothing may be sent before finish()
                 try:
                     self._launch(backward, rest=False)
@@ -195,9 +195,9 @@ class GradientEngine:
             yield
             while self._announce(active=False):
                 with self._lock:
-                    for param in self.gradients.params:
-                        param.param.grad = None
-                        self.gradients.keep(param)
+                    for trained in self.gradients.params:
+                        trained.param.grad = None
+                        self.gradients.keep(trained)
                     self._backward = _Backward(None, [])
                     self._average_together({})
                 after_backward()
@@ -223,7 +223,7 @@ class GradientEngine:
     @property
     def is_accumulating(self) -> bool:
         """Whether gradients were accumulated under no_sync() and not averaged since."""
-        return any(param.param.grad is not None for param in self._accumulated)
+        return any(trained.param.grad is not None for trained in self._accumulated)
 
     def _running(self) -> _Backward:
         """The running backward, which begins if none is."""
@@ -298,25 +298,25 @@ class GradientEngine:
 
     def _complete_missing(self, backward: _Backward) -> None:
         """Put a value where no hook has in this backward, or say that there is none."""
-        others = [param for param in self.gradients.params if param not in backward.came]
-        missing = [param for param in others if not self._has_earlier(param)]
+        others = [trained for trained in self.gradients.params if trained not in backward.came]
+        missing = [trained for trained in others if not self._has_earlier(trained)]
         if missing and not self._find_unused:
-            names = ", ".join(repr(param.name) for param in missing[:_NUM_NAMED])
+            names = ", ".join(repr(trained.name) for trained in missing[:_NUM_NAMED])
             more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
             self._give_up(
                 f"{len(missing)} parameter(s) got no gradient in this backward: {names}{more}. Use them in the loss, "
                 "freeze them with requires_grad_(False) before wrapping, or pass find_unused=True (zeros then)"
             )
-        for param in missing:
-            self.gradients.keep(param)
+        for trained in missing:
+            self.gradients.keep(trained)
 
-    def _has_earlier(self, param: TrainedParam) -> bool:
+    def _has_earlier(self, trained: TrainedParam) -> bool:
         """Whether there is a gradient to average from no_sync(), or from the user."""
-        grad = param.param.grad
-        if grad is not None and grad is not param.view:
-            self.gradients.keep(param)
+        grad = trained.param.grad
+        if grad is not None and grad is not trained.view:
+            self.gradients.keep(trained)
             return True
-        return grad is not None and param in self._accumulated
+        return grad is not None and trained in self._accumulated
 
     def _require_nobody_failed(self) -> None:
         failed = torch.nonzero(self._failed).flatten().tolist()
@@ -335,11 +335,11 @@ class GradientEngine:
         self._is_ordered = True
         params = self.gradients.params
         # A gradient that did not come now is expected where the reverse of the model's order has it last.
-        order = [*came, *(param for param in reversed(params) if param not in came)]
-        message = torch.tensor([param.index for param in order], dtype=torch.int64, device=self._comm.device)
+        order = [*came, *(trained for trained in reversed(params) if trained not in came)]
+        message = torch.tensor([trained.index for trained in order], dtype=torch.int64, device=self._comm.device)
         self._comm.broadcast(message, root=0)
         order = [params[index] for index in message.tolist()]
-        if order != [param for bucket in self.gradients.buckets for param in bucket.params]:
+        if order != [trained for bucket in self.gradients.buckets for trained in bucket.params]:
             self.gradients.reorder(order)
 
     def _give_up(self, reason: str) -> NoReturn:
@@ -361,12 +361,13 @@ def _queue_at_end_of_backward(engine: GradientEngine) -> "weakref.ref[partial[No
     return weakref.ref(end)
 
 
-def _check_gradient(param: TrainedParam) -> None:
-    grad = param.param.grad
+def _check_gradient(trained: TrainedParam) -> None:
+    grad = trained.param.grad
     if grad is None:
-        raise PycommError(f"DataParallel: a hook registered before wrapping took the gradient of {param.name!r} away")
+        raise PycommError(f"DataParallel: a hook registered before wrapping took the gradient of {trained.name!r} away")
     if grad.layout != torch.strided:
-        raise PycommError(f"DataParallel: the gradient of {param.name!r} is sparse; build its layer with sparse=False")
+        name = trained.name
+        raise PycommError(f"DataParallel: the gradient of {name!r} is sparse; build its layer with sparse=False")
     if grad.requires_grad:
         raise PycommError(
             "DataParallel: backward(create_graph=True) is not possible, since averaging is no part of the graph; "
@@ -374,9 +375,9 @@ def _check_gradient(param: TrainedParam) -> None:
         )
 
 
-def is_averaged(param: nn.Parameter) -> bool:
+def is_averaged(trained: nn.Parameter) -> bool:
     """Whether a wrapper that is in use averages the parameter's gradient already."""
-    hooks: dict[int, object] = param._post_accumulate_grad_hooks or {}
+    hooks: dict[int, object] = trained._post_accumulate_grad_hooks or {}
     return any(
         isinstance(hook, partial) and hook.func is _on_gradient and hook.args[0]() is not None
         for hook in hooks.values()
@@ -385,8 +386,8 @@ def is_averaged(param: nn.Parameter) -> bool:
 
 # Hooks live as long as the parameters. They hold no strong reference, so that a wrapper that is gone frees its buckets
 # and leaves a plain module behind.
-def _on_gradient(engine: "weakref.ref[GradientEngine]", param: "weakref.ref[TrainedParam]", _: Tensor) -> None:
-    live_engine, live_param = engine(), param()
+def _on_gradient(engine: "weakref.ref[GradientEngine]", trained: "weakref.ref[TrainedParam]", _: Tensor) -> None:
+    live_engine, live_param = engine(), trained()
     if live_engine is not None and live_param is not None:
         live_engine.gradient_arrived(live_param)
 

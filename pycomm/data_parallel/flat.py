@@ -44,42 +44,42 @@ class FlatGradients(Gradients):
     def divide(self) -> None:
         """From now on only this rank's shard is averaged (ZeRO-1)."""
         self._is_divided = True
-        for param in self.params:
-            has_gradient = param.param.grad is param.view
-            self._show(param)
+        for trained in self.params:
+            has_gradient = trained.param.grad is trained.view
+            self._show(trained)
             if has_gradient:
-                param.param.grad = param.view
+                trained.param.grad = trained.view
         # Without overlap nothing is gained by averaging before the optimizer's step, which can do it on the way.
         self._waits_for_step = self.one_pass and not self.options.overlap and self.options.wire_dtype is None
 
     def before_backward(self) -> None:
         # Autograd accumulates into .grad. Where only a shard is averaged, the average of the sum would be wrong: keep
         # the shard aside, and let autograd store a fresh gradient.
-        for param in self._scattered:
-            if param.param.grad is param.view:
-                carried = self._carried.get(param)
-                own = self._shard_in_buffer(param)
-                self._carried[param] = own.clone() if carried is None else carried + own
-                param.param.grad = None
+        for trained in self._scattered:
+            if trained.param.grad is trained.view:
+                carried = self._carried.get(trained)
+                own = self._shard_in_buffer(trained)
+                self._carried[trained] = own.clone() if carried is None else carried + own
+                trained.param.grad = None
         self._scattered.clear()
 
-    def keep(self, param: TrainedParam) -> None:
+    def keep(self, trained: TrainedParam) -> None:
         # After zero_grad(set_to_none=True) autograd stores a fresh tensor in .grad. Copying it here reads S and writes
         # S bytes. The other way to get it into the bucket, zeroing the view before backward so that autograd
         # accumulates into it, writes S, then reads 2 S and writes S; it would also turn -0.0 into 0.0.
-        grad, view = param.param.grad, param.view
+        grad, view = trained.param.grad, trained.view
         assert view is not None
         if grad is view:
-            if param in self._scattered:
+            if trained in self._scattered:
                 raise PycommError(
-                    f"DataParallel: {param.name!r} was accumulated onto a gradient of which only this rank's shard is "
-                    "averaged, by a backward that went through no output of forward; call zero_grad() before it"
+                    f"DataParallel: {trained.name!r} was accumulated onto a gradient of which only this rank's shard "
+                    "is averaged, by a backward that went through no output of forward; call zero_grad() before it"
                 )
             return
-        self._scattered.discard(param)
+        self._scattered.discard(trained)
         with torch.no_grad():
             view.zero_() if grad is None else view.copy_(grad)
-        param.param.grad = view
+        trained.param.grad = view
 
     def launch(self, bucket: Bucket) -> None:
         if bucket.numel > 0 and not self._waits_for_step:
@@ -101,20 +101,20 @@ class FlatGradients(Gradients):
         self._scattered.clear()
 
     def were_zeroed(self) -> None:
-        if all(param.param.grad is None for param in self.params):
+        if all(trained.param.grad is None for trained in self.params):
             self._scattered.clear()
 
     def are_complete(self) -> bool:
-        missing = [param.name for param in self.params if param.param.grad is None]
+        missing = [trained.name for trained in self.params if trained.param.grad is None]
         if len(missing) == len(self.params):
             return False
         if missing:
             raise PycommError(
                 f"{len(missing)} averaged gradient(s) are gone before the step, the first: {missing[0]!r}"
             )
-        for param in self.params:
-            if param.param.grad is not param.view:
-                self.keep(param)
+        for trained in self.params:
+            if trained.param.grad is not trained.view:
+                self.keep(trained)
         return True
 
     def were_taken(self) -> None:
@@ -124,22 +124,22 @@ class FlatGradients(Gradients):
 
     def give_back(self) -> None:
         """Free the memory; not to be used any more."""
-        for param in self.params:
-            if param.param.grad is param.view:
-                param.param.grad = None
-            param.view = None
+        for trained in self.params:
+            if trained.param.grad is trained.view:
+                trained.param.grad = None
+            trained.view = None
         self.buffers.clear()
         self._messages.clear()
         self._travels.clear()
 
-    def parts(self, param: TrainedParam) -> list[tuple[int, Tensor]]:
+    def parts(self, trained: TrainedParam) -> list[tuple[int, Tensor]]:
         self._average_now()
         self._norms_hold = False
-        begin, grad = param.shard.begin, param.param.grad
-        parts = [(begin, self._carried[param])] if param in self._carried else []
+        begin, grad = trained.shard.begin, trained.param.grad
+        parts = [(begin, self._carried[trained])] if trained in self._carried else []
         if grad is not None:
-            is_whole = param not in self._scattered
-            parts.append((0, grad.as_subclass(Tensor)) if is_whole else (begin, self._shard_in_buffer(param)))
+            is_whole = trained not in self._scattered
+            parts.append((0, grad.as_subclass(Tensor)) if is_whole else (begin, self._shard_in_buffer(trained)))
         return parts
 
     def norm_table(self) -> Tensor:
@@ -148,15 +148,15 @@ class FlatGradients(Gradients):
 
     def reorder(self, params: Sequence[TrainedParam]) -> None:
         norms_hold = self._norms_are_true()
-        old = [(param, param.view, self.starts[param]) for param in params]
+        old = [(trained, trained.view, self.starts[trained]) for trained in params]
         saved = {family: buffer.clone() for family, buffer in self.buffers.items()}
         super().reorder(params)
         with torch.no_grad():
-            for param, view, start in old:
-                assert param.view is not None
-                param.view.copy_(param.view_in(saved[param.family], start))
-                if param.param.grad is view:
-                    param.param.grad = param.view
+            for trained, view, start in old:
+                assert trained.view is not None
+                trained.view.copy_(trained.view_in(saved[trained.family], start))
+                if trained.param.grad is view:
+                    trained.param.grad = trained.view
         self._note_norms(norms_hold)
 
     def _average_now(self) -> None:
@@ -169,8 +169,8 @@ class FlatGradients(Gradients):
     def _were_averaged(self, *, with_norms: bool) -> None:
         self._note_norms(with_norms and not self._carried)
         with torch.no_grad():
-            for param, carried in self._carried.items():
-                self._shard_in_buffer(param).add_(carried)
+            for trained, carried in self._carried.items():
+                self._shard_in_buffer(trained).add_(carried)
         self._carried.clear()
         if self._is_divided:
             self._scattered.update(self.params)
@@ -196,10 +196,10 @@ class FlatGradients(Gradients):
         self._runs.clear()
         for bucket in self.buckets:
             self._offsets[bucket] = offset = used[bucket.family]
-            for param in bucket.params:
-                self.starts[param] = used[bucket.family]
-                used[bucket.family] += param.padded_numel
-                self._show(param)
+            for trained in bucket.params:
+                self.starts[trained] = used[bucket.family]
+                used[bucket.family] += trained.padded_numel
+                self._show(trained)
             self._runs[bucket] = _C.Runs([p.run(p.shard, grad=self.starts[p] - offset) for p in bucket.params])
         self._first_blocks.clear()
         for family in self.families:
@@ -207,24 +207,24 @@ class FlatGradients(Gradients):
             self._first_runs[family] = _C.Runs([run._replace(numel=min(run.numel, NORM_BLOCK)) for run in runs])
             self._first_blocks += [run.first_block for run in runs]
 
-    def _show(self, param: TrainedParam) -> None:
+    def _show(self, trained: TrainedParam) -> None:
         """Make the view of the parameter's place that becomes ``.grad``."""
-        view = param.view_in(self.buffers[param.family], self.starts[param])
-        param.view = PartialGradient.of(view, param, weakref.ref(self)) if self._is_divided else view
+        view = trained.view_in(self.buffers[trained.family], self.starts[trained])
+        trained.view = PartialGradient.of(view, trained, weakref.ref(self)) if self._is_divided else view
 
     def _slice(self, buffers: dict[Family, Tensor], bucket: Bucket) -> Tensor:
         offset = self._offsets[bucket]
         return buffers[bucket.family][offset : offset + bucket.numel]
 
-    def _shard_in_buffer(self, param: TrainedParam) -> Tensor:
-        start = self.starts[param]
-        return self.buffers[param.family][start + param.shard.begin : start + param.shard.end]
+    def _shard_in_buffer(self, trained: TrainedParam) -> Tensor:
+        start = self.starts[trained]
+        return self.buffers[trained.family][start + trained.shard.begin : start + trained.shard.end]
 
-    def _own(self, param: TrainedParam) -> Tensor | None:
-        grad = param.param.grad  # the user's own tensor perhaps
+    def _own(self, trained: TrainedParam) -> Tensor | None:
+        grad = trained.param.grad  # the user's own tensor perhaps
         if grad is None:
             return None
-        return param.in_memory_order(grad.as_subclass(Tensor))[param.shard.begin : param.shard.end]
+        return trained.in_memory_order(grad.as_subclass(Tensor))[trained.shard.begin : trained.shard.end]
 
     def _note_norms(self, hold: bool) -> None:
         self._norms_hold, self._versions = hold, self._current_versions()
@@ -241,7 +241,7 @@ class FlatGradients(Gradients):
         """
         if not self._norms_hold or self._versions != self._current_versions():
             return False
-        if any(param.param.grad is not param.view for param in self.params):
+        if any(trained.param.grad is not trained.view for trained in self.params):
             return False
         found = torch.zeros_like(self._norms)
         for family, runs in self._first_runs.items():

@@ -57,7 +57,7 @@ class Gradients(ABC):
         self.buckets = plan(list(reversed(params)), options.cap_bytes)  # backward reaches the last layers first
         self.layout = 0  # counts the times that gradients moved to other places
         # Squared norms of the blocks that this rank owns; zeros elsewhere.
-        self._norms = torch.zeros(sum(num_blocks(param.param.numel()) for param in params), dtype=torch.float64)
+        self._norms = torch.zeros(sum(num_blocks(trained.param.numel()) for trained in params), dtype=torch.float64)
         self._norms_hold = False  # as far as known, they are those of the averages
         self._under_way: list[tuple[Work, Callable[[], object] | None]] = []
         self._travels: list[Tensor] = []  # memory
@@ -74,7 +74,7 @@ class Gradients(ABC):
         """Autograd is about to accumulate."""
 
     @abstractmethod
-    def keep(self, param: TrainedParam) -> None:
+    def keep(self, trained: TrainedParam) -> None:
         """Autograd has stored or accumulated the parameter's ``.grad``, or the user has; none counts as zeros."""
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Gradients(ABC):
         self.were_zeroed()
 
     @abstractmethod
-    def parts(self, param: TrainedParam) -> list[tuple[int, Tensor]]:
+    def parts(self, trained: TrainedParam) -> list[tuple[int, Tensor]]:
         """All that counts of a parameter's gradient on this rank, to be changed in place. Collective.
 
         Each with the place in the parameter where it starts: this rank's shard, or all of it.
@@ -135,10 +135,10 @@ class Gradients(ABC):
         table = self._norms.clone()
         if not self._norms_are_true():
             table.zero_()
-            for param in self.params:
-                own = self._own(param)
+            for trained in self.params:
+                own = self._own(trained)
                 if own is not None:
-                    block_norms(own, [param.run(param.shard, grad=-param.shard.begin)], table)
+                    block_norms(own, [trained.run(trained.shard, grad=-trained.shard.begin)], table)
         self.comm.all_reduce(table)
         return table
 
@@ -150,7 +150,7 @@ class Gradients(ABC):
         """Collective if symmetric."""
 
     @abstractmethod
-    def _own(self, param: TrainedParam) -> Tensor | None:
+    def _own(self, trained: TrainedParam) -> Tensor | None:
         """This rank's shard of the average, if there is one."""
 
     @abstractmethod

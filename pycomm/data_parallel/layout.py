@@ -200,17 +200,17 @@ def plan(params: Sequence[TrainedParam], cap_bytes: int) -> list[Bucket]:
     closed: list[list[int]] = []
     open_groups: dict[Family, list[int]] = {}
     open_bytes: dict[Family, int] = {}
-    for position, param in enumerate(params):
-        family = param.family
-        if family in open_groups and open_bytes[family] + param.grad_bytes > cap_bytes:
+    for position, trained in enumerate(params):
+        family = trained.family
+        if family in open_groups and open_bytes[family] + trained.grad_bytes > cap_bytes:
             closed.append(open_groups.pop(family))
             open_bytes[family] = 0
         open_groups.setdefault(family, []).append(position)
-        open_bytes[family] = open_bytes.get(family, 0) + param.grad_bytes
+        open_bytes[family] = open_bytes.get(family, 0) + trained.grad_bytes
     buckets: list[Bucket] = []
     for group in sorted([*closed, *open_groups.values()], key=lambda group: group[-1]):
         members = [params[position] for position in group]
-        for param in members:
-            param.bucket_index = len(buckets)
-        buckets.append(Bucket(members, sum(param.padded_numel for param in members)))
+        for trained in members:
+            trained.bucket_index = len(buckets)
+        buckets.append(Bucket(members, sum(trained.padded_numel for trained in members)))
     return buckets

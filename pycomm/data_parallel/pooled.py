@@ -53,48 +53,48 @@ class PooledGradients(Gradients):
     def _allocate(self) -> None:
         self.buffers = {f: torch.zeros(max(1, f.num_owned), dtype=f.grad_dtype) for f in self.families}
         self._is_zero = True  # what the shards have does not count: the next average overwrites it
-        all_bytes = sum(param.grad_bytes for param in self.params)
+        all_bytes = sum(trained.grad_bytes for trained in self.params)
         num_bytes = min(self.options.cap_bytes, max(_MIN_BYTES, all_bytes // _PART_OF_GRADIENTS))
         # A piece of every dtype fits: at least one norm block of the widest.
         self._pool_bytes = max(NORM_BLOCK * 8, num_bytes // NORM_BLOCK * NORM_BLOCK)
         self._pool = [self._memory(self._pool_bytes, torch.uint8) for _ in range(_NUM_BUFFERS)]
         self._num_sent = 0
         self._is_shown = False  # by .grad of the parameters
-        self._shown = [AbsentGradient.standing_for(param, weakref.ref(self)) for param in self.params]
-        for param in self.params:
-            param.param.register_hook(partial(_before_accumulation, weakref.ref(self)))
+        self._shown = [AbsentGradient.standing_for(trained, weakref.ref(self)) for trained in self.params]
+        for trained in self.params:
+            trained.param.register_hook(partial(_before_accumulation, weakref.ref(self)))
 
     def before_backward(self) -> None:
         """Autograd shall store fresh gradients, not add to what stands for averages."""
         self._notice_zeroing()
         if self._is_shown:
             self._is_shown = False
-            for param in self.params:
-                if isinstance(param.param.grad, AbsentGradient):
-                    param.param.grad = None
+            for trained in self.params:
+                if isinstance(trained.param.grad, AbsentGradient):
+                    trained.param.grad = None
 
-    def keep(self, param: TrainedParam) -> None:
+    def keep(self, trained: TrainedParam) -> None:
         pass  # it lies in autograd's own tensor until its bucket is launched
 
     def launch(self, bucket: Bucket) -> None:
         for message, runs in self._messages[bucket]:
             self._send(message, runs, bucket.family)
-        for param in bucket.params:
-            param.param.grad = None
+        for trained in bucket.params:
+            trained.param.grad = None
 
     def wait(self) -> bool:
         super().wait()
         self._is_zero = False
         self._norms_hold = self.one_pass
         self._is_shown = True
-        for param, absent in zip(self.params, self._shown, strict=True):
-            param.param.grad = absent
+        for trained, absent in zip(self.params, self._shown, strict=True):
+            trained.param.grad = absent
         return True
 
     def drop(self) -> None:
         self.were_zeroed()
-        for param in self.params:
-            param.param.grad = None
+        for trained in self.params:
+            trained.param.grad = None
 
     def were_zeroed(self) -> None:
         self.before_backward()
@@ -104,19 +104,19 @@ class PooledGradients(Gradients):
         self._notice_zeroing()
         return not self._is_zero
 
-    def parts(self, param: TrainedParam) -> list[tuple[int, Tensor]]:
+    def parts(self, trained: TrainedParam) -> list[tuple[int, Tensor]]:
         self._norms_hold = False
-        own = self._own(param)
-        averaged = [] if own is None else [(param.shard.begin, own)]
-        grad = param.param.grad
+        own = self._own(trained)
+        averaged = [] if own is None else [(trained.shard.begin, own)]
+        grad = trained.param.grad
         return averaged if grad is None or isinstance(grad, AbsentGradient) else [*averaged, (0, grad)]
 
-    def _own(self, param: TrainedParam) -> Tensor | None:
-        return None if self._is_zero else param.shard.of(self.buffers[param.family])
+    def _own(self, trained: TrainedParam) -> Tensor | None:
+        return None if self._is_zero else trained.shard.of(self.buffers[trained.family])
 
     def _notice_zeroing(self) -> None:
         """zero_grad() of the plain module takes away what stands for the averages, and so the averages."""
-        if self._is_shown and all(param.param.grad is None for param in self.params):
+        if self._is_shown and all(trained.param.grad is None for trained in self.params):
             self._is_shown = False
             self._forget()
 
@@ -150,8 +150,8 @@ class PooledGradients(Gradients):
 def messages_of(bucket: Bucket, capacity: int) -> list[Message]:
     """Cut a bucket into messages of at most ``capacity`` elements, and parameters between norm blocks only."""
     messages: list[Message] = []
-    for param in bucket.params:
-        begin, numel = 0, param.param.numel()
+    for trained in bucket.params:
+        begin, numel = 0, trained.param.numel()
         while begin < numel:
             free = capacity - messages[-1].numel if messages else 0
             length = numel - begin if numel - begin <= free else free // NORM_BLOCK * NORM_BLOCK
@@ -159,7 +159,7 @@ def messages_of(bucket: Bucket, capacity: int) -> list[Message]:
                 messages.append(Message([], 0))
                 continue
             message = messages[-1]
-            message.pieces.append((param, slice(begin, begin + length), message.numel))
+            message.pieces.append((trained, slice(begin, begin + length), message.numel))
             message.numel += length
             begin += length
     return messages
@@ -167,12 +167,12 @@ def messages_of(bucket: Bucket, capacity: int) -> list[Message]:
 
 @torch.no_grad()
 def _fill(memory: Tensor, message: Message) -> None:
-    for param, elements, start in message.pieces:
+    for trained, elements, start in message.pieces:
         target = memory[start : start + elements.stop - elements.start]
-        if param.param.grad is None:
+        if trained.param.grad is None:
             target.zero_()
         else:
-            target.copy_(param.in_memory_order(param.param.grad)[elements])
+            target.copy_(trained.in_memory_order(trained.param.grad)[elements])
 
 
 def _take(averages: Tensor, message: Message, shard: Tensor, accumulate: bool) -> None:

@@ -105,11 +105,11 @@ class ShardedAdamW(torch.optim.Optimizer):
         params = self._engine.gradients.params
         check_on_host(
             "ShardedAdamW",
-            ((repr(param.name), param.param) for param in params),
+            ((repr(trained.name), trained.param) for trained in params),
             "torch.optim.AdamW(ddp.parameters()) takes what DataParallel averages there",
         )
         options = f"{stage=} " + " ".join(f"{k}={v}" for g in self.param_groups for k, v in g.items() if k != "params")
-        numbers_of_groups = [f"{param.name!r} in group {group_of.get(id(param.param))}" for param in params]
+        numbers_of_groups = [f"{trained.name!r} in group {group_of.get(id(trained.param))}" for trained in params]
         check_same("make different optimizers", [options, *numbers_of_groups], ddp.comm)
         self._check(stage, group_of)
         self._engine.divide(stage)
@@ -185,9 +185,9 @@ class ShardedAdamW(torch.optim.Optimizer):
         result = super().state_dict()
         has_states = root in (None, self._ddp.comm.rank)
         result["state"] = {
-            self._number_of[id(param.param)]: {"step": torch.tensor(float(self._num_steps)), **tensors}
+            self._number_of[id(trained.param)]: {"step": torch.tensor(float(self._num_steps)), **tensors}
             for state in self._states
-            for param, tensors in state.whole(root).items()
+            for trained, tensors in state.whole(root).items()
             if has_states
         }
         return result
@@ -210,7 +210,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         if len(steps) > 1:
             raise ValueError(f"parameters made different numbers of steps, {sorted(steps)}; here they go together")
         for state in self._states:
-            state.load({param: entries[self._number_of[id(param.param)]] for param in state.family.params})
+            state.load({trained: entries[self._number_of[id(trained.param)]] for trained in state.family.params})
         others = [{key: value for key, value in group.items() if key != "params"} for group in saved]
         self.states_were_read(int(steps.pop()) if steps else 0, others)
 
@@ -230,8 +230,8 @@ class ShardedAdamW(torch.optim.Optimizer):
     def shards(self) -> Iterator[tuple[TrainedParam, Shard, Mapping[str, Tensor]]]:
         """Every parameter, this rank's part of it, and the packed states in which that part lies."""
         for state in self._states:
-            for param, shard in state.shards():
-                yield param, shard, state.tensors
+            for trained, shard in state.shards():
+                yield trained, shard, state.tensors
 
     def states_were_read(self, num_steps: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Somebody has put other states into the memory of :meth:`shards`, which belong to these steps and groups."""
@@ -248,7 +248,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         if own == ranks and (are_connected() or ranks == 1):
             return
         params = self._engine.gradients.params
-        names = ", ".join(repr(param.name) for param in params[:_NUM_NAMED]) + (
+        names = ", ".join(repr(trained.name) for trained in params[:_NUM_NAMED]) + (
             ", …" if len(params) > _NUM_NAMED else ""
         )
         if not are_connected():
@@ -272,15 +272,15 @@ class ShardedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_group(group)
         params = self._engine.gradients.params
-        missing = [param.name for param in params if id(param.param) not in group_of]
+        missing = [trained.name for trained in params if id(trained.param) not in group_of]
         if missing:
             raise ValueError(f"{len(missing)} trainable parameter(s) are in no group, the first is {missing[0]!r}")
         if len(group_of) != len(params):
             raise ValueError("param_groups have parameters that the DataParallel does not train")
-        for param in params:
-            if param.param.dtype not in _DTYPES:
+        for trained in params:
+            if trained.param.dtype not in _DTYPES:
                 raise ValueError(
-                    f"{param.name!r} is {param.param.dtype}; ShardedAdamW takes float32, bfloat16, float16"
+                    f"{trained.name!r} is {trained.param.dtype}; ShardedAdamW takes float32, bfloat16, float16"
                 )
 
     def _scalars(self, group: Mapping[str, Any]) -> AdamWScalars:
@@ -326,20 +326,20 @@ class FamilyState:
         self._group_of = group_of
         self._is_divided = stage > 0 and comm.world_size > 1
         self._one_pass = self._is_divided and gradients.one_pass
-        self._shards = {param: param.shard for param in family.params}
+        self._shards = {trained: trained.shard for trained in family.params}
         num_owned = family.num_owned
         if not self._is_divided:
             num_owned = 0
-            for param in family.params:
-                self._shards[param] = Shard(0, param.param.numel(), num_owned)
-                num_owned += param.param.numel()
+            for trained in family.params:
+                self._shards[trained] = Shard(0, trained.param.numel(), num_owned)
+                num_owned += trained.param.numel()
         numel, dtype = max(1, family.numel), family.param_dtype
         self._flat = comm.empty(numel, dtype=dtype) if self._one_pass else torch.empty(numel, dtype=dtype)
         self._flat.zero_()  # the gaps
-        for param in family.params:
-            view = param.view_in(self._flat, param.start)
-            view.copy_(param.param.detach())
-            param.param.data = view
+        for trained in family.params:
+            view = trained.view_in(self._flat, trained.start)
+            view.copy_(trained.param.detach())
+            trained.param.data = view
         names = ("exp_avg", "exp_avg_sq", *(("master",) if family.has_master else ()))
         self.tensors = {name: torch.zeros(num_owned) for name in names}
         self._take_values()
@@ -375,29 +375,29 @@ class FamilyState:
         Args:
             root: the only rank that gets them; the others hold one whole state of one parameter at a time.
         """
-        result: dict[TrainedParam, dict[str, Tensor]] = {param: {} for param in self.family.params}
-        for param, shard in self.shards():
+        result: dict[TrainedParam, dict[str, Tensor]] = {trained: {} for trained in self.family.params}
+        for trained, shard in self.shards():
             for name, packed in self.tensors.items():
-                flat = torch.empty(param.param.numel())
-                for _, elements, values in self._of_all_ranks([param], shard.of(packed)):
+                flat = torch.empty(trained.param.numel())
+                for _, elements, values in self._of_all_ranks([trained], shard.of(packed)):
                     flat[elements] = values
                 if root in (None, self._comm.rank):
-                    result[param][name] = param.view_in(flat, 0)
+                    result[trained][name] = trained.view_in(flat, 0)
         return result
 
     def load(self, entries: Mapping[TrainedParam, Mapping[str, Any] | None]) -> None:
         """Take this rank's part of whole states; None: as at the beginning."""
         self._take_values()
-        for param, shard in self.shards():
-            entry = entries[param]
+        for trained, shard in self.shards():
+            entry = entries[trained]
             for name, packed in self.tensors.items():
                 if entry is not None and name in entry:
                     value = entry[name]
-                    if value.shape != param.param.shape:
+                    if value.shape != trained.param.shape:
                         raise ValueError(
-                            f"{name} of {param.name!r} is {list(value.shape)}, not {list(param.param.shape)}"
+                            f"{name} of {trained.name!r} is {list(value.shape)}, not {list(trained.param.shape)}"
                         )
-                    shard.of(packed).copy_(param.in_memory_order(value)[shard.begin : shard.end])
+                    shard.of(packed).copy_(trained.in_memory_order(value)[shard.begin : shard.end])
                 elif name != "master":
                     shard.of(packed).zero_()
 
@@ -413,9 +413,11 @@ class FamilyState:
     ) -> Iterator[tuple[TrainedParam, slice, Tensor]]:
         """What every rank owns of ``params``, of which ``mine`` is this rank's, in order. Collective where divided."""
         if not self._is_divided:
-            return iter([(param, slice(0, param.param.numel()), mine) for param in params])
-        n = self._comm.world_size
-        owners = [[(param, slice(*owned(param.param.numel(), param.turn, r, n))) for param in params] for r in range(n)]
+            return iter([(trained, slice(0, trained.param.numel()), mine) for trained in params])
+        owners = [
+            [(t, slice(*owned(t.param.numel(), t.turn, rank, self._comm.world_size))) for t in params]
+            for rank in range(self._comm.world_size)
+        ]
         lengths = [[elements.stop - elements.start for _, elements in of_rank] for of_rank in owners]
         received = torch.empty(sum(map(sum, lengths)), dtype=mine.dtype)
         if received.numel() > 0:
@@ -428,16 +430,16 @@ class FamilyState:
         """fp32 values from 16-bit parameters, where they are not the ones behind them already."""
         if not self.family.has_master:
             return
-        for param, shard in self.shards():
+        for trained, shard in self.shards():
             mine = shard.of(self.tensors["master"])
-            values = self._in_buffer(param, slice(shard.begin, shard.end))
+            values = self._in_buffer(trained, slice(shard.begin, shard.end))
             mine.copy_(torch.where(mine.to(values.dtype) == values, mine, values.float()))
 
-    def _in_buffer(self, param: TrainedParam, elements: slice) -> Tensor:
-        return self._flat[param.start + elements.start : param.start + elements.stop]
+    def _in_buffer(self, trained: TrainedParam, elements: slice) -> Tensor:
+        return self._flat[trained.start + elements.start : trained.start + elements.stop]
 
     def _current_versions(self) -> list[int]:
-        return [param.param._version for param in self.family.params]
+        return [trained.param._version for trained in self.family.params]
 
     def _describe(self) -> _C.ParameterUpdate:
         grads, starts = self._gradients.buffers[self.family], self._gradients.starts
@@ -453,16 +455,16 @@ class FamilyState:
             exp_avg_sq=self.tensors["exp_avg_sq"].data_ptr(),
             runs=_C.Runs(
                 [
-                    param.run(
-                        shard, grad=starts.get(param, 0), param=param.start, group=self._group_of[id(param.param)]
+                    trained.run(
+                        shard, grad=starts.get(trained, 0), param=trained.start, group=self._group_of[id(trained.param)]
                     )
-                    for param, shard in self.shards()
+                    for trained, shard in self.shards()
                 ]
             ),
         )
 
     def _gather_parameters(self) -> None:
         """Give every rank the parameters that the others have updated. Collective."""
-        mine = [self._in_buffer(param, slice(shard.begin, shard.end)) for param, shard in self.shards()]
-        for param, elements, values in self._of_all_ranks(self.family.params, torch.cat(mine)):
-            self._in_buffer(param, elements).copy_(values)
+        mine = [self._in_buffer(trained, slice(shard.begin, shard.end)) for trained, shard in self.shards()]
+        for trained, elements, values in self._of_all_ranks(self.family.params, torch.cat(mine)):
+            self._in_buffer(trained, elements).copy_(values)

@@ -35,8 +35,8 @@ class ShardedStates:
     def state_dict(self) -> dict[str, Any]:
         """Views of this rank's states by the parameters' names, the number of steps, and the groups. Local."""
         states: dict[str, dict[str, Tensor]] = {}
-        for param, shard, tensors in self._optimizer.shards():
-            states[param.name] = {name: _chunk(packed, param, shard) for name, packed in tensors.items()}
+        for trained, shard, tensors in self._optimizer.shards():
+            states[trained.name] = {name: _chunk(packed, trained, shard) for name, packed in tensors.items()}
         return {"states": states, "num_steps": self._optimizer.num_steps, "groups": self._groups()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -85,8 +85,8 @@ class _Chunk(Tensor):
         return self.as_subclass(Tensor)
 
 
-def _chunk(packed: Tensor, param: TrainedParam, shard: Shard) -> Tensor:
+def _chunk(packed: Tensor, trained: TrainedParam, shard: Shard) -> Tensor:
     chunk = shard.of(packed).as_subclass(_Chunk)
     chunk.begin = shard.begin
-    chunk.numel_of_all = param.param.numel()
+    chunk.numel_of_all = trained.param.numel()
     return chunk

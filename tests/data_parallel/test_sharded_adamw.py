@@ -297,6 +297,22 @@ def steps_without_averages(comm, stage):
 @every_world_size
 @every_stage
 @pytest.mark.parametrize("overlap", [True, False])
+def test_the_norm_of_zeroed_gradients_is_zero(pool, world_size, stage, overlap):
+    """Catches a norm of what the last backward has left in memory."""
+    assert pool.run(world_size, norms_around_zeroing, stage, overlap) == [(True, 0.0)] * world_size
+
+
+def norms_around_zeroing(comm, stage, overlap):
+    ddp, optimizer, _ = train(comm, stage, num_steps=0, overlap=overlap)
+    loss_on(ddp, comm.rank, 0).backward()
+    before = pycomm.clip_grad_norm_(ddp, MAX_NORM)
+    optimizer.zero_grad()
+    return bool(before > 0), float(pycomm.clip_grad_norm_(ddp, MAX_NORM))
+
+
+@every_world_size
+@every_stage
+@pytest.mark.parametrize("overlap", [True, False])
 def test_non_finite_gradients_leave_everything_as_it_was_and_are_named(pool, world_size, stage, overlap):
     assert all(pool.run(world_size, outcome_of_non_finite, stage, overlap))
 

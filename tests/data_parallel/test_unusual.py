@@ -273,6 +273,37 @@ def messages_of_impossible_backwards(comm):
     return create_graph, sparse, message_of(PycommError, lambda: twice(x).sum().backward())
 
 
+# Clipping
+
+
+@every_world_size
+def test_gradients_that_the_user_stored_are_clipped(pool, world_size):
+    """Catches that the norm is taken of them, and what is scaled is the memory of the buckets."""
+    assert all(pool.run(world_size, clips_stored_gradients))
+
+
+def clips_stored_gradients(comm):
+    ddp = DataParallel(mlp(), comm)
+    ddp(batch(comm.rank)[0]).square().sum().backward()
+    stored = [3 * param.grad for param in ddp.parameters()]
+    for param, grad in zip(ddp.parameters(), stored, strict=True):
+        param.grad = grad.clone()
+    norm = float(pycomm.clip_grad_norm_(ddp, 0.1))
+    factor = 0.1 / (norm + 1e-6)
+    return (
+        norm == float(pycomm.clip_grad_norm_(stored_in(stored), 1e9))  # to the bit, and on every rank
+        and factor < 1
+        and all(torch.equal(param.grad, factor * grad) for param, grad in zip(ddp.parameters(), stored, strict=True))
+    )
+
+
+def stored_in(grads):
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return params
+
+
 # Parameters that are not on the CPU
 
 
