@@ -134,7 +134,7 @@ def _of_tensors(given: Sequence[Tensor]) -> _Gradients:
         (f"number {number} of {len(with_grad)}, {list(param.shape)}", param, grad.dtype)
         for number, (param, grad) in enumerate(with_grad)
     ]
-    params, _ = lay_out(named, 0, 1)
+    params = lay_out(named, 0, 1)
     table = torch.zeros(sum(num_blocks(grad.numel()) for _, grad in with_grad), dtype=torch.float64)
     for trained, (_, grad) in zip(params, with_grad, strict=True):
         block_norms(trained.in_memory_order(grad), [trained.run(trained.shard)], table)

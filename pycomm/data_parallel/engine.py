@@ -34,7 +34,7 @@ from torch.autograd import Variable
 from pycomm.communicator import Communicator
 from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.gradients import Gradients, Options
-from pycomm.data_parallel.layout import Family, TrainedParam
+from pycomm.data_parallel.layout import TrainedParam
 from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.step import Step
 from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
@@ -62,26 +62,16 @@ class GradientEngine:
     Autograd may run hooks on its own threads, so they take a lock; on the CPU they run in the thread of backward().
 
     Args:
-        params: those to be averaged, and their ``families``, the same on all ranks.
-        find_unused: a parameter without a gradient counts as zeros instead of being an error.
+        params: those to be averaged, the same on all ranks.
     """
 
-    def __init__(
-        self,
-        params: Sequence[TrainedParam],
-        families: Sequence[Family],
-        comm: Communicator,
-        options: Options,
-        *,
-        find_unused: bool,
-    ) -> None:
+    def __init__(self, params: Sequence[TrainedParam], comm: Communicator, options: Options) -> None:
         self.exposed_comm_s = 0.0
         self.step = Step()
-        self.gradients: Gradients = FlatGradients(params, families, comm, options, self.step)
+        self.gradients: Gradients = FlatGradients(params, comm, options, self.step)
         self.stage: int | None = None  # of the ShardedAdamW that they belong to; it scales them in its step
         self._comm = comm
         self._options = options
-        self._find_unused = find_unused
         self._failed = torch.zeros(comm.world_size, dtype=torch.int32, device=comm.device)
         self._lock = threading.Lock()
         self._no_sync_depth = 0
@@ -104,7 +94,7 @@ class GradientEngine:
         if stage == 2:
             flat.give_back()
             self._comm.barrier()  # every rank has released its part, so the next allocation frees them
-            self.gradients = PooledGradients(flat.params, flat.families, self._comm, self._options, self.step)
+            self.gradients = PooledGradients(flat.params, self._comm, self._options, self.step)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -300,7 +290,7 @@ class GradientEngine:
         """Put a value where no hook has in this backward, or say that there is none."""
         others = [trained for trained in self.gradients.params if trained not in backward.came]
         missing = [trained for trained in others if not self._has_earlier(trained)]
-        if missing and not self._find_unused:
+        if missing and not self._options.find_unused:
             names = ", ".join(repr(trained.name) for trained in missing[:_NUM_NAMED])
             more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
             self._give_up(

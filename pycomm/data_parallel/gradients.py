@@ -25,12 +25,13 @@ from pycomm.fused import dtype_name
 
 @dataclass(frozen=True)
 class Options:
-    """How gradients travel; the arguments of DataParallel."""
+    """The arguments of DataParallel."""
 
     cap_bytes: int
     overlap: bool
     symmetric: bool
     wire_dtype: torch.dtype | None = None
+    find_unused: bool = False
 
 
 class Gradients(ABC):
@@ -38,16 +39,9 @@ class Gradients(ABC):
 
     packed: bool  # only this rank's shards, which the optimizer uses up; else whole, until they are zeroed
 
-    def __init__(
-        self,
-        params: Sequence[TrainedParam],
-        families: Sequence[Family],
-        comm: Communicator,
-        options: Options,
-        step: Step,
-    ) -> None:
+    def __init__(self, params: Sequence[TrainedParam], comm: Communicator, options: Options, step: Step) -> None:
         self.params = params
-        self.families = families
+        self.families = list(dict.fromkeys(trained.family for trained in params))
         self.comm = comm
         self.options = options
         self.step = step

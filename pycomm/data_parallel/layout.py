@@ -163,10 +163,8 @@ def owned(numel: int, turn: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(numel, begin * NORM_BLOCK), min(numel, end * NORM_BLOCK)
 
 
-def lay_out(
-    named: Sequence[tuple[str, Tensor, torch.dtype]], rank: int, world_size: int
-) -> tuple[list[TrainedParam], list[Family]]:
-    """The parameters in model order, and the families that they belong to.
+def lay_out(named: Sequence[tuple[str, Tensor, torch.dtype]], rank: int, world_size: int) -> list[TrainedParam]:
+    """The parameters in model order.
 
     Args:
         named: name, parameter, dtype of its gradient.
@@ -183,7 +181,7 @@ def lay_out(
         family.numel += params[-1].padded_numel
         family.num_owned += len(shard)
         first_block += num_blocks(param.numel())
-    return params, list(families.values())
+    return params
 
 
 def plan(params: Sequence[TrainedParam], cap_bytes: int) -> list[Bucket]:

@@ -16,6 +16,7 @@ from pycomm.communicator import Communicator
 from pycomm.data_parallel.engine import GradientEngine, is_averaged
 from pycomm.data_parallel.gradients import Options
 from pycomm.data_parallel.layout import lay_out
+from pycomm.data_parallel.partial import tensors_in
 from pycomm.data_parallel.replicas import broadcast_state, check_same, model_entries
 from pycomm.errors import PycommError
 
@@ -95,8 +96,8 @@ class DataParallel(nn.Module):
         self.comm = comm
         self._broadcast_buffers = broadcast_buffers
         self._has_warned = False
-        how = Options(int(bucket_mb * _MIB), overlap, symmetric, wire_dtype)
-        self._engine = GradientEngine(*lay_out(named, comm.rank, comm.world_size), comm, how, find_unused=find_unused)
+        how = Options(int(bucket_mb * _MIB), overlap, symmetric, wire_dtype, find_unused)
+        self._engine = GradientEngine(lay_out(named, comm.rank, comm.world_size), comm, how)
         self._wrapped = _signature(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +111,7 @@ class DataParallel(nn.Module):
         if self._broadcast_buffers and self.training and torch.is_grad_enabled() and not self._engine.in_no_sync:
             broadcast_state(self.module, self.comm, only_buffers=True)
         output = self.module(*args, **kwargs)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 self._engine.watch(tensor)
         return output
@@ -293,15 +294,3 @@ def _grad_dtype(name: str, param: nn.Parameter, asked: torch.dtype | None, wire:
     if wire is not None and dtype != torch.float32:
         raise ValueError(f"wire_dtype={wire} is for float32 gradients; that of {name!r} is {dtype}")
     return dtype
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings, which is where models put their outputs."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)

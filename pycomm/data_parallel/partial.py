@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -107,14 +107,17 @@ class AbsentGradient(PartialGradient):
         return f"AbsentGradient({self.trained.name!r}, {list(self.shape)}, {self.dtype}: see ddp.gradient_parts(param))"
 
 
-def _partial_in(values: Any) -> Iterator[PartialGradient]:
-    if isinstance(values, PartialGradient):
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings, which is where models and functions of torch have them."""
+    if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _partial_in(value)
-    elif isinstance(values, dict):
-        yield from _partial_in(list(values.values()))
+    elif isinstance(values, (tuple, list, Mapping)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from tensors_in(value)
+
+
+def _partial_in(values: Any) -> Iterator[PartialGradient]:
+    return (tensor for tensor in tensors_in(values) if isinstance(tensor, PartialGradient))
 
 
 @torch.no_grad()

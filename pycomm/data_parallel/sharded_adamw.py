@@ -230,7 +230,7 @@ class ShardedAdamW(torch.optim.Optimizer):
     def shards(self) -> Iterator[tuple[TrainedParam, Shard, Mapping[str, Tensor]]]:
         """Every parameter, this rank's part of it, and the packed states in which that part lies."""
         for state in self._states:
-            for trained, shard in state.shards():
+            for trained, shard in state.shards.items():
                 yield trained, shard, state.tensors
 
     def states_were_read(self, num_steps: int, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -326,12 +326,12 @@ class FamilyState:
         self._group_of = group_of
         self._is_divided = stage > 0 and comm.world_size > 1
         self._one_pass = self._is_divided and gradients.one_pass
-        self._shards = {trained: trained.shard for trained in family.params}
+        self.shards = {trained: trained.shard for trained in family.params}
         num_owned = family.num_owned
         if not self._is_divided:
             num_owned = 0
             for trained in family.params:
-                self._shards[trained] = Shard(0, trained.param.numel(), num_owned)
+                self.shards[trained] = Shard(0, trained.param.numel(), num_owned)
                 num_owned += trained.param.numel()
         numel, dtype = max(1, family.numel), family.param_dtype
         self._flat = comm.empty(numel, dtype=dtype) if self._one_pass else torch.empty(numel, dtype=dtype)
@@ -376,7 +376,7 @@ class FamilyState:
             root: the only rank that gets them; the others hold one whole state of one parameter at a time.
         """
         result: dict[TrainedParam, dict[str, Tensor]] = {trained: {} for trained in self.family.params}
-        for trained, shard in self.shards():
+        for trained, shard in self.shards.items():
             for name, packed in self.tensors.items():
                 flat = torch.empty(trained.param.numel())
                 for _, elements, values in self._of_all_ranks([trained], shard.of(packed)):
@@ -388,7 +388,7 @@ class FamilyState:
     def load(self, entries: Mapping[TrainedParam, Mapping[str, Any] | None]) -> None:
         """Take this rank's part of whole states; None: as at the beginning."""
         self._take_values()
-        for trained, shard in self.shards():
+        for trained, shard in self.shards.items():
             entry = entries[trained]
             for name, packed in self.tensors.items():
                 if entry is not None and name in entry:
@@ -404,9 +404,6 @@ class FamilyState:
     def were_read(self) -> None:
         """``tensors`` have other values, which belong to the parameters as they are now."""
         self._versions = self._current_versions()
-
-    def shards(self) -> Iterator[tuple[TrainedParam, Shard]]:
-        return iter(self._shards.items())
 
     def _of_all_ranks(
         self, params: Sequence[TrainedParam], mine: Tensor
@@ -430,7 +427,7 @@ class FamilyState:
         """fp32 values from 16-bit parameters, where they are not the ones behind them already."""
         if not self.family.has_master:
             return
-        for trained, shard in self.shards():
+        for trained, shard in self.shards.items():
             mine = shard.of(self.tensors["master"])
             values = self._in_buffer(trained, slice(shard.begin, shard.end))
             mine.copy_(torch.where(mine.to(values.dtype) == values, mine, values.float()))
@@ -458,13 +455,13 @@ class FamilyState:
                     trained.run(
                         shard, grad=starts.get(trained, 0), param=trained.start, group=self._group_of[id(trained.param)]
                     )
-                    for trained, shard in self.shards()
+                    for trained, shard in self.shards.items()
                 ]
             ),
         )
 
     def _gather_parameters(self) -> None:
         """Give every rank the parameters that the others have updated. Collective."""
-        mine = [self._in_buffer(trained, slice(shard.begin, shard.end)) for trained, shard in self.shards()]
+        mine = [self._in_buffer(trained, slice(shard.begin, shard.end)) for trained, shard in self.shards.items()]
         for trained, elements, values in self._of_all_ranks(self.family.params, torch.cat(mine)):
             self._in_buffer(trained, elements).copy_(values)

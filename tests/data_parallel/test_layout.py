@@ -18,7 +18,7 @@ shapes = st.tuples(st.integers(0, 400), st.sampled_from(DTYPES))
 
 def params_of(params, rank=0, world_size=1):
     named = [(str(number), nn.Parameter(param), param.dtype) for number, param in enumerate(params)]
-    return lay_out(named, rank, world_size)[0]
+    return lay_out(named, rank, world_size)
 
 
 def padded_bytes(param):
@@ -99,8 +99,8 @@ def check_places(comm, symmetric):
     sliced = nn.Parameter(torch.empty(6, 8)[:, ::2])
     shapes = {"conv": conv, "empty": nn.Parameter(torch.empty(0, 3)), "scalar": nn.Parameter(torch.empty(()))}
     named = [(name, param, param.dtype) for name, param in (*shapes.items(), ("sliced", sliced))]
-    params, families = lay_out(named, comm.rank, comm.world_size)
-    gradients = FlatGradients(params, families, comm, Options(10**6, False, symmetric), Step())
+    params = lay_out(named, comm.rank, comm.world_size)
+    gradients = FlatGradients(params, comm, Options(10**6, False, symmetric), Step())
     (flat,) = gradients.buffers.values()
     assert torch.count_nonzero(flat) == 0
     for number, param in enumerate(params, 1):
