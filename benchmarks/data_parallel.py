@@ -38,7 +38,6 @@ LABELS = {
     "zero0": "ShardedAdamW, stage 0",
     "zero1": "ShardedAdamW, stage 1",
     "zero1/after": "the same, overlap=False: one pass",
-    "zero1/forward": "the same, overlap_forward=True",
     "zero2": "ShardedAdamW, stage 2",
 }
 SWEEP_MB = (0.25, 1, 4, 8, 16, 32)

@@ -93,7 +93,7 @@ def build(name: str, comm: pycomm.Communicator, config: GPTConfig, bucket_mb: fl
     stage = kind.removeprefix("zero")
     if kind == "pycomm":
         return Contender(ddp, torch_adamw(ddp), lambda: ddp.exposed_comm_s)
-    optimizer = pycomm.ShardedAdamW(ddp, **ADAMW, stage=int(stage), overlap_forward=option == "forward")
+    optimizer = pycomm.ShardedAdamW(ddp, **ADAMW, stage=int(stage))
     return Contender(ddp, optimizer, lambda: ddp.exposed_comm_s)
 
 

@@ -45,15 +45,13 @@ def train(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 1))
     ddp = pycomm.DataParallel(model, comm)
-    # From stage 1 on, a step may go on while the next forward begins; each layer waits for its own weights.
-    optimizer = pycomm.ShardedAdamW(ddp, lr=1e-3, stage=stage, overlap_forward=stage > 0)
+    optimizer = pycomm.ShardedAdamW(ddp, lr=1e-3, stage=stage)
     for _ in range(num_steps):
         x = torch.randn(ROWS, 64, generator=generator)
         optimizer.zero_grad()
         nn.functional.mse_loss(ddp(x), x.sum(dim=1, keepdim=True).tanh()).backward()
         pycomm.clip_grad_norm_(ddp, 1.0)  # torch.nn.utils' needs whole gradients, and raises
         optimizer.step()
-    optimizer.synchronize()  # before anybody but the model itself reads the weights
     return ddp, optimizer
 
 

@@ -285,14 +285,13 @@ def update_everywhere(
     update: ParameterUpdate,
     groups: Sequence[tuple[float, float, float, float, float, float, float, float]],
     reduce_first: bool,
-    async_op: bool,
     timeout_s: float,
     /,
-) -> Work | None: ...
+) -> None: ...
 def update_locally(
     update: ParameterUpdate, groups: Sequence[tuple[float, float, float, float, float, float, float, float]], /
 ) -> None: ...
-def block_norms(values: int, dtype: str, runs: Runs, packed: bool, norms: int, /) -> None: ...
+def block_norms(values: int, dtype: str, runs: Runs, norms: int, /) -> None: ...
 def sum_in_order(values: int, count: int, /) -> float:
     """The sum of ``count`` float64 at an address, one after the other."""
 

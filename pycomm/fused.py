@@ -22,12 +22,7 @@ AdamWScalars = tuple[float, float, float, float, float, float, float, float]
 
 
 class FusedCalls(Collectives):
-    """What all ranks of a communicator with :attr:`has_fused_calls` call together, in the same order."""
-
-    @property
-    def has_fused_calls(self) -> bool:
-        """Whether the calls below work: ranks that share memory, more than one of them."""
-        return self._backend.capabilities.has_fused_step
+    """What all ranks of a communicator whose capabilities have ``has_fused_step`` call together, in the same order."""
 
     def reduce_gradients(
         self, reduction: _C.GradientReduction, memory: torch.Tensor, *, accumulate: bool, async_op: bool
@@ -48,19 +43,15 @@ class FusedCalls(Collectives):
         groups: Sequence[AdamWScalars],
         *,
         reduce_first: bool,
-        memory: Sequence[torch.Tensor] = (),
-        async_op: bool = False,
-    ) -> Work | None:
+    ) -> None:
         """One step of AdamW on the runs that this rank owns; their new values go to every rank's parameters.
 
         Args:
             update: gradients, parameters, states, and the runs.
             groups: by the number of the parameter group in each run.
             reduce_first: average the gradients over the ranks on the way.
-            memory: what an asynchronous call reads and writes, kept alive until it is over.
         """
-        core = _C.update_everywhere(self._host, update, groups, reduce_first, async_op, self.timeout_s)
-        return None if core is None else self._work(core, *memory)
+        _C.update_everywhere(self._host, update, groups, reduce_first, self.timeout_s)
 
     @property
     def _host(self) -> _C.HostCommunicator:

@@ -59,7 +59,7 @@ def kinds(comm: Communicator) -> Iterator[tuple[Callable[..., Any], dict[str, ob
     yield (
         lambda **arguments: pycomm.ShardedAdamW(**({"ddp": pycomm.DataParallel(nn.Linear(4, 4), comm)} | arguments)),
         {},
-        numbers | {"ddp": set(), "betas": {"list"}, "stage": INT, "param_groups": {"None"}, "overlap_forward": FLAG},
+        numbers | {"ddp": set(), "betas": {"list"}, "stage": INT, "param_groups": {"None"}},
     )
     yield (
         pycomm.clip_grad_norm_,

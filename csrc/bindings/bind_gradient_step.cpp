@@ -90,14 +90,13 @@ MaybeWork reduce_gradients(Communicator& self, const GradientReduction& reductio
                          {timeout_s, async_op});
 }
 
-MaybeWork update_everywhere(Communicator& self, const ParameterUpdate& update,
-                            const std::vector<std::array<double, 8>>& groups, bool reduce_first, bool async_op,
-                            double timeout_s) {
+void update_everywhere(Communicator& self, const ParameterUpdate& update,
+                       const std::vector<std::array<double, 8>>& groups, bool reduce_first, double timeout_s) {
   require_symmetric(self, update.params, update.count * size_of(update.param_dtype));
   if (reduce_first) require_symmetric(self, update.grads, update.count * size_of(update.grad_dtype));
-  return self.collective([=, scalars = scalars_of(groups)](
-                             host::Group& group) { host::update_everywhere(group, update, scalars, reduce_first); },
-                         {timeout_s, async_op});
+  self.collective([=, scalars = scalars_of(groups)](
+                      host::Group& group) { host::update_everywhere(group, update, scalars, reduce_first); },
+                  {timeout_s, false});
 }
 
 }  // namespace
@@ -122,8 +121,8 @@ void bind_gradient_step(py::module_& module) {
       NoGil());
   module.def(
       "block_norms",
-      [](std::uintptr_t values, const std::string& dtype, const RunsHandle& runs, bool packed, std::uintptr_t norms) {
-        host::block_norms(pointer(values), dtype_of(dtype), *runs.runs, packed, pointer<double>(norms));
+      [](std::uintptr_t values, const std::string& dtype, const RunsHandle& runs, std::uintptr_t norms) {
+        host::block_norms(pointer(values), dtype_of(dtype), *runs.runs, pointer<double>(norms));
       },
       NoGil());
   module.def(

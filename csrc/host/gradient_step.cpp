@@ -36,11 +36,13 @@ const std::byte* at(const void* base, std::size_t element, DType dtype) {
 
 bool is_half(DType dtype) { return size_of(dtype) == 2; }
 
-/// Calls body(first element of the block in its run, elements).
+/// Calls body(run, first element of the block in it, elements).
 template <class Body>
-void for_each_block(const Run& run, const Body& body) {
-  for (std::size_t begin = 0; begin < run.count; begin += kNormBlock) {
-    body(begin, std::min<std::size_t>(kNormBlock, run.count - begin));
+void for_each_block(const std::vector<Run>& runs, const Body& body) {
+  for (const Run& run : runs) {
+    for (std::size_t begin = 0; begin < run.count; begin += kNormBlock) {
+      body(run, begin, std::min<std::size_t>(kNormBlock, run.count - begin));
+    }
   }
 }
 
@@ -53,23 +55,23 @@ double squared_norm(const StepKernels& kernels, const void* values, DType dtype,
   return kernels.squared_norm_float(static_cast<const float*>(values), count);
 }
 
-/// The same place in every rank's symmetric buffer.
-class Everyone {
- public:
-  explicit Everyone(int world_size) : world_size_(world_size) {}
-  void set(int rank, std::byte* base) { bases_[static_cast<std::size_t>(rank)] = base; }
-  int world_size() const { return world_size_; }
-  std::byte* of(int rank) const { return bases_[static_cast<std::size_t>(rank)]; }
+/// Every rank's symmetric buffer.
+struct Everyone {
+  std::size_t world_size;
+  std::array<std::byte*, kMaxRanks> bases;
   std::array<void*, kMaxRanks> place(std::size_t offset) const {
     std::array<void*, kMaxRanks> places;
-    for (int r = 0; r < world_size_; ++r) places[static_cast<std::size_t>(r)] = of(r) + offset;
+    for (std::size_t r = 0; r < world_size; ++r) places[r] = bases[r] + offset;
     return places;
   }
-
- private:
-  int world_size_;
-  std::array<std::byte*, kMaxRanks> bases_;
 };
+
+/// Those that the running call was entered with, as `of` says: its inputs or its outputs.
+Everyone everyone(const Group& group, std::byte* (Group::*of)(int) const) {
+  Everyone found{static_cast<std::size_t>(group.world_size()), {}};
+  for (std::size_t r = 0; r < found.world_size; ++r) found.bases[r] = (group.*of)(static_cast<int>(r));
+  return found;
+}
 
 /// shard = average, or shard + average, of one block; returns where it is.
 void* store_in_shard(const GradientReduction& reduction, bool accumulate, std::size_t packed, std::size_t count,
@@ -115,52 +117,40 @@ void reduce_gradients(Group& group, const GradientReduction& reduction, bool acc
                          .root = reduction.to_all ? -1 : 0,
                          .count = reduction.count},
                     {location, location}, [] {});
-  const int n = group.world_size();
-  Everyone buckets(n);
-  for (int r = 0; r < n; ++r) buckets.set(r, group.symmetric_input(r));
+  const Everyone buckets = everyone(group, &Group::symmetric_input);
   const StepKernels& kernels = step_kernels();
   const ReduceKernel average = reduce_kernel(reduction.dtype, ReduceOp::kAvg);
+  const DType dtype = reduction.shard == nullptr ? reduction.dtype : reduction.shard_dtype;
   Scratch scratch;
-  for (const Run& run : *reduction.runs) {
-    for_each_block(run, [&](std::size_t begin, std::size_t count) {
-      auto places = buckets.place((run.grad + begin) * size_of(reduction.dtype));
-      void* own = places[static_cast<std::size_t>(group.rank())];
-      if (reduction.to_all) {
-        average(places.data(), n, places.data(), n, count);
-      } else if (reduction.shard == nullptr) {
-        average(places.data(), n, &own, 1, count);
-      } else {
-        void* raw = scratch.raw;
-        average(places.data(), n, &raw, 1, count);
-        own = store_in_shard(reduction, accumulate, run.packed + begin, count, kernels, scratch);
-      }
-      const DType dtype = reduction.shard == nullptr ? reduction.dtype : reduction.shard_dtype;
-      reduction.norms[run.first_block + begin / kNormBlock] = squared_norm(kernels, own, dtype, count, scratch);
-    });
-  }
+  for_each_block(*reduction.runs, [&](const Run& run, std::size_t begin, std::size_t count) {
+    const auto places = buckets.place((run.grad + begin) * size_of(reduction.dtype));
+    void* own = reduction.shard == nullptr ? places[static_cast<std::size_t>(group.rank())] : scratch.raw;
+    average(places.data(), group.world_size(), reduction.to_all ? places.data() : &own,
+            reduction.to_all ? group.world_size() : 1, count);
+    if (reduction.shard != nullptr) {
+      own = store_in_shard(reduction, accumulate, run.packed + begin, count, kernels, scratch);
+    }
+    reduction.norms[run.first_block + begin / kNormBlock] = squared_norm(kernels, own, dtype, count, scratch);
+  });
   group.signal(1);
   group.wait(1);
 }
 
-void block_norms(const void* values, DType dtype, const std::vector<Run>& runs, bool packed, double* norms) {
+void block_norms(const void* values, DType dtype, const std::vector<Run>& runs, double* norms) {
   const StepKernels& kernels = step_kernels();
   Scratch scratch;
-  for (const Run& run : runs) {
-    for_each_block(run, [&](std::size_t begin, std::size_t count) {
-      const void* const block = at(values, (packed ? run.packed : run.grad) + begin, dtype);
-      norms[run.first_block + begin / kNormBlock] = squared_norm(kernels, block, dtype, count, scratch);
-    });
-  }
+  for_each_block(runs, [&](const Run& run, std::size_t begin, std::size_t count) {
+    const void* const block = at(values, run.grad + begin, dtype);
+    norms[run.first_block + begin / kNormBlock] = squared_norm(kernels, block, dtype, count, scratch);
+  });
 }
 
 void update_locally(const ParameterUpdate& update, const std::vector<AdamWScalars>& groups) {
   const StepKernels& kernels = step_kernels();
   Scratch scratch;
-  for (const Run& run : *update.runs) {
-    for_each_block(run, [&](std::size_t begin, std::size_t count) {
-      update_block(update, run, begin, count, groups[run.group], kernels, scratch);
-    });
-  }
+  for_each_block(*update.runs, [&](const Run& run, std::size_t begin, std::size_t count) {
+    update_block(update, run, begin, count, groups[run.group], kernels, scratch);
+  });
 }
 
 void update_everywhere(Group& group, const ParameterUpdate& update, const std::vector<AdamWScalars>& groups,
@@ -175,30 +165,23 @@ void update_everywhere(Group& group, const ParameterUpdate& update, const std::v
                          .root = reduce_first ? 1 : 0,
                          .count = update.count},
                     {grads, segments.locate(update.params, param_bytes)}, [] {});
-  const int n = group.world_size();
-  Everyone all_grads(n);
-  Everyone all_params(n);
-  for (int r = 0; r < n; ++r) {
-    if (reduce_first) all_grads.set(r, group.symmetric_input(r));
-    all_params.set(r, group.symmetric_output(r));
-  }
+  const Everyone all_grads = reduce_first ? everyone(group, &Group::symmetric_input) : Everyone{};
+  const Everyone all_params = everyone(group, &Group::symmetric_output);
   const StepKernels& kernels = step_kernels();
   const ReduceKernel average = reduce_kernel(update.grad_dtype, ReduceOp::kAvg);
+  const std::size_t rank = static_cast<std::size_t>(group.rank()), n = all_params.world_size;
   Scratch scratch;
-  for (const Run& run : *update.runs) {
-    for_each_block(run, [&](std::size_t begin, std::size_t count) {
-      if (reduce_first) {
-        auto places = all_grads.place((run.grad + begin) * size_of(update.grad_dtype));
-        average(places.data(), n, &places[static_cast<std::size_t>(group.rank())], 1, count);
-      }
-      update_block(update, run, begin, count, groups[run.group], kernels, scratch);
-      const auto params = all_params.place((run.param + begin) * size_of(update.param_dtype));
-      const void* const own = params[static_cast<std::size_t>(group.rank())];
-      for (int i = 1; i < n; ++i) {  // everyone starts elsewhere
-        std::memcpy(params[static_cast<std::size_t>((group.rank() + i) % n)], own, count * size_of(update.param_dtype));
-      }
-    });
-  }
+  for_each_block(*update.runs, [&](const Run& run, std::size_t begin, std::size_t count) {
+    if (reduce_first) {
+      const auto grads = all_grads.place((run.grad + begin) * size_of(update.grad_dtype));
+      average(grads.data(), group.world_size(), &grads[rank], 1, count);
+    }
+    update_block(update, run, begin, count, groups[run.group], kernels, scratch);
+    const auto params = all_params.place((run.param + begin) * size_of(update.param_dtype));
+    for (std::size_t i = 1; i < n; ++i) {  // everyone starts elsewhere
+      std::memcpy(params[(rank + i) % n], params[rank], count * size_of(update.param_dtype));
+    }
+  });
   group.signal(1);
   group.wait(1);
 }

@@ -39,8 +39,8 @@ struct GradientReduction {
 /// Average the runs' gradients over all ranks. `accumulate`: add the average to what the shard has.
 void reduce_gradients(Group& group, const GradientReduction& reduction, bool accumulate);
 
-/// norms[block] of the runs' elements of `values`, at the runs' `packed` or `grad` position.
-void block_norms(const void* values, DType dtype, const std::vector<Run>& runs, bool packed, double* norms);
+/// norms[block] of the runs' elements of `values`, at the runs' `grad` position.
+void block_norms(const void* values, DType dtype, const std::vector<Run>& runs, double* norms);
 
 struct ParameterUpdate {
   void* grads = nullptr;  // averages

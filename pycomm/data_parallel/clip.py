@@ -8,38 +8,31 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pycomm import _C
 from pycomm.annotations import check_type, check_types
-from pycomm.communicator import Communicator
+from pycomm.data_parallel.engine import GradientEngine
+from pycomm.data_parallel.gradients import block_norms, check_on_host
+from pycomm.data_parallel.layout import TrainedParam, lay_out, num_blocks
 from pycomm.data_parallel.module import DataParallel
-from pycomm.data_parallel.norms import check_on_host, non_finite_names, norms_of_tensor, total_norm
 from pycomm.data_parallel.partial import PartialGradient
-from pycomm.data_parallel.shards import num_blocks
 from pycomm.errors import PycommError
+from pycomm.mesh import Mesh
 
 _log = logging.getLogger("pycomm")
 _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 _NUM_NAMED = 5
 
 
-class ModelAxes(Protocol):
-    """The axes of a mesh along which one model is divided."""
-
-    @property
-    def tp(self) -> Communicator: ...
-    @property
-    def pp(self) -> Communicator: ...
-
-
 @check_types()
 def clip_grad_norm_(
     parameters: DataParallel | Iterable[DataParallel] | Iterable[Tensor],
     max_norm: float,
-    mesh: ModelAxes | None = None,
+    mesh: Mesh | None = None,
     *,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
@@ -80,69 +73,72 @@ def clip_grad_norm_(
         )
     given = [parameters] if isinstance(parameters, (DataParallel, Tensor)) else list(parameters)
     wrapped = [item for item in given if isinstance(item, DataParallel)]
-    if wrapped:
-        if len(wrapped) != len(given):
-            raise TypeError("clip_grad_norm_ takes wrapped modules or parameters, not both at once")
-        return _clip_averages(wrapped, max_norm, mesh, error_if_nonfinite)
+    if wrapped and len(wrapped) != len(given):
+        raise TypeError("clip_grad_norm_ takes wrapped modules or parameters, not both at once")
     for item in given:
-        check_type("clip_grad_norm_: an element of parameters", item, Tensor)
-    params = [param for param in given if isinstance(param, Tensor) and param.grad is not None]
-    grads = [param.grad for param in params if param.grad is not None]
-    for grad in grads:
-        if isinstance(grad, PartialGradient):
-            grad.refuse("clip_grad_norm_ of parameters")
-    _check_on_host((f"gradient number {number}", grad) for number, grad in enumerate(grads))
-    first_blocks = [0]
-    for param in params:
-        first_blocks.append(first_blocks[-1] + num_blocks(param.numel()))
-    table = torch.zeros(first_blocks[-1], dtype=torch.float64)
-    for param, grad, first_block in zip(params, grads, first_blocks, strict=False):
-        if _counts(param, mesh):
-            norms_of_tensor(grad, first_block, table)
-    norm = _over_model(total_norm(table), mesh)
-    if math.isfinite(norm):
-        factor = _factor(norm, max_norm)
-        if factor < 1:
-            torch._foreach_mul_(grads, factor)
-    else:
-        named = [
-            f"number {number} of {len(params)}, {list(param.shape)}"
-            for number, (param, begin) in enumerate(zip(params, first_blocks, strict=False))
-            if not torch.isfinite(table[begin : begin + num_blocks(param.numel())]).all()
-        ]
-        _say_non_finite(norm, named, error_if_nonfinite)
-    return _as_tensor(norm, [grad.dtype for grad in grads])
+        check_type("clip_grad_norm_: an element of parameters", item, DataParallel if wrapped else Tensor)
+    found = _of_averages(wrapped) if wrapped else [_of_tensors([item for item in given if isinstance(item, Tensor)])]
+    norms = []
+    for gradients in found:
+        for trained in gradients.params:
+            if not _counts(trained.param, mesh):
+                gradients.table[trained.blocks] = 0
+        scale = 1.0 if gradients.engine is None else gradients.engine.step.grad_scale
+        norms.append(_C.sum_in_order(gradients.table.data_ptr(), gradients.table.numel()) ** 0.5 * scale)
+    norm = _over_model(math.hypot(*norms), mesh)
+    factor = min(1.0, max_norm / (norm + _EPS)) if math.isfinite(norm) else 1.0
+    for gradients in found:
+        if gradients.engine is not None and gradients.engine.stage is not None:
+            gradients.engine.step.clipped(norm, factor)
+        elif factor < 1:
+            torch._foreach_mul_([p.param.grad for p in gradients.params if p.param.grad is not None], factor)
+    if not math.isfinite(norm):
+        _say_non_finite(norm, [name for gradients in found for name in gradients.non_finite()], error_if_nonfinite)
+    is_double = any(p.family.grad_dtype == torch.float64 for gradients in found for p in gradients.params)
+    return torch.tensor(norm, dtype=torch.float64 if is_double else torch.float32)
 
 
-def _clip_averages(
-    wrapped: Sequence[DataParallel], max_norm: float, mesh: ModelAxes | None, error_if_nonfinite: bool
-) -> Tensor:
+@dataclass(eq=False)
+class _Gradients:
+    """What a norm is taken of: the averages of one DataParallel, or gradients that are given."""
+
+    table: Tensor  # of squared norms
+    params: Sequence[TrainedParam]
+    engine: GradientEngine | None = None  # of averages
+
+    def non_finite(self) -> list[str]:
+        """The parameters whose gradients have an infinity or a NaN."""
+        is_finite = torch.isfinite(self.table)
+        names = [p.name for p in self.params if not is_finite[p.blocks].all()]
+        return names if self.engine is None else [repr(name) for name in names]
+
+
+def _of_averages(wrapped: Sequence[DataParallel]) -> list[_Gradients]:
+    """Those of every wrapper. Collective."""
     engines = [ddp._engine for ddp in wrapped]
     for engine in engines:
-        _check_on_host((repr(slot.name), slot.param) for slot in engine.gradients.slots)
-    tables = []
-    for engine in engines:
-        engine.settle()
-        table = engine.gradients.norm_table()
-        for slot in engine.gradients.slots:
-            if not _counts(slot.param, mesh):
-                table[slot.first_block : slot.first_block + num_blocks(slot.param.numel())] = 0
-        tables.append(table)
-    norms = [total_norm(table) * engine.grad_scale for table, engine in zip(tables, engines, strict=True)]
-    norm = _over_model(norms[0] if len(norms) == 1 else math.hypot(*norms), mesh)
-    for engine in engines:
-        engine.norm_is_finite = math.isfinite(norm)
-        if engine.norm_is_finite:
-            factor = _factor(norm, max_norm)
-            if engine.scales_in_step:
-                engine.grad_scale *= factor
-            elif factor < 1:
-                engine.gradients.scale(factor)
-    if not math.isfinite(norm):
-        slots_and_tables = zip((engine.gradients.slots for engine in engines), tables, strict=True)
-        named = [repr(name) for slots, table in slots_and_tables for name in non_finite_names(slots, table)]
-        _say_non_finite(norm, named, error_if_nonfinite)
-    return _as_tensor(norm, [family.grad_dtype for engine in engines for family in engine.gradients.families])
+        _check_on_host((repr(trained.name), trained.param) for trained in engine.gradients.params)
+    return [_Gradients(engine.gradients.norm_table(), engine.gradients.params, engine) for engine in engines]
+
+
+def _of_tensors(given: Sequence[Tensor]) -> _Gradients:
+    """Those that the parameters have, whole."""
+    with_grad = [(param, param.grad) for param in given if param.grad is not None]
+    for _, grad in with_grad:
+        if isinstance(grad, PartialGradient):
+            grad.refuse("clip_grad_norm_ of parameters")
+        if grad.layout != torch.strided:
+            raise ValueError("the norm of a sparse gradient is not defined here; build its layer with sparse=False")
+    _check_on_host((f"gradient number {number}", grad) for number, (_, grad) in enumerate(with_grad))
+    named = [
+        (f"number {number} of {len(with_grad)}, {list(param.shape)}", param, grad.dtype)
+        for number, (param, grad) in enumerate(with_grad)
+    ]
+    params = lay_out(named, 0, 1)
+    table = torch.zeros(sum(num_blocks(grad.numel()) for _, grad in with_grad), dtype=torch.float64)
+    for trained, (_, grad) in zip(params, with_grad, strict=True):
+        block_norms(trained.in_memory_order(grad), [trained.run(trained.shard)], table)
+    return _Gradients(table, params)
 
 
 def _check_on_host(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -151,7 +147,7 @@ def _check_on_host(tensors: Iterable[tuple[str, Tensor]]) -> None:
     )
 
 
-def _counts(param: Tensor, mesh: ModelAxes | None) -> bool:
+def _counts(param: Tensor, mesh: Mesh | None) -> bool:
     """Whether this rank counts the parameter for the model: its owner alone does."""
     if mesh is None:
         return True
@@ -159,7 +155,7 @@ def _counts(param: Tensor, mesh: ModelAxes | None) -> bool:
     return is_owner and not getattr(param, "is_counted_elsewhere", False)
 
 
-def _over_model(norm: float, mesh: ModelAxes | None) -> float:
+def _over_model(norm: float, mesh: Mesh | None) -> float:
     """The norm over all parts of the model. Collective over the mesh's tp and pp."""
     if mesh is None:
         return norm
@@ -169,17 +165,9 @@ def _over_model(norm: float, mesh: ModelAxes | None) -> float:
     return math.sqrt(float(square))
 
 
-def _factor(norm: float, max_norm: float) -> float:
-    return min(1.0, max_norm / (norm + _EPS))
-
-
 def _say_non_finite(norm: float, names: list[str], error: bool) -> None:
     more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
     text = f"the norm of the gradients is {norm}; not finite: {', '.join(names[:_NUM_NAMED]) or 'on other ranks'}{more}"
     if error:
         raise PycommError(text)
     _log.warning("%s; nothing was scaled", text)
-
-
-def _as_tensor(norm: float, dtypes: list[torch.dtype]) -> Tensor:
-    return torch.tensor(norm, dtype=torch.float64 if torch.float64 in dtypes else torch.float32)

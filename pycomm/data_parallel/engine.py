@@ -10,6 +10,10 @@ A hook per parameter runs when autograd has accumulated its gradient. A synchron
 4. ``finish`` launches what remains and waits for all, so ``.grad`` is final when ``backward()`` returns.
 5. The first time, rank 0 says in which order its gradients came, and all rebuild their buckets in that order.
 
+In a ``with ddp.join():`` block every rank says, before the first bucket, whether it has a backward. A rank that has run
+out says no, and sends zeros as long as somebody says yes; averages divide by all ranks, as those of
+torch.distributed.algorithms.Join.
+
 After the last bucket every rank says whether its backward came to its end. One whose backward raised sends the rest of
 its buckets from its next forward, says so, and then every rank drops the step and can go on.
 """
@@ -17,8 +21,9 @@ its buckets from its next forward, says so, and then every rank drops the step a
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
@@ -27,14 +32,28 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import Slot
-from pycomm.data_parallel.gradients import Gradients
-from pycomm.data_parallel.join import Joining
-from pycomm.data_parallel.pending import PendingStep
+from pycomm.data_parallel.flat import FlatGradients
+from pycomm.data_parallel.gradients import Gradients, Options
+from pycomm.data_parallel.layout import TrainedParam
+from pycomm.data_parallel.pooled import PooledGradients
+from pycomm.data_parallel.step import Step
 from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
 
 _NUM_NAMED = 5  # parameters that an error message names
 _JOIN = "If ranks have different numbers of batches, let the loop run inside `with ddp.join():`"
+
+
+@dataclass(eq=False)
+class _Backward:
+    """A synchronising backward that is running."""
+
+    # Autograd alone owns the callback. If it is gone and this backward still counts as running, then it ended with an
+    # exception before the callback could run. None: this rank takes part without a backward of its own.
+    end: "weakref.ref[partial[None]] | None"
+    num_missing: list[int]  # gradients, by bucket
+    came: dict[TrainedParam, None] = field(default_factory=dict)  # whose gradients have arrived, in that order
+    num_launched: int = 0
+    has_reported: bool = False  # to the other ranks, that it came to its end
 
 
 class GradientEngine:
@@ -43,35 +62,39 @@ class GradientEngine:
     Autograd may run hooks on its own threads, so they take a lock; on the CPU they run in the thread of backward().
 
     Args:
-        gradients: their memory and buckets, the same on all ranks.
-        find_unused: a parameter without a gradient counts as zeros instead of being an error.
+        params: those to be averaged, the same on all ranks.
     """
 
-    def __init__(self, gradients: Gradients, comm: Communicator, *, find_unused: bool) -> None:
+    def __init__(self, params: Sequence[TrainedParam], comm: Communicator, options: Options) -> None:
         self.exposed_comm_s = 0.0
-        self.gradients = gradients
-        self.has_averages = False  # since the last time that gradients were zeroed
-        # What a ShardedAdamW and clip_grad_norm_ say to each other:
-        self.is_sharded = False  # gradients, or what the optimizer makes of them
-        self.scales_in_step = False  # clipping leaves gradients as they are, and the optimizer's step scales them
-        self.grad_scale = 1.0
-        self.norm_is_finite = True  # as far as it was looked at
-        self.pending: PendingStep | None = None  # of an optimizer whose step may still be under way
-        self.joining: Joining | None = None
+        self.step = Step()
+        self.gradients: Gradients = FlatGradients(params, comm, options, self.step)
+        self.stage: int | None = None  # of the ShardedAdamW that they belong to; it scales them in its step
         self._comm = comm
-        self._overlap = gradients.options.overlap
-        self._find_unused = find_unused
+        self._options = options
         self._failed = torch.zeros(comm.world_size, dtype=torch.int32, device=comm.device)
         self._lock = threading.Lock()
         self._no_sync_depth = 0
-        self._num_launched = 0
-        self._has_reported = False  # in the running backward, to the other ranks, that it came to its end
-        self._observed: list[Slot] | None = []  # the order in which gradients came; None once buckets are in that order
-        # None between backwards. Autograd alone owns the callback that this refers to: if it is gone and nobody has
-        # set None, then that backward ended with an exception before the callback could run.
-        self._end: weakref.ref[_EndOfBackward] | None = None
-        for slot in gradients.slots:
-            slot.param.register_post_accumulate_grad_hook(partial(_on_gradient, weakref.ref(self), weakref.ref(slot)))
+        self._is_joined = False
+        self.last_active: list[int] = []  # in join(): the ranks that had the last backward
+        self._backward: _Backward | None = None
+        self._accumulated: set[TrainedParam] = set()  # under no_sync() since the last averages
+        self._is_ordered = False  # buckets are in the order in which gradients come
+        for trained in params:
+            hook = partial(_on_gradient, weakref.ref(self), weakref.ref(trained))
+            trained.param.register_post_accumulate_grad_hook(hook)
+
+    def divide(self, stage: int) -> None:
+        """Gradients belong to a ShardedAdamW of this stage from now on. Collective in stage 2."""
+        self.stage = stage
+        flat = self.gradients
+        assert isinstance(flat, FlatGradients)
+        if stage == 1:
+            flat.divide()
+        if stage == 2:
+            flat.give_back()
+            self._comm.barrier()  # every rank has released its part, so the next allocation frees them
+            self.gradients = PooledGradients(flat.params, self._comm, self._options, self.step)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -99,39 +122,36 @@ class GradientEngine:
         with self._lock:
             if not self._is_interrupted():
                 return
-            if self._has_reported:
+            if self._running().has_reported:
                 self._give_up("a backward was interrupted while it waited for its last bucket")
             self._failed[self._comm.rank] = 1
-            self._announce()
+            self._announce(active=True)
             try:
                 self._complete()
             finally:
                 self._drop_gradients()
 
-    def gradient_arrived(self, slot: Slot) -> None:
-        """Autograd has accumulated into ``slot.param.grad``."""
+    def gradient_arrived(self, trained: TrainedParam) -> None:
+        """Autograd has accumulated into the parameter's ``.grad``."""
         with self._lock:
-            self.settle()
             self._require_not_interrupted()
-            _check_gradient(slot)
+            _check_gradient(trained)
             if self._no_sync_depth:
-                self.gradients.keep(slot)
-                slot.unreduced = True
+                self.gradients.keep(trained)
+                self._accumulated.add(trained)
                 return
-            self._begin()
-            if slot.ready:
+            backward = self._running()
+            if trained in backward.came:
                 raise PycommError(
-                    f"DataParallel: {slot.name!r} got a gradient twice in one backward (shared between reentrant "
+                    f"DataParallel: {trained.name!r} got a gradient twice in one backward (shared between reentrant "
                     "checkpoints?); its bucket may be on its way already. Use checkpoint(..., use_reentrant=False)"
                 )
-            self.gradients.keep(slot)
-            slot.ready = True
-            self.gradients.buckets[slot.bucket_index].num_pending -= 1
-            if self._observed is not None:
-                self._observed.append(slot)
-            if self._overlap:
+            self.gradients.keep(trained)
+            backward.came[trained] = None
+            backward.num_missing[trained.bucket_index] -= 1
+            if self._options.overlap and not self._is_joined:  # else nothing may be sent before finish()
                 try:
-                    self._launch_ready()
+                    self._launch(backward, rest=False)
                 except PycommError as error:
                     self._explain(error)
                     raise
@@ -139,53 +159,52 @@ class GradientEngine:
     def backward_began(self) -> None:
         """Backward has reached an output of forward."""
         with self._lock:
-            self.settle()
             self._require_not_interrupted()
             self.gradients.before_backward()
             if not self._no_sync_depth:
-                self._begin()
+                self._running()
 
     def finish(self) -> None:
         """End of backward: reduce what remains and wait."""
         with self._lock:
-            if not any(slot.ready for slot in self.gradients.slots):
-                self._end = None  # torch.autograd.grad() went through an output; no parameter was asked for
+            backward = self._backward
+            if backward is None or not backward.came:
+                self._backward = None  # torch.autograd.grad() went through an output; no parameter was asked for
                 return
             start = time.perf_counter()
-            self._complete_missing()
-            self._announce()
-            self._complete()
-            self._require_nobody_failed()
-            self._reorder()
+            self._complete_missing(backward)
+            self._announce(active=True)
+            self._average_together(backward.came)
             self.exposed_comm_s = time.perf_counter() - start
 
-    def contribute_zeros(self) -> None:
-        """Take part in a backward of the other ranks with gradients of zeros."""
-        with self._lock:
-            self.settle()
-            for slot in self.gradients.slots:
-                slot.param.grad = None
-                self.gradients.keep_zeros(slot)
-            self._complete()
-            self._require_nobody_failed()
-            self._reorder()
-
-    def settle(self) -> None:
-        """Wait for the optimizer's last step, which reads gradients and writes parameters."""
-        if self.pending is not None:
-            self.pending.finish()
+    @contextmanager
+    def join(self, after_backward: Callable[[], object]) -> Iterator[None]:
+        """After the block, take part in the backwards of the other ranks with gradients of zeros."""
+        self._is_joined, self.last_active = True, []
+        try:
+            yield
+            while self._announce(active=False):
+                with self._lock:
+                    for trained in self.gradients.params:
+                        trained.param.grad = None
+                        self.gradients.keep(trained)
+                    self._backward = _Backward(None, [])
+                    self._average_together({})
+                after_backward()
+        finally:
+            self._is_joined = False
 
     def clear(self) -> None:
         """The gradients were zeroed."""
-        self.has_averages = False
+        self.step.end()
         self.gradients.were_zeroed()
-        for slot in self.gradients.slots:
-            slot.unreduced = False
+        self._accumulated.clear()
 
     def were_taken(self) -> None:
         """The optimizer has made its step with the averages."""
         self.gradients.were_taken()
-        self.has_averages = self.gradients.stay
+        if self.gradients.packed:
+            self.step.end()
 
     @property
     def in_no_sync(self) -> bool:
@@ -194,15 +213,18 @@ class GradientEngine:
     @property
     def is_accumulating(self) -> bool:
         """Whether gradients were accumulated under no_sync() and not averaged since."""
-        return any(slot.unreduced and slot.param.grad is not None for slot in self.gradients.slots)
+        return any(trained.param.grad is not None for trained in self._accumulated)
 
-    def _begin(self) -> None:
-        if self._end is None:
-            # Not kept in a local variable: a traceback that holds this frame would keep it alive.
-            self._end = _queue_at_end_of_backward(self)
+    def _running(self) -> _Backward:
+        """The running backward, which begins if none is."""
+        if self._backward is None:
+            # The callback is not kept in a local variable: a traceback that holds this frame would keep it alive.
+            num_missing = [len(bucket.params) for bucket in self.gradients.buckets]
+            self._backward = _Backward(_queue_at_end_of_backward(self), num_missing)
+        return self._backward
 
     def _is_interrupted(self) -> bool:
-        return self._end is not None and self._end() is None
+        return self._backward is not None and self._backward.end is not None and self._backward.end() is None
 
     def _require_not_interrupted(self) -> None:
         if self._is_interrupted():
@@ -211,35 +233,34 @@ class GradientEngine:
                 "starts again together with the other ranks, before the next backward"
             )
 
-    def _announce(self) -> None:
-        if self.joining is not None:
-            self.joining.announce(active=True)
+    def _announce(self, *, active: bool) -> bool:
+        """In join(): say whether this rank has a backward; returns whether any rank has. Collective."""
+        if self._is_joined:
+            ranks = [rank for rank, (has_backward,) in enumerate(self._comm.agree([active])) if has_backward]
+            self.last_active = ranks or self.last_active
+            return bool(ranks)
+        return True
 
-    def _launch_ready(self) -> None:
-        if self.joining is not None:
-            return  # nothing may be sent before finish() has announced this backward
+    def _launch(self, backward: _Backward, *, rest: bool) -> None:
+        """Launch buckets in order: those whose gradients are all there, or all that are left."""
         buckets = self.gradients.buckets
-        while self._num_launched < len(buckets) and not buckets[self._num_launched].num_pending:
-            self._launch_next()
-
-    def _launch_next(self) -> None:
-        bucket = self.gradients.buckets[self._num_launched]
-        self._num_launched += 1
-        self.gradients.launch(bucket)
+        while backward.num_launched < len(buckets) and (rest or not backward.num_missing[backward.num_launched]):
+            backward.num_launched += 1
+            self.gradients.launch(buckets[backward.num_launched - 1])
 
     def _complete(self) -> None:
         """Launch the rest, wait for all, be idle. Idle after an error too: a broken communicator repeats it later."""
+        backward = self._running()
         errors: list[PycommError] = []
+        is_averaged, report = True, None
         try:
-            while self._num_launched < len(self.gradients.buckets):
-                self._launch_next()
-            self._has_reported = True
-            report = self._comm.all_reduce(self._failed, op="max", async_op=self._overlap)
+            self._launch(backward, rest=True)
+            backward.has_reported = True
+            report = self._comm.all_reduce(self._failed, op="max", async_op=self._options.overlap)
         except PycommError as error:
             errors.append(error)
-            report = None
         try:
-            self.gradients.wait()
+            is_averaged = self.gradients.wait()
             if report is not None:
                 report.wait()
         except PycommError as error:
@@ -248,37 +269,44 @@ class GradientEngine:
         if errors:
             self._explain(errors[0])
             raise errors[0]
-        self.has_averages = True
-        self.grad_scale, self.norm_is_finite = 1.0, True
+        self.step.begin(is_averaged=is_averaged)
+
+    def _average_together(self, came: dict[TrainedParam, None]) -> None:
+        self._complete()
+        self._require_nobody_failed()
+        self._reorder(came)
 
     def _explain(self, error: PycommError) -> None:
         """Add what is nearly always behind it if a rank does not come to this backward."""
         left = isinstance(error, (MismatchError, PeerTimeoutError)) or "exited normally" in str(error)
-        if left and self.joining is None and _JOIN not in str(error):
+        if left and not self._is_joined and _JOIN not in str(error):
             error.args = (f"{error}. {_JOIN}", *error.args[1:])
 
     def _become_idle(self) -> None:
-        self._end = None
-        self._num_launched = 0
-        self._has_reported = False
-        for bucket in self.gradients.buckets:
-            bucket.num_pending = len(bucket.slots)
-            for slot in bucket.slots:
-                slot.ready = slot.unreduced = False
+        self._backward = None
+        self._accumulated.clear()
 
-    def _complete_missing(self) -> None:
-        """Put a value into every slot that no hook has filled in this backward, or say that one has none."""
-        slots = self.gradients.slots
-        missing = [slot for slot in slots if not slot.ready and not self.gradients.has_earlier(slot)]
-        if missing and not self._find_unused:
-            names = ", ".join(repr(slot.name) for slot in missing[:_NUM_NAMED])
+    def _complete_missing(self, backward: _Backward) -> None:
+        """Put a value where no hook has in this backward, or say that there is none."""
+        others = [trained for trained in self.gradients.params if trained not in backward.came]
+        missing = [trained for trained in others if not self._has_earlier(trained)]
+        if missing and not self._options.find_unused:
+            names = ", ".join(repr(trained.name) for trained in missing[:_NUM_NAMED])
             more = f" and {len(missing) - _NUM_NAMED} more" if len(missing) > _NUM_NAMED else ""
             self._give_up(
                 f"{len(missing)} parameter(s) got no gradient in this backward: {names}{more}. Use them in the loss, "
                 "freeze them with requires_grad_(False) before wrapping, or pass find_unused=True (zeros then)"
             )
-        for slot in missing:
-            self.gradients.keep_zeros(slot)
+        for trained in missing:
+            self.gradients.keep(trained)
+
+    def _has_earlier(self, trained: TrainedParam) -> bool:
+        """Whether there is a gradient to average from no_sync(), or from the user."""
+        grad = trained.param.grad
+        if grad is not None and grad is not trained.view:
+            self.gradients.keep(trained)
+            return True
+        return grad is not None and trained in self._accumulated
 
     def _require_nobody_failed(self) -> None:
         failed = torch.nonzero(self._failed).flatten().tolist()
@@ -290,19 +318,18 @@ class GradientEngine:
             "included, were set to zero on every rank. Skip the step on every rank, or stop"
         )
 
-    def _reorder(self) -> None:
-        """After the first synchronising backward: buckets in the order in which rank 0's gradients came."""
-        if self._observed is None:
+    def _reorder(self, came: dict[TrainedParam, None]) -> None:
+        """After the first synchronising backward: buckets in the order in which rank 0's gradients ``came``."""
+        if self._is_ordered:
             return
-        slots = self.gradients.slots
-        came = dict.fromkeys(self._observed)
+        self._is_ordered = True
+        params = self.gradients.params
         # A gradient that did not come now is expected where the reverse of the model's order has it last.
-        order = [*came, *(slot for slot in reversed(slots) if slot not in came)]
-        self._observed = None
-        message = torch.tensor([slot.index for slot in order], dtype=torch.int64, device=self._comm.device)
+        order = [*came, *(trained for trained in reversed(params) if trained not in came)]
+        message = torch.tensor([trained.index for trained in order], dtype=torch.int64, device=self._comm.device)
         self._comm.broadcast(message, root=0)
-        order = [slots[index] for index in message.tolist()]
-        if order != [slot for bucket in self.gradients.buckets for slot in bucket.slots]:
+        order = [params[index] for index in message.tolist()]
+        if order != [trained for bucket in self.gradients.buckets for trained in bucket.params]:
             self.gradients.reorder(order)
 
     def _give_up(self, reason: str) -> NoReturn:
@@ -314,31 +341,23 @@ class GradientEngine:
     def _drop_gradients(self) -> None:
         self._failed.zero_()
         self.gradients.drop()
-        self.has_averages = False
+        self.step.end()
 
 
-class _EndOfBackward:
+def _queue_at_end_of_backward(engine: GradientEngine) -> "weakref.ref[partial[None]]":
     """The callback that autograd runs at the end of a backward, and drops if the backward raises."""
-
-    def __init__(self, engine: GradientEngine) -> None:
-        self._engine = engine
-
-    def __call__(self) -> None:
-        self._engine.finish()
-
-
-def _queue_at_end_of_backward(engine: GradientEngine) -> "weakref.ref[_EndOfBackward]":
-    end = _EndOfBackward(engine)
+    end = partial(GradientEngine.finish, engine)
     Variable._execution_engine.queue_callback(end)
     return weakref.ref(end)
 
 
-def _check_gradient(slot: Slot) -> None:
-    grad = slot.param.grad
+def _check_gradient(trained: TrainedParam) -> None:
+    grad = trained.param.grad
     if grad is None:
-        raise PycommError(f"DataParallel: a hook registered before wrapping took the gradient of {slot.name!r} away")
+        raise PycommError(f"DataParallel: a hook registered before wrapping took the gradient of {trained.name!r} away")
     if grad.layout != torch.strided:
-        raise PycommError(f"DataParallel: the gradient of {slot.name!r} is sparse; build its layer with sparse=False")
+        name = trained.name
+        raise PycommError(f"DataParallel: the gradient of {name!r} is sparse; build its layer with sparse=False")
     if grad.requires_grad:
         raise PycommError(
             "DataParallel: backward(create_graph=True) is not possible, since averaging is no part of the graph; "
@@ -346,9 +365,9 @@ def _check_gradient(slot: Slot) -> None:
         )
 
 
-def is_averaged(param: nn.Parameter) -> bool:
+def is_averaged(trained: nn.Parameter) -> bool:
     """Whether a wrapper that is in use averages the parameter's gradient already."""
-    hooks: dict[int, object] = param._post_accumulate_grad_hooks or {}
+    hooks: dict[int, object] = trained._post_accumulate_grad_hooks or {}
     return any(
         isinstance(hook, partial) and hook.func is _on_gradient and hook.args[0]() is not None
         for hook in hooks.values()
@@ -357,10 +376,10 @@ def is_averaged(param: nn.Parameter) -> bool:
 
 # Hooks live as long as the parameters. They hold no strong reference, so that a wrapper that is gone frees its buckets
 # and leaves a plain module behind.
-def _on_gradient(engine: "weakref.ref[GradientEngine]", slot: "weakref.ref[Slot]", _param: Tensor) -> None:
-    live_engine, live_slot = engine(), slot()
-    if live_engine is not None and live_slot is not None:
-        live_engine.gradient_arrived(live_slot)
+def _on_gradient(engine: "weakref.ref[GradientEngine]", trained: "weakref.ref[TrainedParam]", _: Tensor) -> None:
+    live_engine, live_param = engine(), trained()
+    if live_engine is not None and live_param is not None:
+        live_engine.gradient_arrived(live_param)
 
 
 def _on_output(engine: "weakref.ref[GradientEngine]", _grad: Tensor) -> None:

@@ -3,319 +3,247 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pycomm import _C
-from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import Bucket, Family, Slot, plan
-from pycomm.data_parallel.gradients import Gradients, Options
-from pycomm.data_parallel.norms import norms_of_runs, norms_of_tensor
+from pycomm.data_parallel.gradients import Gradients, block_norms
+from pycomm.data_parallel.layout import NORM_BLOCK, Bucket, Family, TrainedParam
 from pycomm.data_parallel.partial import PartialGradient
-from pycomm.data_parallel.shards import NORM_BLOCK, Row, row
 from pycomm.errors import PycommError
-from pycomm.fused import dtype_name
 
 
 class FlatGradients(Gradients):
-    """All gradients, averaged on every rank; or ``sharded``: this rank's shard averaged, the rest left as it is.
+    """All gradients, averaged on every rank; or, after :meth:`divide`, this rank's shard averaged, the rest as it is.
 
     Each family has one flat buffer, whose slices are the buckets, so rebuilding them moves gradients inside it.
     """
 
-    stay = True
+    packed = False
 
-    def __init__(self, slots: Sequence[Slot], families: Sequence[Family], comm: Communicator, options: Options) -> None:
-        super().__init__(slots, families, comm, options)
-        self.sharded = False
-        self.deferred = False  # buckets are averaged by the optimizer's step, or when their norm is asked for
-        wire = options.wire_dtype
+    def _allocate(self) -> None:
+        self._is_divided = False
+        self._waits_for_step = False  # averages are made in the optimizer's step, or when they are asked for
+        wire = self.options.wire_dtype
         # What travels: the gradients themselves, or a copy of them in the dtype of the wire.
-        self.messages = {family: self._memory(family.numel, wire or family.grad_dtype) for family in families}
-        self.flats = self.messages
+        self._messages = {family: self._memory(family.numel, wire or family.grad_dtype) for family in self.families}
+        self.buffers = self._messages
         if wire is not None:
-            self.flats = {family: torch.zeros(max(1, family.numel), dtype=family.grad_dtype) for family in families}
-        self._starts: dict[Slot, int] = {}
+            self.buffers = {f: torch.zeros(max(1, f.numel), dtype=f.grad_dtype) for f in self.families}
         self._offsets: dict[Bucket, int] = {}
-        self._reductions: dict[Bucket, _C.GradientReduction] = {}
-        self._scattered: set[Slot] = set()  # the view has an average in this rank's shard, and older values elsewhere
-        self._carried: dict[Slot, Tensor] = {}  # averages of earlier backwards, to be added to the next
-        self._versions: list[int] | None = None  # of the flats when self._norms was theirs
-        self._lay_out()
+        self._runs: dict[Bucket, _C.Runs] = {}
+        self._first_runs: dict[Family, _C.Runs] = {}  # the first block of every shard, and their numbers
+        self._first_blocks: list[int] = []
+        self._scattered: set[TrainedParam] = set()  # an average in this rank's shard, and older values elsewhere
+        self._carried: dict[TrainedParam, Tensor] = {}  # averages of earlier backwards, to be added to the next
+        self._versions: list[int] = []  # of the buffers when the norms were taken
 
-    @property
-    def num_bytes(self) -> int:
-        tensors = {id(tensor): tensor for tensor in (*self.flats.values(), *self.messages.values())}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-    def shard_between_ranks(self) -> None:
+    def divide(self) -> None:
         """From now on only this rank's shard is averaged (ZeRO-1)."""
-        self.sharded = True
-        for slot in self.slots:
-            has_gradient = slot.param.grad is slot.view
-            self._show(slot)
+        self._is_divided = True
+        for trained in self.params:
+            has_gradient = trained.param.grad is trained.view
+            self._show(trained)
             if has_gradient:
-                slot.param.grad = slot.view
+                trained.param.grad = trained.view
         # Without overlap nothing is gained by averaging before the optimizer's step, which can do it on the way.
-        self.deferred = self.fused and not self.options.overlap and self.options.wire_dtype is None
-        self._describe()
-
-    def rows(self, slots: Sequence[Slot]) -> list[Row]:
-        """This rank's runs of the flat buffers."""
-        return [row(s.shard, s.first_block, grad=self._starts[s]) for s in slots if len(s.shard) > 0]
-
-    def start(self, slot: Slot) -> int:
-        """Where the parameter's gradient starts in the flat buffer of its family."""
-        return self._starts[slot]
+        self._waits_for_step = self.one_pass and not self.options.overlap and self.options.wire_dtype is None
 
     def before_backward(self) -> None:
         # Autograd accumulates into .grad. Where only a shard is averaged, the average of the sum would be wrong: keep
         # the shard aside, and let autograd store a fresh gradient.
-        for slot in self._scattered:
-            if slot.param.grad is slot.view:
-                carried = self._carried.get(slot)
-                own = self._own(slot)
-                self._carried[slot] = own.clone() if carried is None else carried + own
-                slot.param.grad = None
+        for trained in self._scattered:
+            if trained.param.grad is trained.view:
+                carried = self._carried.get(trained)
+                own = self._shard_in_buffer(trained)
+                self._carried[trained] = own.clone() if carried is None else carried + own
+                trained.param.grad = None
         self._scattered.clear()
 
-    def keep(self, slot: Slot) -> None:
+    def keep(self, trained: TrainedParam) -> None:
         # After zero_grad(set_to_none=True) autograd stores a fresh tensor in .grad. Copying it here reads S and writes
         # S bytes. The other way to get it into the bucket, zeroing the view before backward so that autograd
         # accumulates into it, writes S, then reads 2 S and writes S; it would also turn -0.0 into 0.0.
-        if slot.param.grad is slot.view:
-            if slot in self._scattered:
+        grad, view = trained.param.grad, trained.view
+        assert view is not None
+        if grad is view:
+            if trained in self._scattered:
                 raise PycommError(
-                    f"DataParallel: {slot.name!r} was accumulated onto a gradient of which only this rank's shard is "
-                    "averaged, by a backward that went through no output of forward; call zero_grad() before it"
+                    f"DataParallel: {trained.name!r} was accumulated onto a gradient of which only this rank's shard "
+                    "is averaged, by a backward that went through no output of forward; call zero_grad() before it"
                 )
             return
-        assert slot.param.grad is not None
-        assert slot.view is not None
-        self._scattered.discard(slot)
+        self._scattered.discard(trained)
         with torch.no_grad():
-            slot.view.copy_(slot.param.grad)
-        slot.param.grad = slot.view
-
-    def has_earlier(self, slot: Slot) -> bool:
-        if slot.param.grad is None:
-            return False
-        if slot.param.grad is slot.view:
-            return slot.unreduced
-        self.keep(slot)  # the user's own tensor
-        return True
-
-    def keep_zeros(self, slot: Slot) -> None:
-        assert slot.view is not None
-        if slot.param.grad is None:
-            slot.view.zero_()
-            slot.param.grad = slot.view
+            view.zero_() if grad is None else view.copy_(grad)
+        trained.param.grad = view
 
     def launch(self, bucket: Bucket) -> None:
-        if self.deferred:
-            self.unreduced = True
-        elif bucket.numel > 0:
-            self._launch(bucket)
+        if bucket.numel > 0 and not self._waits_for_step:
+            self._send(bucket)
 
-    def _launch(self, bucket: Bucket) -> None:
-        async_op = self.options.overlap
-        gradient, message = self._slice(self.flats, bucket), self._slice(self.messages, bucket)
-        then = None
-        if self.options.wire_dtype is not None:
-            message.copy_(gradient)
-            then = _copying(message, gradient)
-        if self.fused:
-            reduction = self._reductions[bucket]
-            work = self.comm.reduce_gradients(reduction, message, accumulate=False, async_op=async_op)
-        else:
-            work = self.comm.all_reduce(message, op="avg", async_op=async_op)
-        self._started(work, then)
-
-    def wait(self) -> None:
+    def wait(self) -> bool:
+        if self._waits_for_step and not self._carried:  # the step cannot add those
+            return False
+        if self._waits_for_step:
+            self._send_all()
         super().wait()
-        if not self.unreduced:
-            self._reduced(with_norms=self.fused)
-        elif self._carried:  # the step cannot add them
-            self._reduce_now()
-
-    def _reduce_now(self) -> None:
-        for bucket in self.buckets:
-            if bucket.numel > 0:
-                self._launch(bucket)
-        self._reduced(with_norms=True)
-
-    def _reduced(self, *, with_norms: bool) -> None:
-        """All buckets were averaged, and their norms taken."""
-        self.unreduced = False
-        self._versions = self._current_versions() if with_norms and not self._carried else None
-        with torch.no_grad():
-            for slot, carried in self._carried.items():
-                self._own(slot).add_(carried)
-        self._carried.clear()
-        if self.sharded:
-            self._scattered.update(self.slots)
+        self._were_averaged(with_norms=self.one_pass)
+        return True
 
     def drop(self) -> None:
-        self.unreduced = False
-        for flat in self.flats.values():
-            flat.zero_()
+        for buffer in self.buffers.values():
+            buffer.zero_()
         self._carried.clear()
         self._scattered.clear()
 
     def were_zeroed(self) -> None:
-        if all(slot.param.grad is None for slot in self.slots):
+        if all(trained.param.grad is None for trained in self.params):
             self._scattered.clear()
 
     def are_complete(self) -> bool:
-        missing = [slot.name for slot in self.slots if slot.param.grad is None]
-        if len(missing) == len(self.slots):
+        missing = [trained.name for trained in self.params if trained.param.grad is None]
+        if len(missing) == len(self.params):
             return False
         if missing:
             raise PycommError(
                 f"{len(missing)} averaged gradient(s) are gone before the step, the first: {missing[0]!r}"
             )
-        for slot in self.slots:
-            if slot.param.grad is not slot.view:  # the user's own tensor
-                self.keep(slot)
+        for trained in self.params:
+            if trained.param.grad is not trained.view:
+                self.keep(trained)
         return True
 
     def were_taken(self) -> None:
-        if self.unreduced:
-            self._reduced(with_norms=False)
+        if not self.step.is_averaged:
+            self._were_averaged(with_norms=False)
+            self.step.averaged()
 
     def give_back(self) -> None:
-        for slot in self.slots:
-            if slot.param.grad is slot.view:
-                slot.param.grad = None
-            slot.view = None
-        self._reductions.clear()
-        self.flats.clear()
-        self.messages.clear()
+        """Free the memory; not to be used any more."""
+        for trained in self.params:
+            if trained.param.grad is trained.view:
+                trained.param.grad = None
+            trained.view = None
+        self.buffers.clear()
+        self._messages.clear()
+        self._travels.clear()
 
-    def parts(self, slot: Slot) -> list[tuple[int, Tensor]]:
-        if self.unreduced:
-            self._reduce_now()
-        self._versions = None
-        carried = [(slot.shard.begin, self._carried[slot])] if slot in self._carried else []
-        if slot.param.grad is None:
-            return carried
-        if slot in self._scattered:
-            return [*carried, (slot.shard.begin, self._own(slot))]
-        return [*carried, (0, slot.param.grad.as_subclass(Tensor))]
-
-    def scale(self, factor: float) -> None:
-        for flat in self.flats.values():
-            flat.mul_(factor)
+    def parts(self, trained: TrainedParam) -> list[tuple[int, Tensor]]:
+        self._average_now()
+        self._norms_hold = False
+        begin, grad = trained.shard.begin, trained.param.grad
+        parts = [(begin, self._carried[trained])] if trained in self._carried else []
+        if grad is not None:
+            is_whole = trained not in self._scattered
+            parts.append((0, grad.as_subclass(Tensor)) if is_whole else (begin, self._shard_in_buffer(trained)))
+        return parts
 
     def norm_table(self) -> Tensor:
-        if self.unreduced:
-            self._reduce_now()
-        if self.fused:
-            # The ranks agree on whether the norms that the reduction took are still those of the gradients.
-            stale = 0.0 if self._norms_hold() else 1.0
-            table = self._all_ranks(torch.cat([self._norms, torch.tensor([stale], dtype=torch.float64)]))
-            if table[-1] == 0:
-                return table[:-1]
-        table = torch.zeros_like(self._norms)
-        if self.sharded:
-            for family in self.families:
-                norms_of_runs(self.flats[family], self.rows(family.slots), table, packed=False)
-            return self._all_ranks(table)
-        for slot in self.slots:
-            if slot.param.grad is not None:
-                norms_of_tensor(slot.param.grad, slot.first_block, table)
-        return table
+        self._average_now()
+        return super().norm_table()
 
-    def reorder(self, slots: Sequence[Slot]) -> None:
-        norms_hold = self._versions is not None and self._norms_hold()
-        old = [(slot, slot.view, self._starts[slot]) for slot in slots]
-        saved = {family: flat.clone() for family, flat in self.flats.items()}
-        self.buckets = plan(slots, self.options.cap_bytes)
-        self._lay_out()
+    def reorder(self, params: Sequence[TrainedParam]) -> None:
+        norms_hold = self._norms_are_true()
+        old = [(trained, trained.view, self.starts[trained]) for trained in params]
+        saved = {family: buffer.clone() for family, buffer in self.buffers.items()}
+        super().reorder(params)
         with torch.no_grad():
-            for slot, view, start in old:
-                assert slot.view is not None
-                slot.view.copy_(slot.view_in(saved[slot.family], start))
-                if slot.param.grad is view:
-                    slot.param.grad = slot.view
-        self._versions = self._current_versions() if norms_hold else None
+            for trained, view, start in old:
+                assert trained.view is not None
+                trained.view.copy_(trained.view_in(saved[trained.family], start))
+                if trained.param.grad is view:
+                    trained.param.grad = trained.view
+        self._note_norms(norms_hold)
+
+    def _average_now(self) -> None:
+        """Do what was left to the optimizer's step."""
+        if not self.step.is_averaged:
+            self._send_all()
+            self._were_averaged(with_norms=True)
+            self.step.averaged()
+
+    def _were_averaged(self, *, with_norms: bool) -> None:
+        self._note_norms(with_norms and not self._carried)
+        with torch.no_grad():
+            for trained, carried in self._carried.items():
+                self._shard_in_buffer(trained).add_(carried)
+        self._carried.clear()
+        if self._is_divided:
+            self._scattered.update(self.params)
+
+    def _send_all(self) -> None:
+        for bucket in self.buckets:
+            if bucket.numel > 0:
+                self._send(bucket)
+
+    def _send(self, bucket: Bucket) -> None:
+        gradient, message = self._slice(self.buffers, bucket), self._slice(self._messages, bucket)
+        then = None
+        if self.options.wire_dtype is not None:
+            message.copy_(gradient)
+            then = partial(gradient.copy_, message)
+        self._average(message, self._runs[bucket], to_all=not self._is_divided, then=then)
 
     def _lay_out(self) -> None:
-        """Give every slot its place: families' buckets one after the other in their flat buffer."""
+        """Families' buckets one after the other in their flat buffer."""
         self.layout += 1
         used = dict.fromkeys(self.families, 0)
         self._offsets.clear()
+        self._runs.clear()
         for bucket in self.buckets:
-            self._offsets[bucket] = used[bucket.family]
-            for slot, start in zip(bucket.slots, bucket.starts(), strict=True):
-                self._starts[slot] = self._offsets[bucket] + start
-                self._show(slot)
-            used[bucket.family] += bucket.numel
-        self._describe()
+            self._offsets[bucket] = offset = used[bucket.family]
+            for trained in bucket.params:
+                self.starts[trained] = used[bucket.family]
+                used[bucket.family] += trained.padded_numel
+                self._show(trained)
+            self._runs[bucket] = _C.Runs([p.run(p.shard, grad=self.starts[p] - offset) for p in bucket.params])
+        self._first_blocks.clear()
+        for family in self.families:
+            runs = [p.run(p.shard, grad=self.starts[p]) for p in family.params if len(p.shard) > 0]
+            self._first_runs[family] = _C.Runs([run._replace(numel=min(run.numel, NORM_BLOCK)) for run in runs])
+            self._first_blocks += [run.first_block for run in runs]
 
-    def _show(self, slot: Slot) -> None:
-        """Make the view of the slot's place that becomes ``.grad``."""
-        view = slot.view_in(self.flats[slot.family], self._starts[slot])
-        slot.view = PartialGradient.of(view, slot, weakref.ref(self)) if self.sharded else view
+    def _show(self, trained: TrainedParam) -> None:
+        """Make the view of the parameter's place that becomes ``.grad``."""
+        view = trained.view_in(self.buffers[trained.family], self.starts[trained])
+        trained.view = PartialGradient.of(view, trained, weakref.ref(self)) if self._is_divided else view
 
-    def _describe(self) -> None:
-        self._reductions.clear()
-        if not self.fused:
-            return
-        for bucket in self.buckets:
-            message = self._slice(self.messages, bucket)
-            offset = self._offsets[bucket]
-            rows = [
-                row(s.shard, s.first_block, grad=self._starts[s] - offset) for s in bucket.slots if len(s.shard) > 0
-            ]
-            self._reductions[bucket] = _C.GradientReduction(
-                grads=message.data_ptr(),
-                count=message.numel(),
-                dtype=dtype_name(message.dtype),
-                runs=_C.Runs(rows),
-                to_all=not self.sharded,
-                shard=0,
-                shard_dtype=dtype_name(message.dtype),
-                norms=self._norms.data_ptr(),
-            )
-
-    def _slice(self, flats: dict[Family, Tensor], bucket: Bucket) -> Tensor:
+    def _slice(self, buffers: dict[Family, Tensor], bucket: Bucket) -> Tensor:
         offset = self._offsets[bucket]
-        return flats[bucket.family][offset : offset + bucket.numel]
+        return buffers[bucket.family][offset : offset + bucket.numel]
 
-    def _own(self, slot: Slot) -> Tensor:
-        """This rank's shard of the parameter's gradient."""
-        start = self._starts[slot]
-        return self.flats[slot.family][start + slot.shard.begin : start + slot.shard.end]
+    def _shard_in_buffer(self, trained: TrainedParam) -> Tensor:
+        start = self.starts[trained]
+        return self.buffers[trained.family][start + trained.shard.begin : start + trained.shard.end]
+
+    def _own(self, trained: TrainedParam) -> Tensor | None:
+        grad = trained.param.grad  # the user's own tensor perhaps
+        if grad is None:
+            return None
+        return trained.in_memory_order(grad.as_subclass(Tensor))[trained.shard.begin : trained.shard.end]
+
+    def _note_norms(self, hold: bool) -> None:
+        self._norms_hold, self._versions = hold, self._current_versions()
 
     def _current_versions(self) -> list[int]:
         # Views share the counter of their flat buffer, so a change of any .grad in place is counted.
-        return [flat._version for flat in self.flats.values()]
+        return [buffer._version for buffer in self.buffers.values()]
 
-    def _norms_hold(self) -> bool:
+    def _norms_are_true(self) -> bool:
         """Whether the gradients are still those that were averaged: the same tensors, and what is read of them.
 
         torch counts most changes in place, but not those of GradScaler or through .data; so one block of each
         parameter is looked at, too.
         """
-        if self._versions != self._current_versions() or any(s.param.grad is not s.view for s in self.slots):
+        if not self._norms_hold or self._versions != self._current_versions():
             return False
-        probe = torch.zeros_like(self._norms)
-        blocks = []
-        for family in self.families:
-            rows = [
-                (grad, 0, 0, min(count, NORM_BLOCK), block, 0)
-                for grad, _, _, count, block, _ in self.rows(family.slots)
-            ]
-            norms_of_runs(self.flats[family], rows, probe, packed=False)
-            blocks += [block for *_, block, _ in rows]
-        return torch.equal(probe[blocks], self._norms[blocks])
-
-
-def _copying(source: Tensor, target: Tensor) -> Callable[[], None]:
-    def copy() -> None:
-        target.copy_(source)
-
-    return copy
+        if any(trained.param.grad is not trained.view for trained in self.params):
+            return False
+        found = torch.zeros_like(self._norms)
+        for family, runs in self._first_runs.items():
+            block_norms(self.buffers[family], runs, found)
+        return torch.equal(found[self._first_blocks], self._norms[self._first_blocks])

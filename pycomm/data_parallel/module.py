@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from pycomm.annotations import check_types
 from pycomm.checkpoints import Part, num_ranks
 from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import make_slots
 from pycomm.data_parallel.engine import GradientEngine, is_averaged
-from pycomm.data_parallel.flat import FlatGradients
 from pycomm.data_parallel.gradients import Options
-from pycomm.data_parallel.join import Joining
+from pycomm.data_parallel.layout import lay_out
+from pycomm.data_parallel.partial import tensors_in
 from pycomm.data_parallel.replicas import broadcast_state, check_same, model_entries
 from pycomm.errors import PycommError
 
@@ -97,9 +96,8 @@ class DataParallel(nn.Module):
         self.comm = comm
         self._broadcast_buffers = broadcast_buffers
         self._has_warned = False
-        slots, families = make_slots(named, comm.rank, comm.world_size)
-        how = Options(int(bucket_mb * _MIB), overlap, symmetric, wire_dtype)
-        self._engine = GradientEngine(FlatGradients(slots, families, comm, how), comm, find_unused=find_unused)
+        how = Options(int(bucket_mb * _MIB), overlap, symmetric, wire_dtype, find_unused)
+        self._engine = GradientEngine(lay_out(named, comm.rank, comm.world_size), comm, how)
         self._wrapped = _signature(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +111,7 @@ class DataParallel(nn.Module):
         if self._broadcast_buffers and self.training and torch.is_grad_enabled() and not self._engine.in_no_sync:
             broadcast_state(self.module, self.comm, only_buffers=True)
         output = self.module(*args, **kwargs)
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 self._engine.watch(tensor)
         return output
@@ -155,24 +153,17 @@ class DataParallel(nn.Module):
             raise ValueError(
                 "join: broadcast_buffers communicates in every forward, which a rank without batches lacks"
             )
-        if after_backward is None and self._engine.is_sharded:
+        if after_backward is None and self._engine.stage:
             raise ValueError("join: a rank that has run out still owns a shard; pass after_backward, which steps there")
-        joining = self._engine.joining = Joining(self.comm)
-        try:
+        with self._engine.join(after_backward or (lambda: None)):
             yield
-            while joining.announce(active=False):
-                self._engine.contribute_zeros()
-                if after_backward is not None:
-                    after_backward()
-        finally:
-            self._engine.joining = None
-        if after_backward is None and joining.last_active:
-            broadcast_state(self.module, self.comm, root=joining.last_active[0])
+        if after_backward is None and self._engine.last_active:
+            broadcast_state(self.module, self.comm, root=self._engine.last_active[0])
 
     @property
     def averages_every_backward(self) -> bool:
         """Whether gradients shall not pile up under :meth:`no_sync`: in stage 2 of :class:`pycomm.ShardedAdamW`."""
-        return not self._engine.gradients.stay
+        return self._engine.gradients.packed
 
     def gradient_parts(self, param: nn.Parameter) -> list[tuple[int, Tensor]]:
         """All that counts of the gradient of ``param`` on this rank, to be changed in place before the step.
@@ -182,13 +173,11 @@ class DataParallel(nn.Module):
         the element of the parameter where it starts. A parameter that is a copy of one in another DataParallel gets
         equal shards there if both have one number as their attribute ``shard_turn`` when they are wrapped.
         """
-        self._engine.settle()
-        return self._engine.gradients.parts(next(slot for slot in self._engine.gradients.slots if slot.param is param))
+        gradients = self._engine.gradients
+        return gradients.parts(next(trained for trained in gradients.params if trained.param is param))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the plain module's; under stage 2 of :class:`pycomm.ShardedAdamW`, what was averaged so far, too."""
-        if not set_to_none:
-            self._engine.settle()
         self.module.zero_grad(set_to_none)
         self._engine.clear()
 
@@ -232,28 +221,24 @@ class DataParallel(nn.Module):
         return self.module.load_state_dict(state_dict, strict=strict)
 
     def _check_unchanged(self) -> None:
-        now = _signature(self.module)
-        if len(now) == len(self._wrapped) and all(
-            new[0] is old[0] and new[1:] == old[1:] for new, old in zip(now, self._wrapped, strict=True)
-        ):
-            return
-        raise PycommError(f"DataParallel: {_difference(self.module, self._wrapped)}; wrap it after such changes")
+        if _signature(self.module) != self._wrapped:
+            raise PycommError(f"DataParallel: {_difference(self.module, self._wrapped)}; wrap it after such changes")
 
 
-# A parameter and what its slot relies on: trainable, dtype, shape, device.
-_Signature = tuple[nn.Parameter, bool, torch.dtype, torch.Size, torch.device]
+# id() of a parameter, and what its buffers rely on: trainable, dtype, shape, device.
+_Signature = tuple[int, bool, torch.dtype, torch.Size, torch.device]
 
 
 def _signature(module: nn.Module) -> list[_Signature]:
-    return [(p, p.requires_grad, p.dtype, p.shape, p.device) for p in module.parameters()]
+    return [(id(p), p.requires_grad, p.dtype, p.shape, p.device) for p in module.parameters()]
 
 
 def _difference(module: nn.Module, wrapped: list[_Signature]) -> str:
     """What has become of the wrapped parameters, the first difference only."""
-    known = {id(old[0]): old for old in wrapped}
+    known = {old[0]: old for old in wrapped}
     names = [name for name, _ in module.named_parameters()]
     for name, new in zip(names, _signature(module), strict=True):
-        old = known.get(id(new[0]))
+        old = known.get(new[0])
         if old is None:
             return f"{name!r} was added or replaced since wrapping"
         if new[1] != old[1]:
@@ -309,15 +294,3 @@ def _grad_dtype(name: str, param: nn.Parameter, asked: torch.dtype | None, wire:
     if wire is not None and dtype != torch.float32:
         raise ValueError(f"wire_dtype={wire} is for float32 gradients; that of {name!r} is {dtype}")
     return dtype
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings, which is where models put their outputs."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)

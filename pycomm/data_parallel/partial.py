@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from pycomm.data_parallel.bucket import Slot
+from pycomm.data_parallel.layout import TrainedParam
 from pycomm.errors import PycommError
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ _ZERO = {"zero_", "_foreach_zero_"}
 class PartialGradient(Tensor):
     """A gradient of which this rank's shard alone is averaged (stage 1). Results of operations are plain tensors."""
 
-    slot: Slot
+    trained: TrainedParam
     gradients: weakref.ref[Gradients]
 
     @classmethod
-    def of(cls, memory: Tensor, slot: Slot, gradients: weakref.ref[Gradients]) -> PartialGradient:
-        """``memory`` as the gradient of ``slot``'s parameter."""
+    def of(cls, memory: Tensor, trained: TrainedParam, gradients: weakref.ref[Gradients]) -> PartialGradient:
+        """``memory`` as the gradient of ``trained``."""
         partial = memory.as_subclass(cls)
-        partial.slot, partial.gradients = slot, gradients
+        partial.trained, partial.gradients = trained, gradients
         return partial
 
     @classmethod
@@ -64,7 +64,7 @@ class PartialGradient(Tensor):
             return args[0]  # it has no memory; zero_grad() then tells its owner
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        return cls.of(result, first.slot, first.gradients) if name in _STEPS_TO_NORMS else result
+        return cls.of(result, first.trained, first.gradients) if name in _STEPS_TO_NORMS else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return copy.deepcopy(self.as_subclass(Tensor), memo)
@@ -79,9 +79,9 @@ class PartialGradient(Tensor):
 
     def refuse(self, what: str) -> NoReturn:
         """Raise the error of ``what``, which needs the whole gradient."""
-        shard = self.slot.shard
+        shard = self.trained.shard
         raise PycommError(
-            f"{what}: of the gradient of {self.slot.name!r} this rank has the average of elements "
+            f"{what}: of the gradient of {self.trained.name!r} this rank has the average of elements "
             f"{shard.begin} to {shard.end} alone, since a ShardedAdamW divides it. For norms and clipping call "
             "pycomm.clip_grad_norm_(ddp, max_norm); ddp.gradient_parts(param) gives this rank's part, to read or change"
         )
@@ -91,9 +91,10 @@ class AbsentGradient(PartialGradient):
     """Stands for a gradient that was averaged and is kept elsewhere (stage 2): shape and dtype, no values."""
 
     @classmethod
-    def standing_for(cls, slot: Slot, gradients: weakref.ref[Gradients]) -> AbsentGradient:
-        memory = torch.zeros((), dtype=slot.family.grad_dtype, device=slot.param.device).expand(slot.param.shape)
-        absent = cls.of(memory, slot, gradients)
+    def standing_for(cls, trained: TrainedParam, gradients: weakref.ref[Gradients]) -> AbsentGradient:
+        like = trained.param
+        memory = torch.zeros((), dtype=trained.family.grad_dtype, device=like.device).expand(like.shape)
+        absent = cls.of(memory, trained, gradients)
         assert isinstance(absent, cls)
         return absent
 
@@ -103,17 +104,20 @@ class AbsentGradient(PartialGradient):
             self.refuse(name)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"AbsentGradient({self.slot.name!r}, {list(self.shape)}, {self.dtype}: see ddp.gradient_parts(param))"
+        return f"AbsentGradient({self.trained.name!r}, {list(self.shape)}, {self.dtype}: see ddp.gradient_parts(param))"
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings, which is where models and functions of torch have them."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list, Mapping)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from tensors_in(value)
 
 
 def _partial_in(values: Any) -> Iterator[PartialGradient]:
-    if isinstance(values, PartialGradient):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _partial_in(value)
-    elif isinstance(values, dict):
-        yield from _partial_in(list(values.values()))
+    return (tensor for tensor in tensors_in(values) if isinstance(tensor, PartialGradient))
 
 
 @torch.no_grad()
@@ -127,9 +131,9 @@ def _unscale(grads: Sequence[Tensor], found_inf: Tensor, inv_scale: Tensor) -> N
     for grad in _partial_in(list(grads)):
         owner = grad.gradients()
         if owner is None:
-            raise PycommError(f"the DataParallel to which the gradient of {grad.slot.name!r} belongs is gone")
+            raise PycommError(f"the DataParallel to which the gradient of {grad.trained.name!r} belongs is gone")
         comm = owner.comm
-        parts += [part for _, part in owner.parts(grad.slot)]
+        parts += [part for _, part in owner.parts(grad.trained)]
     parts = [part for part in parts if part.numel() > 0]
     if parts:
         torch._amp_foreach_non_finite_check_and_unscale_(parts, found_inf, inv_scale)

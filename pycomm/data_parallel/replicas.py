@@ -3,14 +3,15 @@
 Done once, when a model is wrapped. Ranks whose models differ would average unrelated gradients without any error.
 """
 
-import hashlib
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import nn
 
+from pycomm.backends.agreement import MOST_NUMBERS, digest
 from pycomm.communicator import Communicator
-from pycomm.data_parallel.bucket import dense_strides
+from pycomm.data_parallel.layout import dense_strides
 from pycomm.errors import MismatchError
 
 _TEXT_BYTES = 512
@@ -19,8 +20,6 @@ _TEXT_BYTES = 512
 def check_same(what: str, entries: Sequence[str], comm: Communicator) -> None:
     """Compare lines that describe what the ranks are about to do. Collective.
 
-    Two all-reduces of a few bytes per line; only where ranks differ, the first difference is fetched as text.
-
     Args:
         what: they do if lines differ, for the message.
         entries: the first is about options, each other one about a tensor.
@@ -28,20 +27,19 @@ def check_same(what: str, entries: Sequence[str], comm: Communicator) -> None:
     Raises:
         MismatchError: on every rank; ``calls`` maps each rank to what it has at the first place that differs.
     """
-    count = torch.tensor([len(entries)], dtype=torch.int64, device=comm.device)
-    comm.all_reduce(count, op="max")
-    # Digests are positive; 0 marks what a rank with fewer entries lacks. max of (d, -d) is max and -min in one call.
-    digests = [_digest(entry) for entry in entries] + [0] * (int(count) - len(entries))
-    table = torch.tensor([digests, [-digest for digest in digests]], dtype=torch.int64, device=comm.device)
-    comm.all_reduce(table, op="max")
-    differing = torch.nonzero(table[0] != -table[1]).flatten().tolist()
-    if not differing:
+    rows = comm.agree([len(entries), digest(repr(entries))])
+    if all(row == rows[0] for row in rows):
         return
-    first = differing[0]
+    num_most = max(count for count, _ in rows)
+    digests = [digest(entry) for entry in entries] + [0] * (num_most - len(entries))  # 0: a rank lacks this one
+    tables = (comm.agree(digests[begin : begin + MOST_NUMBERS]) for begin in range(0, num_most, MOST_NUMBERS))
+    columns = chain.from_iterable(zip(*table, strict=True) for table in tables)
+    first = next(number for number, column in enumerate(columns) if len(set(column)) > 1)
     own = entries[first] if first < len(entries) else f"nothing (it has {len(entries) - 1} parameters and buffers)"
-    texts = _gather_texts(own, comm)
-    listing = "; ".join(f"rank {rank} has {text}" for rank, text in enumerate(texts))
-    raise MismatchError(f"the ranks {what}; first difference: {listing}", calls=dict(enumerate(texts)))
+    texts = comm.agree(list(own.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")))
+    calls = {rank: bytes(text).rstrip(b"\0").decode(errors="replace") for rank, text in enumerate(texts)}
+    listing = "; ".join(f"rank {rank} has {text}" for rank, text in calls.items())
+    raise MismatchError(f"the ranks {what}; first difference: {listing}", calls=calls)
 
 
 def broadcast_state(module: nn.Module, comm: Communicator, *, root: int = 0, only_buffers: bool = False) -> None:
@@ -50,12 +48,10 @@ def broadcast_state(module: nn.Module, comm: Communicator, *, root: int = 0, onl
         if tensor.numel() == 0:
             continue
         data = tensor.detach()
-        is_contiguous = data.is_contiguous()
-        message = data if is_contiguous else data.contiguous()
+        message = data.contiguous()
         # As bytes: buffers may have dtypes that no reduction knows, such as bool.
         comm.broadcast(message.reshape(-1).view(torch.uint8), root=root)
-        if not is_contiguous:
-            data.copy_(message)
+        data.copy_(message)  # nothing to do if it was contiguous
 
 
 def model_entries(module: nn.Module) -> list[str]:
@@ -69,19 +65,3 @@ def model_entries(module: nn.Module) -> list[str]:
     for name, buffer in module.named_buffers():
         lines.append(f"buffer {name!r} {buffer.dtype} {list(buffer.shape)}")
     return lines
-
-
-def _digest(text: str) -> int:
-    """1 .. 2**62: the same in every process, unlike hash()."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") % 2**62 + 1
-
-
-def _gather_texts(own: str, comm: Communicator) -> Sequence[str]:
-    """Every rank's text, cut to _TEXT_BYTES. Collective."""
-    texts = []
-    for root in range(comm.world_size):
-        padded = list(own.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")) if root == comm.rank else [0] * _TEXT_BYTES
-        message = torch.tensor(padded, dtype=torch.uint8, device=comm.device)
-        comm.broadcast(message, root=root)
-        texts.append(bytes(message.tolist()).rstrip(b"\0").decode(errors="replace"))
-    return texts

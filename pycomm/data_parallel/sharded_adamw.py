@@ -1,6 +1,6 @@
 """AdamW whose states, and gradients, are divided over the ranks (ZeRO), in one pass over shared memory.
 
-Every rank owns whole blocks of every parameter (``shards.py``). It updates those in fp32 and writes the new values into
+Every rank owns whole blocks of every parameter (``layout.py``). It updates those in fp32 and writes the new values into
 the parameters of all ranks, which lie in symmetric memory.
 
 Ref: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020);
@@ -17,19 +17,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pycomm import _C
 from pycomm.annotations import check_type, check_types
 from pycomm.checkpoints import PER_PLACE, are_connected, num_ranks
-from pycomm.data_parallel.bucket import Slot
-from pycomm.data_parallel.flat import FlatGradients
+from pycomm.communicator import Communicator
+from pycomm.data_parallel.gradients import Gradients, check_on_host
+from pycomm.data_parallel.layout import Family, Shard, TrainedParam, owned
 from pycomm.data_parallel.module import DataParallel
-from pycomm.data_parallel.norms import check_on_host
-from pycomm.data_parallel.pending import PendingStep
-from pycomm.data_parallel.pooled import PooledGradients
 from pycomm.data_parallel.replicas import check_same
-from pycomm.data_parallel.shards import Shard
-from pycomm.data_parallel.states import FamilyState
-from pycomm.errors import BackendUnavailableError, PycommError
-from pycomm.fused import AdamWScalars
+from pycomm.errors import PycommError
+from pycomm.fused import AdamWScalars, dtype_name
 
 if TYPE_CHECKING:
     from pycomm.data_parallel.sharded_states import ShardedStates
@@ -38,7 +35,6 @@ _log = logging.getLogger("pycomm")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STAGES = (0, 1, 2)
 _NUM_NAMED = 3  # parameters, in an error
-_NUM_PARTS = 4  # of a step that overlaps with forward; each costs the ranks two more meetings
 
 
 class ShardedAdamW(torch.optim.Optimizer):
@@ -64,10 +60,6 @@ class ShardedAdamW(torch.optim.Optimizer):
         stage: 0, 1 or 2.
         param_groups: None: all parameters in one group. Otherwise dictionaries as torch's optimizers take them, with
             "params" and what differs from the arguments; together they have every trainable parameter once.
-        overlap_forward: let :meth:`step` return at once, and the next forward wait for each module's parameters when
-            that module runs. Forwards, ``state_dict``, ``load_state_dict`` and this optimizer wait by themselves; call
-            :meth:`synchronize` before anything else reads or writes parameters or ``.grad``. The same bits. Stages 1
-            and 2, on symmetric memory of one host.
 
     Raises:
         ValueError: an argument is out of range, parameters are missing or of another dtype, ``ddp`` has a ShardedAdamW.
@@ -91,7 +83,6 @@ class ShardedAdamW(torch.optim.Optimizer):
         stage: int = 1,
         *,
         param_groups: Sequence[Mapping[str, Any]] | None = None,
-        overlap_forward: bool = False,
     ) -> None:
         self.num_skipped = 0  # steps left out since the norm was not finite
         self._ddp = ddp
@@ -109,27 +100,23 @@ class ShardedAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._complete = True
         group_of = {id(param): number for number, group in enumerate(self.param_groups) for param in group["params"]}
-        slots = self._engine.gradients.slots
+        # In state dicts a parameter has its number in the order of the groups.
+        self._number_of = {id(p): at for at, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        params = self._engine.gradients.params
         check_on_host(
             "ShardedAdamW",
-            ((repr(slot.name), slot.param) for slot in slots),
+            ((repr(trained.name), trained.param) for trained in params),
             "torch.optim.AdamW(ddp.parameters()) takes what DataParallel averages there",
         )
-        options = f"{stage=} {overlap_forward=} " + " ".join(
-            f"{k}={v}" for g in self.param_groups for k, v in g.items() if k != "params"
-        )
-        groups_of_slots = [f"{slot.name!r} in group {group_of.get(id(slot.param))}" for slot in slots]
-        check_same("make different optimizers", [options, *groups_of_slots], ddp.comm)
+        options = f"{stage=} " + " ".join(f"{k}={v}" for g in self.param_groups for k, v in g.items() if k != "params")
+        numbers_of_groups = [f"{trained.name!r} in group {group_of.get(id(trained.param))}" for trained in params]
+        check_same("make different optimizers", [options, *numbers_of_groups], ddp.comm)
         self._check(stage, group_of)
-        if overlap_forward:
-            self._check_overlap()
-        self._divide_gradients()
+        self._engine.divide(stage)
         self._states = [
-            FamilyState(family, ddp.comm, self._engine.gradients, [group_of[id(s.param)] for s in family.slots], stage)
+            FamilyState(family, ddp.comm, self._engine.gradients, group_of, stage)
             for family in self._engine.gradients.families
         ]
-        if overlap_forward and ddp.comm.world_size > 1:
-            self._engine.pending = PendingStep(ddp.module, slots)
 
     @property
     def stage(self) -> int:
@@ -145,13 +132,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         """Memory of optimizer states on this rank: both averages, and fp32 values of 16-bit parameters."""
         return sum(state.num_bytes for state in self._states)
 
-    def synchronize(self) -> None:
-        """Return when the last step is over on every rank; with ``overlap_forward`` it may be under way."""
-        self._engine.settle()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if not set_to_none:
-            self.synchronize()  # the step reads them
         super().zero_grad(set_to_none)
         self._engine.clear()
 
@@ -169,22 +150,18 @@ class ShardedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
-        engine.settle()
         if engine.is_accumulating:
             raise PycommError(
                 "ShardedAdamW: gradients were accumulated under no_sync() and not averaged; let the last backward "
                 "before step() run outside of it"
             )
-        if not engine.has_averages or not engine.gradients.are_complete():
+        if not engine.step.has_gradients or not engine.gradients.are_complete():
             return loss
-        if engine.norm_is_finite:
+        if engine.step.is_finite:
             self._num_steps += 1
             scalars = [self._scalars(group) for group in self.param_groups]
             for state in self._states:
-                if engine.pending is None:
-                    state.update(scalars)
-                else:
-                    engine.pending.add(state.update(scalars, _NUM_PARTS))
+                state.update(scalars, is_averaged=engine.step.is_averaged)
         else:
             self.num_skipped += 1
             _log.warning("ShardedAdamW: step left out, since the norm of the gradients was not finite")
@@ -205,14 +182,12 @@ class ShardedAdamW(torch.optim.Optimizer):
         Args:
             root: the only rank that gets states; elsewhere "state" is empty, and memory that of one parameter's.
         """
-        self.synchronize()
         result = super().state_dict()
-        numbers = self._numbers()
         has_states = root in (None, self._ddp.comm.rank)
         result["state"] = {
-            numbers[id(slot.param)]: {"step": torch.tensor(float(self._num_steps)), **tensors}
+            self._number_of[id(trained.param)]: {"step": torch.tensor(float(self._num_steps)), **tensors}
             for state in self._states
-            for slot, tensors in state.whole(root).items()
+            for trained, tensors in state.whole(root).items()
             if has_states
         }
         return result
@@ -225,18 +200,17 @@ class ShardedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: other groups or parameters, or their numbers of steps differ.
         """
-        self.synchronize()
         saved = state_dict["param_groups"]
         sizes = [len(group["params"]) for group in self.param_groups]
         if sizes != [len(group["params"]) for group in saved]:
             raise ValueError(f"the groups have {sizes} parameters, those saved {[len(g['params']) for g in saved]}")
-        numbers = self._numbers()
-        keys = dict(zip(range(sum(sizes)), (key for group in saved for key in group["params"]), strict=True))
+        keys = [key for group in saved for key in group["params"]]
+        entries = {number: state_dict["state"].get(key) for number, key in enumerate(keys)}
         steps = {float(entry["step"]) for entry in state_dict["state"].values()}
         if len(steps) > 1:
             raise ValueError(f"parameters made different numbers of steps, {sorted(steps)}; here they go together")
         for state in self._states:
-            state.load({slot: state_dict["state"].get(keys[numbers[id(slot.param)]]) for slot in state.family.slots})
+            state.load({trained: entries[self._number_of[id(trained.param)]] for trained in state.family.params})
         others = [{key: value for key, value in group.items() if key != "params"} for group in saved]
         self.states_were_read(int(steps.pop()) if steps else 0, others)
 
@@ -253,12 +227,11 @@ class ShardedAdamW(torch.optim.Optimizer):
 
         return ShardedStates(self)
 
-    def shards(self) -> Iterator[tuple[Slot, Shard, Mapping[str, Tensor]]]:
+    def shards(self) -> Iterator[tuple[TrainedParam, Shard, Mapping[str, Tensor]]]:
         """Every parameter, this rank's part of it, and the packed states in which that part lies."""
-        self.synchronize()
         for state in self._states:
-            for slot, shard in state.shards():
-                yield slot, shard, state.tensors
+            for trained, shard in state.shards.items():
+                yield trained, shard, state.tensors
 
     def states_were_read(self, num_steps: int, groups: Sequence[Mapping[str, Any]]) -> None:
         """Somebody has put other states into the memory of :meth:`shards`, which belong to these steps and groups."""
@@ -274,8 +247,10 @@ class ShardedAdamW(torch.optim.Optimizer):
         own, ranks = self._ddp.comm.world_size, num_ranks()
         if own == ranks and (are_connected() or ranks == 1):
             return
-        slots = self._engine.gradients.slots
-        names = ", ".join(repr(slot.name) for slot in slots[:_NUM_NAMED]) + (", …" if len(slots) > _NUM_NAMED else "")
+        params = self._engine.gradients.params
+        names = ", ".join(repr(trained.name) for trained in params[:_NUM_NAMED]) + (
+            ", …" if len(params) > _NUM_NAMED else ""
+        )
         if not are_connected():
             raise PycommError(
                 "sharded_states: torch.distributed is not initialised, so that all ranks would write one file, and the "
@@ -287,58 +262,32 @@ class ShardedAdamW(torch.optim.Optimizer):
             f"these states, so that ranks would write different ones under the names of {names}. {PER_PLACE}"
         )
 
-    def _numbers(self) -> dict[int, int]:
-        """id of each parameter -> its number in state dicts: in the order of the groups."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        return {id(param): number for number, param in enumerate(params)}
-
     def _check(self, stage: int, group_of: Mapping[int, int]) -> None:
         if stage not in _STAGES:
             raise ValueError(f"stage={stage}: it is one of {_STAGES}")
-        if self._engine.scales_in_step:
+        if self._engine.stage is not None:
             raise ValueError(
                 "this DataParallel belongs to a ShardedAdamW already; wrap the module anew for another one"
             )
         for group in self.param_groups:
             _check_group(group)
-        slots = self._engine.gradients.slots
-        missing = [slot.name for slot in slots if id(slot.param) not in group_of]
+        params = self._engine.gradients.params
+        missing = [trained.name for trained in params if id(trained.param) not in group_of]
         if missing:
             raise ValueError(f"{len(missing)} trainable parameter(s) are in no group, the first is {missing[0]!r}")
-        if len(group_of) != len(slots):
+        if len(group_of) != len(params):
             raise ValueError("param_groups have parameters that the DataParallel does not train")
-        for slot in slots:
-            if slot.param.dtype not in _DTYPES:
-                raise ValueError(f"{slot.name!r} is {slot.param.dtype}; ShardedAdamW takes float32, bfloat16, float16")
-
-    def _check_overlap(self) -> None:
-        gradients, comm = self._engine.gradients, self._ddp.comm
-        if self._stage == 0:
-            raise ValueError("overlap_forward is for stages 1 and 2: in stage 0 no rank waits for another's parameters")
-        if comm.world_size > 1 and not gradients.options.symmetric:
-            raise ValueError("overlap_forward needs symmetric=True in DataParallel")
-        if comm.world_size > 1 and not comm.has_fused_calls:
-            raise BackendUnavailableError(f"overlap_forward needs the ranks on one host's shared memory, not {comm}")
-
-    def _divide_gradients(self) -> None:
-        engine = self._engine
-        engine.scales_in_step = True
-        engine.is_sharded = self._stage > 0
-        gradients = engine.gradients
-        assert isinstance(gradients, FlatGradients)
-        if self._stage == 1:
-            gradients.shard_between_ranks()
-        if self._stage == 2:
-            gradients.give_back()
-            comm = self._ddp.comm
-            comm.barrier()  # every rank has released its part, so the next allocation frees them
-            engine.gradients = PooledGradients(gradients.slots, gradients.families, comm, gradients.options)
+        for trained in params:
+            if trained.param.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{trained.name!r} is {trained.param.dtype}; ShardedAdamW takes float32, bfloat16, float16"
+                )
 
     def _scalars(self, group: Mapping[str, Any]) -> AdamWScalars:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         correction1, correction2 = 1 - beta1**self._num_steps, 1 - beta2**self._num_steps
         return (
-            self._engine.grad_scale,
+            self._engine.step.grad_scale,
             1 - lr * group["weight_decay"],
             1 - beta1,
             beta2,
@@ -360,3 +309,159 @@ def _check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={group[name]}: it is a finite number, not negative")
     if not all(isinstance(param, nn.Parameter) for param in group["params"]):
         raise ValueError("param_groups hold parameters of the DataParallel")
+
+
+class FamilyState:
+    """Moves the family's parameters into one flat buffer, symmetric where peers write it, and holds fp32 states.
+
+    ``tensors`` has "exp_avg", "exp_avg_sq" and, for 16-bit parameters, "master": each [elements that this rank owns].
+    """
+
+    def __init__(
+        self, family: Family, comm: Communicator, gradients: Gradients, group_of: Mapping[int, int], stage: int
+    ) -> None:
+        self.family = family
+        self._comm = comm
+        self._gradients = gradients
+        self._group_of = group_of
+        self._is_divided = stage > 0 and comm.world_size > 1
+        self._one_pass = self._is_divided and gradients.one_pass
+        self.shards = {trained: trained.shard for trained in family.params}
+        num_owned = family.num_owned
+        if not self._is_divided:
+            num_owned = 0
+            for trained in family.params:
+                self.shards[trained] = Shard(0, trained.param.numel(), num_owned)
+                num_owned += trained.param.numel()
+        numel, dtype = max(1, family.numel), family.param_dtype
+        self._flat = comm.empty(numel, dtype=dtype) if self._one_pass else torch.empty(numel, dtype=dtype)
+        self._flat.zero_()  # the gaps
+        for trained in family.params:
+            view = trained.view_in(self._flat, trained.start)
+            view.copy_(trained.param.detach())
+            trained.param.data = view
+        names = ("exp_avg", "exp_avg_sq", *(("master",) if family.has_master else ()))
+        self.tensors = {name: torch.zeros(num_owned) for name in names}
+        self._take_values()
+        self._versions = self._current_versions()
+        self._update: _C.ParameterUpdate | None = None  # what a step reads and writes
+        self._layout = 0  # of the gradients that it describes
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def update(self, scalars: Sequence[AdamWScalars], *, is_averaged: bool) -> None:
+        """One step: then every rank has the new parameters. Collective where states are divided.
+
+        Args:
+            is_averaged: the gradients; if not, they are averaged on the way.
+        """
+        if self.family.has_master and self._versions != self._current_versions():
+            self._take_values()  # somebody has loaded other values
+        if self._update is None or self._layout != self._gradients.layout:
+            self._update, self._layout = self._describe(), self._gradients.layout
+        if self._one_pass:
+            self._comm.update_parameters(self._update, scalars, reduce_first=not is_averaged)
+        else:
+            _C.update_locally(self._update, scalars)
+            if self._is_divided:
+                self._gather_parameters()
+        self._versions = self._current_versions()
+
+    def whole(self, root: int | None = None) -> dict[TrainedParam, dict[str, Tensor]]:
+        """Every parameter's states, whole and in its shape. Collective where states are divided.
+
+        Args:
+            root: the only rank that gets them; the others hold one whole state of one parameter at a time.
+        """
+        result: dict[TrainedParam, dict[str, Tensor]] = {trained: {} for trained in self.family.params}
+        for trained, shard in self.shards.items():
+            for name, packed in self.tensors.items():
+                flat = torch.empty(trained.param.numel())
+                for _, elements, values in self._of_all_ranks([trained], shard.of(packed)):
+                    flat[elements] = values
+                if root in (None, self._comm.rank):
+                    result[trained][name] = trained.view_in(flat, 0)
+        return result
+
+    def load(self, entries: Mapping[TrainedParam, Mapping[str, Any] | None]) -> None:
+        """Take this rank's part of whole states; None: as at the beginning."""
+        self._take_values()
+        for trained, shard in self.shards.items():
+            entry = entries[trained]
+            for name, packed in self.tensors.items():
+                if entry is not None and name in entry:
+                    value = entry[name]
+                    if value.shape != trained.param.shape:
+                        raise ValueError(
+                            f"{name} of {trained.name!r} is {list(value.shape)}, not {list(trained.param.shape)}"
+                        )
+                    shard.of(packed).copy_(trained.in_memory_order(value)[shard.begin : shard.end])
+                elif name != "master":
+                    shard.of(packed).zero_()
+
+    def were_read(self) -> None:
+        """``tensors`` have other values, which belong to the parameters as they are now."""
+        self._versions = self._current_versions()
+
+    def _of_all_ranks(
+        self, params: Sequence[TrainedParam], mine: Tensor
+    ) -> Iterator[tuple[TrainedParam, slice, Tensor]]:
+        """What every rank owns of ``params``, of which ``mine`` is this rank's, in order. Collective where divided."""
+        if not self._is_divided:
+            return iter([(trained, slice(0, trained.param.numel()), mine) for trained in params])
+        owners = [
+            [(t, slice(*owned(t.param.numel(), t.turn, rank, self._comm.world_size))) for t in params]
+            for rank in range(self._comm.world_size)
+        ]
+        lengths = [[elements.stop - elements.start for _, elements in of_rank] for of_rank in owners]
+        received = torch.empty(sum(map(sum, lengths)), dtype=mine.dtype)
+        if received.numel() > 0:
+            self._comm.all_gather(received, mine, output_splits=[sum(of_rank) for of_rank in lengths])
+        pieces = received.split([length for of_rank in lengths for length in of_rank])
+        places = [place for of_rank in owners for place in of_rank]
+        return ((*place, piece) for place, piece in zip(places, pieces, strict=True))
+
+    def _take_values(self) -> None:
+        """fp32 values from 16-bit parameters, where they are not the ones behind them already."""
+        if not self.family.has_master:
+            return
+        for trained, shard in self.shards.items():
+            mine = shard.of(self.tensors["master"])
+            values = self._in_buffer(trained, slice(shard.begin, shard.end))
+            mine.copy_(torch.where(mine.to(values.dtype) == values, mine, values.float()))
+
+    def _in_buffer(self, trained: TrainedParam, elements: slice) -> Tensor:
+        return self._flat[trained.start + elements.start : trained.start + elements.stop]
+
+    def _current_versions(self) -> list[int]:
+        return [trained.param._version for trained in self.family.params]
+
+    def _describe(self) -> _C.ParameterUpdate:
+        grads, starts = self._gradients.buffers[self.family], self._gradients.starts
+        return _C.ParameterUpdate(
+            grads=grads.data_ptr(),
+            grad_dtype=dtype_name(grads.dtype),
+            grads_packed=self._gradients.packed,
+            params=self._flat.data_ptr(),
+            count=self._flat.numel(),
+            param_dtype=dtype_name(self._flat.dtype),
+            master=self.tensors["master"].data_ptr() if self.family.has_master else 0,
+            exp_avg=self.tensors["exp_avg"].data_ptr(),
+            exp_avg_sq=self.tensors["exp_avg_sq"].data_ptr(),
+            runs=_C.Runs(
+                [
+                    trained.run(
+                        shard, grad=starts.get(trained, 0), param=trained.start, group=self._group_of[id(trained.param)]
+                    )
+                    for trained, shard in self.shards.items()
+                ]
+            ),
+        )
+
+    def _gather_parameters(self) -> None:
+        """Give every rank the parameters that the others have updated. Collective."""
+        mine = [self._in_buffer(trained, slice(shard.begin, shard.end)) for trained, shard in self.shards.items()]
+        for trained, elements, values in self._of_all_ranks(self.family.params, torch.cat(mine)):
+            self._in_buffer(trained, elements).copy_(values)

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from pycomm.data_parallel.bucket import Slot
-from pycomm.data_parallel.shards import Shard
+from pycomm.data_parallel.layout import Shard, TrainedParam
 
 if TYPE_CHECKING:
     from pycomm.data_parallel.sharded_adamw import ShardedAdamW
@@ -36,8 +35,8 @@ class ShardedStates:
     def state_dict(self) -> dict[str, Any]:
         """Views of this rank's states by the parameters' names, the number of steps, and the groups. Local."""
         states: dict[str, dict[str, Tensor]] = {}
-        for slot, shard, tensors in self._optimizer.shards():
-            states[slot.name] = {name: _chunk(packed, slot, shard) for name, packed in tensors.items()}
+        for trained, shard, tensors in self._optimizer.shards():
+            states[trained.name] = {name: _chunk(packed, trained, shard) for name, packed in tensors.items()}
         return {"states": states, "num_steps": self._optimizer.num_steps, "groups": self._groups()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -86,8 +85,8 @@ class _Chunk(Tensor):
         return self.as_subclass(Tensor)
 
 
-def _chunk(packed: Tensor, slot: Slot, shard: Shard) -> Tensor:
-    chunk = packed[shard.packed : shard.packed + len(shard)].as_subclass(_Chunk)
+def _chunk(packed: Tensor, trained: TrainedParam, shard: Shard) -> Tensor:
+    chunk = shard.of(packed).as_subclass(_Chunk)
     chunk.begin = shard.begin
-    chunk.numel_of_all = slot.param.numel()
+    chunk.numel_of_all = trained.param.numel()
     return chunk

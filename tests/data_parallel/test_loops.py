@@ -74,7 +74,7 @@ def rebuilt_buckets(comm):
         parts = [shuffled_gradients(shuffled(rank), rank, step) for rank in range(comm.world_size)]
         found += differing(got, {name: rank_order_average([part[name] for part in parts]) for name in got})
     assert len(ddp.bucket_bytes) > 1
-    in_order = [slot.name for bucket in ddp._engine.gradients.buckets for slot in bucket.slots]
+    in_order = [trained.name for bucket in ddp._engine.gradients.buckets for trained in bucket.params]
     return found, [name for name in in_order if name.endswith("weight")]
 
 

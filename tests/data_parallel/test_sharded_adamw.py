@@ -136,11 +136,11 @@ def shards_and_gradients(comm):
         loss_on(whole, comm.rank, 0, 1).backward()
     loss_on(whole, comm.rank, 0, 2).backward()
     gradients = ddp._engine.gradients
-    (shards,) = gradients.shards.values()
-    own = {slot.name: slice(slot.shard.begin, slot.shard.end) for slot in gradients.slots}
+    (shards,) = gradients.buffers.values()
+    own = {trained.name: slice(trained.shard.begin, trained.shard.end) for trained in gradients.params}
     assert all(p.grad is None or type(p.grad) is AbsentGradient for p in ddp.parameters())
     return (
-        {s.name: shards[s.shard.packed : s.shard.packed + len(s.shard)].clone() for s in gradients.slots},
+        {p.name: p.shard.of(shards).clone() for p in gradients.params},
         {name: p.grad.flatten()[own[name]].clone() for name, p in whole.module.named_parameters() if name in own},
         {name: magnitudes[name].flatten()[own[name]] for name in own},
     )
@@ -170,20 +170,20 @@ def differing_shards(comm, overlap):
         plain.append((first, rest))
     found = []
     square = 0.0
-    for slot in ddp._engine.gradients.slots:
+    for trained in ddp._engine.gradients.params:
         sums = []
         for models in zip(*plain, strict=True):
-            grads = [dict(model.named_parameters())[slot.name].grad for model in models]
+            grads = [dict(model.named_parameters())[trained.name].grad for model in models]
             total = grads[0].clone()
             for grad in grads[1:]:
                 total += grad
             sums.append(total / comm.world_size)
         want = (sums[1] + sums[0]).flatten()
         square += float(want.double().square().sum())
-        if bits(slot.param.grad.flatten()[slot.shard.begin : slot.shard.end]) != bits(
-            want[slot.shard.begin : slot.shard.end]
+        if bits(trained.param.grad.flatten()[trained.shard.begin : trained.shard.end]) != bits(
+            want[trained.shard.begin : trained.shard.end]
         ):
-            found.append(slot.name)
+            found.append(trained.name)
     assert abs(float(norm) - square**0.5) <= 1e-6 * square**0.5  # fp32 rounding of the result, and fp64 sums
     return found
 
@@ -292,6 +292,22 @@ def steps_without_averages(comm, stage):
     message = message_of(PycommError, optimizer.step)
     assert weight_bits(ddp) == before
     return "no_sync()" in message
+
+
+@every_world_size
+@every_stage
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_norm_of_zeroed_gradients_is_zero(pool, world_size, stage, overlap):
+    """Catches a norm of what the last backward has left in memory."""
+    assert pool.run(world_size, norms_around_zeroing, stage, overlap) == [(True, 0.0)] * world_size
+
+
+def norms_around_zeroing(comm, stage, overlap):
+    ddp, optimizer, _ = train(comm, stage, num_steps=0, overlap=overlap)
+    loss_on(ddp, comm.rank, 0).backward()
+    before = pycomm.clip_grad_norm_(ddp, MAX_NORM)
+    optimizer.zero_grad()
+    return bool(before > 0), float(pycomm.clip_grad_norm_(ddp, MAX_NORM))
 
 
 @every_world_size

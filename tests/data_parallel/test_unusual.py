@@ -273,6 +273,35 @@ def messages_of_impossible_backwards(comm):
     return create_graph, sparse, message_of(PycommError, lambda: twice(x).sum().backward())
 
 
+# Clipping
+
+
+@every_world_size
+def test_gradients_that_the_user_stored_are_clipped(pool, world_size):
+    """Catches that the norm is taken of them, and what is scaled is the memory of the buckets."""
+    assert all(pool.run(world_size, clips_stored_gradients))
+
+
+def clips_stored_gradients(comm):
+    ddp = DataParallel(mlp(), comm)
+    ddp(batch(comm.rank)[0]).square().sum().backward()
+    stored = [3 * param.grad for param in ddp.parameters()]
+    for param, grad in zip(ddp.parameters(), stored, strict=True):
+        param.grad = grad.clone()
+    norm = float(pycomm.clip_grad_norm_(ddp, 0.1))
+    now = float(pycomm.clip_grad_norm_(ddp, 1e9))
+    # 1e-6 is in the factor's denominator; the rest is the rounding of each product and of the result to fp32.
+    is_scaled = norm > 0.1 and abs(now - 0.1) <= 0.1 * (1e-6 / norm + 4 * 2**-24)
+    return is_scaled and norm == float(pycomm.clip_grad_norm_(stored_in(stored), 1e9))  # to the bit, on every rank
+
+
+def stored_in(grads):
+    params = [nn.Parameter(torch.zeros_like(grad)) for grad in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return params
+
+
 # Parameters that are not on the CPU
 
 
@@ -298,8 +327,8 @@ def refusals_of_other_devices(comm):
     ddp(batch(comm.rank)[0]).sum().backward()
     on_meta = nn.Parameter(torch.empty(4, device="meta"))
     on_meta.grad = torch.empty(4, device="meta")
-    for slot in ddp._engine.gradients.slots:
-        slot.param = on_meta
+    for trained in ddp._engine.gradients.params:
+        trained.param = on_meta
     events.clear()
     messages = [
         message_of(NotImplementedError, ShardedAdamW, ddp),
