@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
 
-__all__ = ["Communicator", "Flag", "Work", "init"]
+__all__ = ["Communicator", "Flag", "Work", "communicator_of", "init"]
 
 Number = TypeVar("Number", int, float)
 Result = TypeVar("Result")
@@ -52,6 +52,11 @@ class Communicator(FusedCalls, Messages):
     * ``ValueError`` / ``TypeError``: wrong arguments; nothing was sent.
     * ``MismatchError``: ranks called different things; nothing was written and the communicator stays usable.
     * ``PeerTimeoutError``, ``PeerLostError``: ranks are missing or gone; the communicator cannot be used any more.
+
+    Attributes:
+        key: a text that no other communicator of this process ever has; :func:`communicator_of` finds it again.
+        attached: what a layer above keeps for this communicator, and as long as it, by its class. It must refer to the
+            communicator weakly, or that lives until the next garbage collection.
     """
 
     def __init__(self, backend: Backend, timeout_s: float) -> None:
@@ -61,7 +66,8 @@ class Communicator(FusedCalls, Messages):
         self.name = backend.group
         self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
         self._finalizer.atexit = False
-        _open_at_exit().add(self)
+        self.key = _known().add(self)
+        self.attached: dict[type, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Communicator:
         """Itself: copies of a module that has a communicator communicate with it."""
@@ -310,24 +316,38 @@ def _close(backend: Backend, in_flight: InFlight, drain_s: float) -> None:
     in_flight.clear()
 
 
-class _OpenAtExit:
-    """Closes what is still open when the interpreter exits, the latest first, in ``_EXIT_DRAIN_S`` in all: daemon
-    threads may be in calls of any of them."""
+class _Known:
+    """The communicators of this process, by key. What is still open when the interpreter exits is closed then, the
+    latest first, in ``_EXIT_DRAIN_S`` in all: daemon threads may be in calls of any of them."""
 
     def __init__(self) -> None:
-        self._communicators: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
+        self.by_key: weakref.WeakValueDictionary[str, Communicator] = weakref.WeakValueDictionary()
         self._numbers = itertools.count()
         atexit.register(self._close)
 
-    def add(self, communicator: Communicator) -> None:
-        self._communicators[next(self._numbers)] = communicator
+    def add(self, communicator: Communicator) -> str:
+        key = f"{communicator.name}#{next(self._numbers)}"
+        self.by_key[key] = communicator
+        return key
 
     def _close(self) -> None:
         deadline = time.monotonic() + _EXIT_DRAIN_S
-        for _, communicator in sorted(self._communicators.items(), reverse=True):
+        for communicator in reversed(list(self.by_key.values())):
             communicator._leave(max(deadline - time.monotonic(), 0.0))
 
 
 @functools.cache
-def _open_at_exit() -> _OpenAtExit:
-    return _OpenAtExit()
+def _known() -> _Known:
+    return _Known()
+
+
+def communicator_of(key: str) -> Communicator:
+    """The communicator of that :attr:`Communicator.key`: operators of torch.library take texts, not objects.
+
+    Raises:
+        ValueError: it is gone, or never was.
+    """
+    found = _known().by_key.get(key)
+    if found is None:
+        raise ValueError(f"no communicator has the name {key!r} any more: keep it while its layers are used")
+    return found

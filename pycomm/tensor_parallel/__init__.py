@@ -5,7 +5,6 @@ docs/tensor_parallel.md explains them.
 """
 
 from pycomm.tensor_parallel.checkpoint import full_state_dict, load_safetensors, meta_parameters, sharded_state_dict
-from pycomm.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from pycomm.tensor_parallel.dropout import ParallelDropout, counter_dropout
 from pycomm.tensor_parallel.functional import (
     all_gather,
@@ -22,10 +21,11 @@ from pycomm.tensor_parallel.layers import (
     VocabParallelEmbedding,
     sum_gradients,
 )
-from pycomm.tensor_parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
 from pycomm.tensor_parallel.parallelize import parallelize, shards_of
 from pycomm.tensor_parallel.plans import auto_plan
+from pycomm.tensor_parallel.products import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
 from pycomm.tensor_parallel.shards import Shard, shard_sizes
+from pycomm.tensor_parallel.vocabulary import vocab_parallel_cross_entropy
 
 __all__ = [
     "ColumnParallelLinear",

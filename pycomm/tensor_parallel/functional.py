@@ -27,10 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycomm.communicator import Communicator
-from pycomm.tensor_parallel.fused_any import row_counts
-from pycomm.tensor_parallel.groups import communicator, group_name
-from pycomm.tensor_parallel.operators import define
+from pycomm.communicator import Communicator, communicator_of
+from pycomm.tensor_parallel.library import define
 from pycomm.tensor_parallel.shards import shard_sizes, start_of
 
 __all__ = [
@@ -46,13 +44,13 @@ __all__ = [
 
 def copy_to_ranks(x: Tensor, comm: Communicator) -> Tensor:
     """A copy of x, which every rank has; its gradient is the sum of the ranks'."""
-    out: Tensor = _copy(x, group_name(comm))
+    out: Tensor = _copy(x, comm.key)
     return out
 
 
 def reduce_from_ranks(x: Tensor, comm: Communicator) -> Tensor:
     """The sum of the ranks' x, in rank order; the gradient, which is the same on every rank, goes to each of them."""
-    out: Tensor = _reduce(x, group_name(comm))
+    out: Tensor = _reduce(x, comm.key)
     return out
 
 
@@ -62,13 +60,13 @@ def gather_from_ranks(x: Tensor, comm: Communicator, dim: int = -1, sizes: Seque
     Args:
         sizes: of ``dim`` on each rank; None: found out by a small collective. Under torch.compile None means equal.
     """
-    out: Tensor = _gather(x, dim % x.dim(), sizes_of(x, dim, sizes, comm), group_name(comm))
+    out: Tensor = _gather(x, dim % x.dim(), sizes_of(x, dim, sizes, comm), comm.key)
     return out
 
 
 def scatter_to_ranks(x: Tensor, comm: Communicator, dim: int = -1) -> Tensor:
     """This rank's part of an x that every rank has; a copy. The gradients of the parts are concatenated."""
-    out: Tensor = _scatter(x, dim % x.dim(), group_name(comm))
+    out: Tensor = _scatter(x, dim % x.dim(), comm.key)
     return out
 
 
@@ -77,7 +75,7 @@ def all_gather(x: Tensor, comm: Communicator, dim: int = -2, sizes: Sequence[int
 
     ``sizes`` as in :func:`gather_from_ranks`.
     """
-    out: Tensor = _all_gather(x, dim % x.dim(), sizes_of(x, dim, sizes, comm), group_name(comm))
+    out: Tensor = _all_gather(x, dim % x.dim(), sizes_of(x, dim, sizes, comm), comm.key)
     return out
 
 
@@ -88,7 +86,7 @@ def reduce_scatter(x: Tensor, comm: Communicator, dim: int = -2, sizes: Sequence
         sizes: of each rank's part; None: by the rule of ``torch.chunk``.
     """
     parts = shard_sizes(x.shape[dim], comm.world_size) if sizes is None else list(sizes)
-    out: Tensor = _reduce_scatter(x, dim % x.dim(), parts, group_name(comm))
+    out: Tensor = _reduce_scatter(x, dim % x.dim(), parts, comm.key)
     return out
 
 
@@ -98,17 +96,17 @@ def sizes_of(x: Tensor, dim: int, sizes: Sequence[int] | None, comm: Communicato
         return list(sizes)
     if torch.compiler.is_compiling() or comm.world_size == 1:
         return [x.shape[dim]] * comm.world_size
-    return row_counts(comm, x.shape[dim])
+    return [int(size) for (size,) in comm.agree([x.shape[dim]])]
 
 
 def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    communicator(group).all_reduce(out)
+    communicator_of(group).all_reduce(out)
     return out
 
 
 def _concatenate(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
-    comm = communicator(group)
+    comm = communicator_of(group)
     if sizes[comm.rank] != x.shape[dim]:
         raise ValueError(f"this rank has {x.shape[dim]} of dimension {dim}, sizes says {sizes[comm.rank]}")
     shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
@@ -123,13 +121,13 @@ def _concatenate(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tenso
 
 
 def _own_part(x: Tensor, dim: int, group: str) -> Tensor:
-    comm = communicator(group)
+    comm = communicator_of(group)
     sizes = shard_sizes(x.shape[dim], comm.world_size)
     return x.narrow(dim, start_of(sizes, comm.rank), sizes[comm.rank]).clone(memory_format=torch.contiguous_format)
 
 
 def _sum_of_own_part(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
-    comm = communicator(group)
+    comm = communicator_of(group)
     parts = [part.flatten() for part in x.split(sizes, dim)]
     out = x.new_empty(*x.shape[:dim], sizes[comm.rank], *x.shape[dim + 1 :])
     comm.reduce_scatter(out, torch.cat(parts), input_splits=[part.numel() for part in parts])
@@ -145,12 +143,12 @@ def _whole(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
 
 
 def _part(x: Tensor, dim: int, group: str) -> Tensor:
-    comm = communicator(group)
+    comm = communicator_of(group)
     return x.new_empty(*x.shape[:dim], shard_sizes(x.shape[dim], comm.world_size)[comm.rank], *x.shape[dim + 1 :])
 
 
 def _part_of(x: Tensor, dim: int, sizes: Sequence[int], group: str) -> Tensor:
-    return x.new_empty(*x.shape[:dim], sizes[communicator(group).rank], *x.shape[dim + 1 :])
+    return x.new_empty(*x.shape[:dim], sizes[communicator_of(group).rank], *x.shape[dim + 1 :])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -163,11 +161,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _parts_again(ctx: Any) -> list[int]:
-    return shard_sizes(ctx.total, communicator(ctx.group).world_size)
+    return shard_sizes(ctx.total, communicator_of(ctx.group).world_size)
 
 
 def _narrowed(ctx: Any, grad: Tensor) -> Tensor:
-    rank = communicator(ctx.group).rank
+    rank = communicator_of(ctx.group).rank
     return grad.narrow(ctx.dim, start_of(ctx.sizes, rank), ctx.sizes[rank])
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycomm.communicator import Communicator
-from pycomm.tensor_parallel import overlap as fused
+from pycomm.tensor_parallel import products
 from pycomm.tensor_parallel.functional import all_gather
 from pycomm.tensor_parallel.layers import ParallelLayer, is_linear, out_features_of
 from pycomm.tensor_parallel.shards import Shard, shard_bounds
@@ -82,7 +82,7 @@ class RepeatedHeadsLinear(ParallelLayer):
         weight = all_gather(self.matrix, self.comm, 0, sizes)[rows]
         bias = None if self.bias is None else all_gather(self.bias, self.comm, 0, sizes)[rows]
         if self.reduce_input:
-            out = fused.copy_matmul(x, weight, self.comm, bias, overlap=self.overlap)
+            out = products.copy_matmul(x, weight, self.comm, bias, overlap=self.overlap)
         else:
             out = F.linear(x, weight, bias)
         if not self._repeat:

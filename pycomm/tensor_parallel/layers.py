@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pycomm.annotations import check_at_least, check_types
 from pycomm.checkpoints import Part
 from pycomm.communicator import Communicator
-from pycomm.tensor_parallel import overlap as fused
+from pycomm.tensor_parallel import products
 from pycomm.tensor_parallel.functional import (
     copy_to_ranks,
     gather_from_ranks,
@@ -33,8 +33,8 @@ from pycomm.tensor_parallel.functional import (
     reduce_scatter,
     scatter_to_ranks,
 )
-from pycomm.tensor_parallel.lookup import vocab_lookup
 from pycomm.tensor_parallel.shards import Shard, shard_bounds
+from pycomm.tensor_parallel.vocabulary import vocab_lookup
 
 __all__ = ["ColumnParallelLinear", "ParallelLayer", "RowParallelLinear", "VocabParallelEmbedding", "sum_gradients"]
 
@@ -210,9 +210,9 @@ class ColumnParallelLinear(ParallelLayer):
         """[…, in_features] (with sequence_parallel this rank's rows) -> […, this rank's outputs, or all of them]."""
         weight = self.matrix
         if self.sequence_parallel:
-            out = fused.all_gather_matmul(x, weight, self.comm, self.bias, overlap=self.overlap)
+            out = products.all_gather_matmul(x, weight, self.comm, self.bias, overlap=self.overlap)
         elif self.reduce_input:
-            out = fused.copy_matmul(x, weight, self.comm, self.bias, overlap=self.overlap)
+            out = products.copy_matmul(x, weight, self.comm, self.bias, overlap=self.overlap)
         else:
             out = F.linear(x, weight, self.bias)
         if self.pad_empty and weight.shape[0] == 0:
@@ -288,7 +288,7 @@ class RowParallelLinear(ParallelLayer):
             x = _own_features(x, self)
         elif x.shape[-1] != self.matrix.shape[1]:
             x = self._without_padding(x)
-        product = fused.matmul_reduce_scatter if self.sequence_parallel else fused.matmul_all_reduce
+        product = products.matmul_reduce_scatter if self.sequence_parallel else products.matmul_all_reduce
         return product(x, self.matrix, self.comm, self.bias, overlap=self.overlap)
 
     def _without_padding(self, x: Tensor) -> Tensor:

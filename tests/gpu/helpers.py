@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import pycomm
 from pycomm import Communicator
 from pycomm.backends import Capabilities
+from pycomm.communicator import _known
 from tests.host.reduce_reference import STORAGE, Raw
 from tests.pool import file_store
 
@@ -34,7 +36,7 @@ def from_gpu(dtype: str, tensor: torch.Tensor) -> Raw:
 class SharedGpu:
     """Ranks that are processes of one GPU, as a communicator of CUDA tensors; NCCL takes one rank a GPU.
 
-    It has what fused products ask of one, staged through the host, and the ranks' mapped memory is real.
+    It has what products with communication ask of one, staged through the host, and the ranks' mapped memory is real.
     """
 
     capabilities = Capabilities(orders_on_device=True)
@@ -42,13 +44,21 @@ class SharedGpu:
     def __init__(self, host: Communicator) -> None:
         self.rank, self.world_size, self.name = host.rank, host.world_size, host.name
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.timeout_s, self.attached = host.timeout_s, {}
+        self.key = _known().add(self)
         self._host = host
+
+    def _leave(self, drain_s: float) -> None:
+        """At interpreter exit; the host's communicator leaves."""
 
     def on_host(self) -> Communicator | None:
         return self._host.split(0)
 
     def agree(self, row: Sequence[int]) -> list[list[int]]:
         return self._host.agree(row)
+
+    def all_or_none(self, action: Callable[[], Any]) -> Any:
+        return self._host.all_or_none(action)
 
     def when_it_fails(self, callback: Callable[[], None]) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Fused products on a GPU that several processes share: results, gradients, and the same bits with and without overlap.
+"""Products with communication on a GPU that several processes share: results, gradients, bits with and without overlap.
 
 Over NCCL, with a GPU a rank, where there are two.
 """
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import pycomm
-from pycomm.tensor_parallel.groups import cuda_products
+from pycomm.tensor_parallel.products import products_of
+from pycomm.tensor_parallel.products.cuda import CudaProducts
 from tests.gpu.helpers import SharedGpu, nccl_of, needs_gpus
-from tests.tensor_parallel import test_overlap
+from tests.tensor_parallel import test_products
 
 CHECKS = ["check_all_gather", "check_reduce", "check_copy"]
 
@@ -19,11 +20,11 @@ CHECKS = ["check_all_gather", "check_reduce", "check_copy"]
 def every_case(host, name, store=None):
     if store is not None:
         with nccl_of(host, store) as comm, torch.device(comm.device):
-            return cuda_products(comm) is not None and test_overlap.every_case(comm, name)
+            return isinstance(products_of(comm), CudaProducts) and test_products.every_case(comm, name)
     comm = SharedGpu(host)
     with torch.device(comm.device):
-        assert cuda_products(comm) is not None
-        return test_overlap.every_case(comm, name)
+        assert isinstance(products_of(comm), CudaProducts)
+        return test_products.every_case(comm, name)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -41,7 +42,7 @@ def test_over_nccl(pool, name, tmp_path):
 def bits(host, overlap):
     comm = SharedGpu(host)
     with torch.device(comm.device):
-        return test_overlap.bits_of(comm, overlap, False)
+        return test_products.bits_of(comm, overlap)
 
 
 def test_overlap_does_not_change_a_bit(pool):

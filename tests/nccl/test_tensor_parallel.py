@@ -1,4 +1,4 @@
-"""Fused products on NCCL: by collectives, and by overlapped products, whose place sums over the host take here.
+"""Products on NCCL: by collectives, and overlapped ones, whose place sums over the host take here.
 
 What is tested is all that lies around ``OverlappedMatmuls``: layouts, what ranks agree on, workspaces, the backward
 halves, results. Itself it runs in tests/cuda_on_cpu, and on a GPU in tests/gpu.
@@ -18,11 +18,17 @@ from torch import Tensor
 
 from pycomm import Communicator
 from pycomm.errors import BackendUnavailableError, PycommError
-from pycomm.tensor_parallel.groups import cuda_products
-from pycomm.tensor_parallel.overlap import all_gather_matmul, copy_matmul, matmul_all_reduce, matmul_reduce_scatter
+from pycomm.tensor_parallel.products import (
+    all_gather_matmul,
+    copy_matmul,
+    matmul_all_reduce,
+    matmul_reduce_scatter,
+    products_of,
+)
+from pycomm.tensor_parallel.products.cuda import CudaProducts
 from tests.nccl.helpers import read_by_the_host, run
 from tests.pool import Pool
-from tests.tensor_parallel import test_overlap
+from tests.tensor_parallel import test_products
 
 Rows = Sequence[int]
 RAGGED = [[1, 1, 1], [0, 9, 2], [300, 1, 0], [0, 2000, 0]]
@@ -113,7 +119,7 @@ class OneStream:
 @contextlib.contextmanager
 def mapped() -> Iterator[list[HostSums]]:
     HostSums.made.clear()
-    module = "pycomm.tensor_parallel.cuda_products"
+    module = "pycomm.tensor_parallel.products.cuda"
     with (
         patch(f"{module}.kernel_device", lambda index: 0),
         patch(f"{module}.KernelRanks", HostRanks),
@@ -127,8 +133,8 @@ def mapped() -> Iterator[list[HostSums]]:
 def cases(comm: Communicator) -> set[tuple[str, bool]]:
     with mapped() as made:
         for name in ("check_all_gather", "check_reduce", "check_copy"):
-            assert test_overlap.every_case(comm, name)
-        assert test_overlap.ragged(comm, [rows[: comm.world_size] for rows in RAGGED])
+            assert test_products.every_case(comm, name)
+        assert test_products.ragged(comm, [rows[: comm.world_size] for rows in RAGGED])
         return {call for workspace in made for call in workspace.calls}
 
 
@@ -151,10 +157,10 @@ class Unmapped(HostRanks):
 
 def by_collectives(comm: Communicator) -> None:
     """Where memory cannot be mapped on one rank, all ranks go by collectives."""
-    with mapped() as made, patch("pycomm.tensor_parallel.cuda_products.KernelRanks", Unmapped):
-        assert cuda_products(comm) is None
+    with mapped() as made, patch("pycomm.tensor_parallel.products.cuda.KernelRanks", Unmapped):
+        assert not isinstance(products_of(comm), CudaProducts)
         for name in ("check_all_gather", "check_reduce", "check_copy"):
-            assert test_overlap.every_case(comm, name)
+            assert test_products.every_case(comm, name)
         assert not made
 
 
@@ -166,9 +172,9 @@ def one_build_without_kernels(comm: Communicator) -> None:
             raise BackendUnavailableError("this build of pycomm has no CUDA code")
         return 0
 
-    module = "pycomm.tensor_parallel.cuda_products"
+    module = "pycomm.tensor_parallel.products.cuda"
     with mapped(), patch(f"{module}.kernel_device", device), patch(f"{module}.KernelRanks", None):
-        assert cuda_products(comm) is None
+        assert not isinstance(products_of(comm), CudaProducts)
 
 
 @pytest.mark.parametrize("body", [by_collectives, one_build_without_kernels])
@@ -176,15 +182,16 @@ def test_by_collectives(pool: Pool, standin: Path, tmp_path: Path, body: Callabl
     run(pool, 2, standin, tmp_path, body)
 
 
-def bits(comm: Communicator, overlap: bool) -> list[bytes]:
-    with mapped():
-        found: list[bytes] = test_overlap.bits_of(comm, overlap, False)
+def bits(comm: Communicator, overlap: bool, ranks: type[HostRanks]) -> list[bytes]:
+    with mapped(), patch("pycomm.tensor_parallel.products.cuda.KernelRanks", ranks):
+        found: list[bytes] = test_products.bits_of(comm, overlap)
         return found
 
 
-def test_overlap_does_not_change_a_bit(pool: Pool, standin: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [HostRanks, Unmapped])
+def test_overlap_does_not_change_a_bit(pool: Pool, standin: Path, tmp_path: Path, ranks: type[HostRanks]) -> None:
     (again := tmp_path / "again").mkdir()
-    assert run(pool, 3, standin, tmp_path, bits, True) == run(pool, 3, standin, again, bits, False)
+    assert run(pool, 3, standin, tmp_path, bits, True, ranks) == run(pool, 3, standin, again, bits, False, ranks)
 
 
 def different_calls(comm: Communicator, check: Callable[..., Any], *args: Any) -> Any:
@@ -195,8 +202,8 @@ def different_calls(comm: Communicator, check: Callable[..., Any], *args: Any) -
 def test_different_calls_are_named(pool: Pool, standin: Path, tmp_path: Path) -> None:
     for index, (check, args) in enumerate(
         [
-            *((test_overlap.mismatch, (name,)) for name in ("all_gather_matmul", "matmul_all_reduce")),
-            (test_overlap.different_operators, ()),
+            *((test_products.mismatch, (name,)) for name in ("all_gather_matmul", "matmul_all_reduce")),
+            (test_products.different_operators, ()),
         ]
     ):
         (folder := tmp_path / str(index)).mkdir()

@@ -6,17 +6,15 @@ import torch
 from pycomm.tensor_parallel import (
     all_gather,
     copy_to_ranks,
-    cross_entropy,
     functional,
-    fused_operators,
     gather_from_ranks,
-    lookup,
-    operators,
+    library,
     reduce_from_ranks,
     reduce_scatter,
     scatter_to_ranks,
+    vocabulary,
 )
-from pycomm.tensor_parallel.groups import group_name
+from pycomm.tensor_parallel.products import operators
 from tests.tensor_parallel.helpers import part
 
 WORLD_SIZES = [1, 2, 3, 4]
@@ -74,7 +72,7 @@ def test_second_derivatives_of_a_copy(pool):
 
 def check_operators(comm):
     """torch.library.opcheck: schema, fake kernel, autograd registration, tracing with static and dynamic shapes."""
-    group = group_name(comm)
+    group = comm.key
     n = comm.world_size
 
     def x(*shape):
@@ -88,30 +86,29 @@ def check_operators(comm):
         (functional._scatter, (x(2, 4 * n), 1, group)),
         (functional._all_gather, (x(2, 4), 1, sizes, group)),
         (functional._reduce_scatter, (x(2, 4 * n), 1, sizes, group)),
-        (fused_operators.all_gather_matmul_op, (x(4, 3), x(5, 3), x(5), sizes, group, True)),
-        (fused_operators.matmul_reduce_scatter_op, (x(4 * n, 3), x(5, 3), x(5), group, True)),
-        (fused_operators.matmul_all_reduce_op, (x(4, 3), x(5, 3), x(5), group, True)),
-        (fused_operators.copy_matmul_op, (x(4, 3), x(5, 3), x(5), group, True)),
+        (operators._all_gather_matmul, (x(4, 3), x(5, 3), x(5), sizes, True, group)),
+        (operators._matmul_reduce_scatter, (x(4 * n, 3), x(5, 3), x(5), True, group)),
+        (operators._matmul_all_reduce, (x(4, 3), x(5, 3), x(5), True, group)),
+        (operators._copy_matmul, (x(4, 3), x(5, 3), x(5), True, group)),
     ]
     ids = torch.tensor([0, 2, 5])
     calls += [
-        (cross_entropy._token_losses, (x(3, 4), torch.tensor([0, 1, -100]), -100, 0.1, 0.1, group)),
-        (lookup._lookup, (ids, x(4, 3), 0, 4 * n + 2, -1)),
+        (vocabulary._token_losses, (x(3, 4), torch.tensor([0, 1, -100]), -100, 0.1, 0.1, group)),
+        (vocabulary._lookup, (ids, x(4, 3), 0, 4 * n + 2, -1)),
     ]
     grad = x(4, 5).detach()
     alone = [
-        (fused_operators._all_gather_matmul_backward, (x(4 * n, 5), x(4, 3), x(5, 3), sizes, group, True, True, True)),
-        (fused_operators._matmul_reduce_scatter_backward, (grad, x(4 * n, 3), x(5, 3), group, True, True, False, True)),
-        (fused_operators._copy_matmul_backward, (grad, x(4, 3), x(5, 3), group, True, True, True)),
-        (cross_entropy._logits_gradient, (x(4), x(4, 3), x(4), torch.tensor([0, -1, 2, 1, 3 * n]), 0.1, 0.1)),
-        (lookup._lookup_gradient, (x(3, 5), ids, 0, 4, -1)),
+        (operators._all_gather_matmul_backward, (x(4 * n, 5), x(4, 3), x(5, 3), sizes, True, True, True, False, group)),
+        (operators._matmul_reduce_scatter_backward, (grad, x(4 * n, 3), x(5, 3), True, True, False, True, group)),
+        (operators._matmul_all_reduce_backward, (grad, x(4, 3), x(5, 3), True, False, True, True, group)),
+        (operators._copy_matmul_backward, (grad, x(4, 3), x(5, 3), True, True, True, True, group)),
+        (vocabulary._logits_gradient, (x(4), x(4, 3), x(4), torch.tensor([0, -1, 2, 1, 3 * n]), 0.1, 0.1)),
+        (vocabulary._lookup_gradient, (x(3, 5), ids, 0, 4, -1)),
     ]
     calls += [
         (operator, tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in args)) for operator, args in alone
     ]
-    assert {operator.operator.name() for operator, _ in calls} == operators._library._op_defs, (
-        "every operator is checked"
-    )
+    assert {operator.operator.name() for operator, _ in calls} == library._library._op_defs, "every operator is checked"
     outcomes = {}
     for operator, args in calls:
         name = operator.operator.name()

@@ -1,7 +1,7 @@
 """Registration of pycomm's differentiable operators with torch.library, and a short way to them for eager calls.
 
-Through ``Library.define`` and ``impl``, which cost about a third of ``torch.library.custom_op`` a call. Groups are
-passed by name (``groups.py``).
+Through ``Library.define`` and ``impl``, which cost about a third of ``torch.library.custom_op`` a call. A
+communicator is passed by its key.
 
 A call goes through torch's dispatcher where somebody listens there: torch.compile and other tracers, dispatch modes,
 functorch, tensor subclasses. Anyone else gets the same implementation and the same gradient through a plain
@@ -49,17 +49,17 @@ def define(
     _library.impl(name, implementation, "CPU")
     _library.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"pycomm::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"pycomm::{name}", backward, setup_context=setup_context, lib=_library)
+    gradient = backward or _no_gradient(name)
+    torch.library.register_autograd(f"pycomm::{name}", gradient, setup_context=setup_context, lib=_library)
     operator = getattr(torch.ops.pycomm, name).default
-    function = None if backward is None else _function(name, implementation, setup_context, backward)
+    function = _function(name, implementation, setup_context, gradient)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched(args):
             return operator(*args)
         if not torch.is_grad_enabled() or not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             return implementation(*args)
-        return operator(*args) if function is None else function.apply(*args)
+        return function.apply(*args)
 
     call.operator = operator  # type: ignore[attr-defined]
     return call
@@ -72,6 +72,13 @@ def _is_watched(args: tuple[Any, ...]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or any(isinstance(arg, Tensor) and type(arg) not in _PLAIN for arg in args)
     )
+
+
+def _no_gradient(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(f"pycomm::{name} is a gradient, and has none itself: second gradients are not there")
+
+    return refuse
 
 
 def _function(

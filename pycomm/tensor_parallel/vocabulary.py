@@ -1,8 +1,8 @@
-"""Cross-entropy of logits whose vocabulary is cut over the ranks; nobody ever has all of them.
+"""Work on a vocabulary that is cut over the ranks: looking up ids in own rows, and cross-entropy of own logits.
 
-Per token, ranks exchange the largest logit, the sum of exponentials, the target's logit and, with label smoothing, the
-sum of logits: 8 to 16 bytes instead of the vocabulary. The only tensor of the logits' size that is made is
-their gradient; exponentials of the forward pass are made a block of rows at a time.
+**Cross-entropy.** Nobody ever has all logits. Per token, ranks exchange the largest logit, the sum of exponentials, the
+target's logit and, with label smoothing, the sum of logits: 8 to 16 bytes instead of the vocabulary. The only tensor
+of the logits' size that is made is their gradient; exponentials of the forward pass are made a block of rows at a time.
 
 Ref: "Megatron-LM" (2019), section 3; z-loss: "PaLM: Scaling Language Modeling with Pathways" (2022), section 5.
 """
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycomm.communicator import Communicator
+from pycomm.communicator import Communicator, communicator_of
 from pycomm.errors import MismatchError
-from pycomm.tensor_parallel.groups import communicator, group_name
-from pycomm.tensor_parallel.operators import define
+from pycomm.tensor_parallel.library import define
 
-__all__ = ["vocab_parallel_cross_entropy"]
+__all__ = ["vocab_lookup", "vocab_parallel_cross_entropy"]
 
 _BLOCK_ELEMENTS = 1 << 18  # exponentials at a time: 1 MiB of fp32, which stays in a core's cache
 
@@ -55,7 +54,7 @@ def vocab_parallel_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing}: it is between 0 and 1")
     losses, _, _ = _token_losses(
-        logits.flatten(0, -2), target.flatten(), ignore_index, label_smoothing, z_loss, group_name(comm)
+        logits.flatten(0, -2), target.flatten(), ignore_index, label_smoothing, z_loss, comm.key
     )
     total: Tensor = losses.sum() / (target != ignore_index).sum()
     return total
@@ -76,7 +75,7 @@ def _layout(logits: Tensor, comm: Communicator) -> tuple[int, int]:
 def _token_losses_impl(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    comm = communicator(group)
+    comm = communicator_of(group)
     start, total = _layout(logits, comm)
     counted = target != ignore_index
     if ((target < 0) | (target >= total)).logical_and_(counted).any():
@@ -173,4 +172,71 @@ _logits_gradient = define(
     "float z_loss) -> Tensor",
     _logits_gradient_impl,
     lambda grad, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
+
+
+def vocab_lookup(ids: Tensor, weight: Tensor, start: int, total: int, padding_idx: int | None = None) -> Tensor:
+    """Rows of ``weight`` for the ids that it has, zeros for the others. No communication.
+
+    Args:
+        ids: […] int64 or int32, of the whole vocabulary.
+        weight: [rows, D], rows ``start`` to ``start + rows`` of the whole.
+        total: size of the whole vocabulary.
+        padding_idx: an id whose row gets no gradient.
+
+    Raises:
+        IndexError: an id is outside the vocabulary (checked on the host only: a GPU would have to wait for it).
+    """
+    out: Tensor = _lookup(ids, weight, start, total, -1 if padding_idx is None else padding_idx)
+    return out
+
+
+def _lookup_impl(ids: Tensor, weight: Tensor, start: int, total: int, padding_idx: int) -> Tensor:
+    if not ids.is_cuda and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= total):
+        raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())}: the vocabulary has {total}")
+    local = ids.flatten() - start
+    others = (local < 0) | (local >= weight.shape[0])
+    if weight.shape[0] == 0:
+        return weight.new_zeros(*ids.shape, weight.shape[1])
+    out = weight.new_empty(*ids.shape, weight.shape[1])
+    rows = out.view(-1, weight.shape[1])
+    torch.index_select(weight, 0, local.masked_fill_(others, 0), out=rows)
+    rows.masked_fill_(others.unsqueeze(1), 0.0)
+    return out
+
+
+def _lookup_fake(ids: Tensor, weight: Tensor, start: int, total: int, padding_idx: int) -> Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+def _gradient_impl(grad: Tensor, ids: Tensor, start: int, rows: int, padding_idx: int) -> Tensor:
+    local = ids.flatten() - start
+    mine = (local >= 0) & (local < rows) & (ids.flatten() != padding_idx)
+    chosen = mine.nonzero().squeeze(1)
+    out = grad.new_zeros(rows, grad.shape[-1])
+    return out.index_add_(0, local[chosen], grad.flatten(0, -2)[chosen])
+
+
+def _setup_lookup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, weight, ctx.start, _, ctx.padding_idx = inputs
+    ctx.rows = weight.shape[0]
+    ctx.save_for_backward(ids)
+
+
+def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (ids,) = ctx.saved_tensors
+    return None, _lookup_gradient(grad, ids, ctx.start, ctx.rows, ctx.padding_idx), None, None, None
+
+
+_lookup = define(
+    "vocab_lookup(Tensor ids, Tensor weight, int start, int total, int padding_idx) -> Tensor",
+    _lookup_impl,
+    _lookup_fake,
+    setup_context=_setup_lookup,
+    backward=_lookup_backward,
+)
+_lookup_gradient = define(
+    "vocab_lookup_gradient(Tensor grad, Tensor ids, int start, SymInt rows, int padding_idx) -> Tensor",
+    _gradient_impl,
+    lambda grad, ids, start, rows, padding_idx: grad.new_empty(rows, grad.shape[-1]),
 )
