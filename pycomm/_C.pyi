@@ -112,6 +112,21 @@ def num_heard() -> int:
 def last_heard() -> tuple[list[int], str]:
     """The last one: the processes at its root, and its text."""
 
+def expect_ranks(world_size: int, /) -> None:
+    """A group of several hosts has so many ranks: the way from a wait to its root may be that long."""
+
+def serve_callers() -> None:
+    """The calling thread runs calls of other threads, so that its waits are theirs."""
+
+def shown_waits() -> tuple[bool, list[tuple[int, int]], str]:
+    """Whether this process has waited for a while; the processes at the root of that, by their tokens, and over how
+    many others; what the first of them is in."""
+
+class ShownWait:
+    """Operations of this process wait for ranks of other hosts; as long as it lives, peers see the roots of that."""
+
+    def show(self, processes: Sequence[tuple[int, int]], text: str, /) -> None: ...
+
 class Activity:
     """In its block, peers on this host whose wait for this process runs out are told that it is in ``what``."""
 

@@ -79,6 +79,7 @@ void bind_communicator(py::module_& module) {
           "finish", [](Work& work, int source) { work.finish(nullptr, source); }, py::arg("source") = -1)
       .def("finish_after", &Work::finish_after, py::arg("parts"))
       .def("done", &Work::done)
+      .def("is_awaited", &Work::is_awaited)
       .def("source", &Work::source)
       .def(
           "wait", [](Work& work, std::optional<double> timeout_s) { work.wait(timeout_s, &check_signals); },
