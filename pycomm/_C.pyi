@@ -84,8 +84,16 @@ class Work:
         """It is over, well, when all of ``parts`` are, well or not."""
 
     def done(self) -> bool: ...
+    def is_awaited(self) -> bool:
+        """Whether a thread waits for it, or is to be told of its end."""
+
     def source(self) -> int: ...
     def wait(self, timeout_s: float | None = None) -> None: ...
+
+class LongWait:
+    """As long as it lives, a caller waits for ``work``, between the waits of which that is made, too."""
+
+    def __init__(self, work: Work) -> None: ...
 
 class Completions:
     """Tells one thread, which takes tokens, what operations are over. Whoever ends an operation runs no Python."""

@@ -222,7 +222,7 @@ std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
   run({.timeout_s = timeout_s}, [&](Group& group) {
     // Rank 0 has a socket to every rank, the others to rank 0 only: what comes from one is passed on to all.
     const auto& sockets = group.members().sockets;
-    const Meeting meeting = group.meeting("passing memory", {.kind = OpKind::kExchange});
+    const Meeting meeting = group.meeting("passing memory", {.kind = OpKind::kAgree});
     host::agree(group, group.rank());
     if (group.rank() != 0) send_fd(sockets[0], fd, static_cast<std::uint64_t>(group.rank()));
     for (std::size_t owner = 0; owner < fds.size(); ++owner) {

@@ -83,6 +83,18 @@ class Work {
   /// After the end of a receive: the rank that sent.
   int source() const;
 
+  /// A wait for an operation that is made of several.
+  class LongWait {
+   public:
+    explicit LongWait(std::shared_ptr<Work> work)
+        : work_(std::move(work)), counted_(work_->num_waiting_), shown_(ShownWait::Kind::kForWork, work_->owner_) {}
+
+   private:
+    std::shared_ptr<Work> work_;
+    Counted counted_;
+    ShownWait shown_;
+  };
+
  private:
   /// Call `listener` when the operation is over, at once if it is; in the thread that ends it, which shall not wait.
   void when_over(std::function<void()> listener);
