@@ -102,8 +102,8 @@ class Completions:
     def watch(self, work: Work, token: int) -> None:
         """``token`` comes out of ``take`` when ``work`` is over, at once if it is."""
 
-    def take(self) -> int | None:
-        """The next token, waiting for it; None once closed."""
+    def take(self, timeout_s: float | None = None) -> int | None:
+        """The next token, waiting for it; None once closed, TimeoutError after ``timeout_s``."""
 
     def close(self) -> None: ...
 
@@ -131,8 +131,12 @@ def shown_waits() -> tuple[bool, list[tuple[int, int]], str]:
     many others; what the first of them is in."""
 
 class ShownWait:
-    """Operations of this process wait for ranks of other hosts; as long as it lives, peers see the roots of that."""
+    """Operations of this process wait for ranks of other hosts; as long as it lives, peers see the roots of that.
 
+    ``of_caller``: somebody waits for operations; whose roots others show.
+    """
+
+    def __init__(self, of_caller: bool = False) -> None: ...
     def show(self, processes: Sequence[tuple[int, int]], text: str, /) -> None: ...
 
 class Activity:

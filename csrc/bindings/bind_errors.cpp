@@ -35,9 +35,11 @@ struct ActivityScope {
   std::optional<host::Activity> shown;
 };
 
-/// What other hosts have said of the roots of an operation's wait.
-struct WaitOfOtherHosts {
-  host::ShownWait shown{host::ShownWait::Kind::kInsideWork, nullptr};
+/// Of operations, with what other hosts have said of the roots; or of a caller, for operations.
+struct WaitFromPython {
+  explicit WaitFromPython(bool of_caller)
+      : shown(of_caller ? host::ShownWait::Kind::kForWork : host::ShownWait::Kind::kInsideWork, nullptr) {}
+  host::ShownWait shown;
 };
 
 /// Some of it may come from a peer's memory: whatever is not UTF-8 is replaced.
@@ -107,9 +109,9 @@ void bind_errors(py::module_& module) {
     for (std::uint32_t i = 0; i < waits.num_roots; ++i) roots.emplace_back(waits.roots[i].token, waits.roots[i].hops);
     return py::make_tuple(waits.is_waiting != 0, roots, text_of(host::text_in(waits.text)));
   });
-  py::class_<WaitOfOtherHosts>(module, "ShownWait")
-      .def(py::init<>())
-      .def("show", [](WaitOfOtherHosts& self, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& processes,
+  py::class_<WaitFromPython>(module, "ShownWait")
+      .def(py::init<bool>(), py::arg("of_caller") = false)
+      .def("show", [](WaitFromPython& self, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& processes,
                       const std::string& text) {
         host::Roots roots;
         for (const auto& [token, hops] : processes) roots.add({token, hops}, text);

@@ -147,9 +147,15 @@ class Cause:
 
 
 class Listener(Protocol):
-    """A back end that tells its peers what this process has heard of."""
+    """A back end that tells its peers what this process has heard of, and for whom it waits."""
 
     def on_heard(self, processes: Sequence[int], text: str) -> None: ...
+
+    def look(self) -> None:
+        """A caller waits, and has for a while: ask for whom the ranks that it misses wait."""
+
+    def rest(self) -> None:
+        """It does not any more."""
 
 
 @functools.cache

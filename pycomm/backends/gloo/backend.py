@@ -84,7 +84,7 @@ class HostsBackend(HostsCollectives, Backend):
         self._closed = False
         self._queue = CallQueue("pycomm-hosts")
         self._connecting: tuple[int, ...] = ()  # ranks of other hosts, to a part of this group
-        self._waits = Waits(self.rank, group, self._look, self._rest)
+        self._waits = Waits(self.rank, group, self.look, self.rest)
         self.tokens = list(tokens or [0] * self.world_size)
         for place, rank in enumerate(topology.neighbours):
             self.tokens[rank] = local.tokens[place]
@@ -211,6 +211,14 @@ class HostsBackend(HostsCollectives, Backend):
         if cause is not None and self._failure.cause is None and not self._closed and self._process == os.getpid():
             self._has_told = True
             self._tell(Frame(Kind.HEARD, self.rank, body=cause.encode().encode()))
+
+    def look(self) -> None:
+        if self._inquiry is not None:
+            self._inquiry.look()
+
+    def rest(self) -> None:
+        if self._inquiry is not None:
+            self._inquiry.rest()
 
     def close(self, drain_s: float) -> None:
         """Finish what is queued, tell the others, close all connections. Local; idempotent."""
@@ -379,14 +387,6 @@ class HostsBackend(HostsCollectives, Backend):
         peers = set() if self._mail is None else self._mail.missing()
         ranks = set(self._others) if None in peers else {peer for peer in peers if peer is not None}
         return ranks.union(self._steps.missing, self._connecting) if self._queue.is_awaited() else ranks
-
-    def _look(self) -> None:
-        if self._inquiry is not None:
-            self._inquiry.look()
-
-    def _rest(self) -> None:
-        if self._inquiry is not None:
-            self._inquiry.rest()
 
     def _cut(self, cause: Cause) -> None:
         """End all that waits on this rank."""

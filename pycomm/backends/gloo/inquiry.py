@@ -20,7 +20,8 @@ from pycomm.backends.gloo.frames import BODY_BYTES, Frame, FrameError, Kind
 
 __all__ = ["Inquiry"]
 
-_VALID_S = 1.0  # an answer; after that its rank is silent
+_SILENT_S = 0.9  # without an answer; below the time that a rank takes at its deadline (failure.py)
+_STALE_S = 2.0  # of an answer to a question of an earlier wait
 _ROOT = struct.Struct("<QI")  # token, hops
 _MOST_ROOTS = 64  # in an answer
 
@@ -29,9 +30,9 @@ Roots = list[tuple[int, int]]  # processes, by their tokens, and over how many o
 
 @dataclass
 class _Asked:
-    """A rank. ``pending``: it has not answered the last question."""
+    """A rank. ``asked_at``: of a question that it has not answered; 0: of none."""
 
-    pending: bool = False
+    asked_at: float = 0.0
     answered_at: float = 0.0
     is_waiting: bool = False
     roots: tuple[tuple[int, int], ...] = ()
@@ -88,11 +89,13 @@ class Inquiry:
     def ask(self, ranks: Collection[int]) -> None:
         """Does not wait for the answers. A rank that owes one is not asked again."""
         for rank in ranks:
+            now = time.monotonic()
             with self._lock:
-                asked = self._asked.setdefault(rank, _Asked())
-                if asked.pending:
+                asked = self._asked.get(rank, _Asked())
+                if asked.asked_at:
                     continue
-                asked.pending = True
+                self._asked[rank] = _Asked() if now - asked.answered_at > _STALE_S else asked
+                self._asked[rank].asked_at = now
             self._send(rank, Frame(Kind.ASK, self._rank))
 
     def roots(self, ranks: Collection[int]) -> tuple[Roots, str]:
@@ -105,7 +108,8 @@ class Inquiry:
         for rank in ranks:
             with self._lock:
                 asked = self._asked.get(rank, _Asked())
-                is_silent = time.monotonic() - asked.answered_at > _VALID_S
+                is_late = bool(asked.asked_at) and time.monotonic() - asked.asked_at > _SILENT_S
+                is_silent = is_late or not asked.answered_at
                 roots: tuple[tuple[int, int], ...] = ((self._tokens[rank], -1),)
                 text = f"rank {rank} does not answer (group {self._group!r})"
                 if not is_silent and asked.is_waiting:
@@ -129,10 +133,13 @@ class Inquiry:
         roots = tuple(_ROOT.iter_unpack(frame.body[:end]))
         text = frame.body[end:].decode(errors="replace")
         with self._lock:
-            self._asked[frame.rank] = _Asked(False, time.monotonic(), bool(frame.tag), roots, text)
+            self._asked[frame.rank] = _Asked(0.0, time.monotonic(), bool(frame.tag), roots, text)
 
     def _answer(self, rank: int) -> None:
         is_waiting, roots, text = _C.shown_waits()
+        if not is_waiting and (missing := self._missing()):  # for a caller that has only just begun to wait
+            self.ask(missing)
+            is_waiting, (roots, text) = True, self.roots(missing)
         if not is_waiting and (cause := self._heard.cause("ends")) is not None:  # and has not gone on since
             is_waiting, roots, text = True, [(root, 0) for root in cause.roots], cause.text
         roots = roots[:_MOST_ROOTS]
