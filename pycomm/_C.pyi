@@ -84,8 +84,16 @@ class Work:
         """It is over, well, when all of ``parts`` are, well or not."""
 
     def done(self) -> bool: ...
+    def is_awaited(self) -> bool:
+        """Whether a thread waits for it, or is to be told of its end."""
+
     def source(self) -> int: ...
     def wait(self, timeout_s: float | None = None) -> None: ...
+
+class LongWait:
+    """As long as it lives, a caller waits for ``work``, between the waits of which that is made, too."""
+
+    def __init__(self, work: Work) -> None: ...
 
 class Completions:
     """Tells one thread, which takes tokens, what operations are over. Whoever ends an operation runs no Python."""
@@ -94,8 +102,8 @@ class Completions:
     def watch(self, work: Work, token: int) -> None:
         """``token`` comes out of ``take`` when ``work`` is over, at once if it is."""
 
-    def take(self) -> int | None:
-        """The next token, waiting for it; None once closed."""
+    def take(self, timeout_s: float | None = None) -> int | None:
+        """The next token, waiting for it; None once closed, TimeoutError after ``timeout_s``."""
 
     def close(self) -> None: ...
 
@@ -111,6 +119,25 @@ def num_heard() -> int:
 
 def last_heard() -> tuple[list[int], str]:
     """The last one: the processes at its root, and its text."""
+
+def expect_ranks(world_size: int, /) -> None:
+    """A group of several hosts has so many ranks: the way from a wait to its root may be that long."""
+
+def serve_callers() -> None:
+    """The calling thread runs calls of other threads, so that its waits are theirs."""
+
+def shown_waits() -> tuple[bool, list[tuple[int, int]], str]:
+    """Whether this process has waited for a while; the processes at the root of that, by their tokens, and over how
+    many others; what the first of them is in."""
+
+class ShownWait:
+    """Operations of this process wait for ranks of other hosts; as long as it lives, peers see the roots of that.
+
+    ``of_caller``: somebody waits for operations; whose roots others show.
+    """
+
+    def __init__(self, of_caller: bool = False) -> None: ...
+    def show(self, processes: Sequence[tuple[int, int]], text: str, /) -> None: ...
 
 class Activity:
     """In its block, peers on this host whose wait for this process runs out are told that it is in ``what``."""

@@ -34,7 +34,8 @@ class PeerTimeoutError(PycommError, TimeoutError):
         op: what this rank was doing, such as ``"all_reduce(sum, float32[1024])"``.
         seq: the sequence number of that call in its group, from 1.
         group: the communicator's name.
-        missing_ranks: the ranks that had not arrived.
+        missing_ranks: the ranks at the root of the wait; those of ``group`` that wait for it, if the root is in none of
+            its ranks. The message names it then.
     """
 
     def __init__(

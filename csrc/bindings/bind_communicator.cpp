@@ -38,8 +38,11 @@ OpKind agreement_of(std::string_view kind) {
 /// Without the GIL. `check(missing)`: Python's, or None.
 std::unique_ptr<Communicator> connect(const Guest& guest, const host::Tuning& tuning, double timeout_s,
                                       std::vector<int> names, const py::object& check) {
-  host::Meeting meeting{
-      .names = std::move(names), .deadline = Deadline::after(timeout_s), .interrupt = &check_signals, .check = {}};
+  host::Meeting meeting{.names = std::move(names),
+                        .deadline = Deadline::after(timeout_s),
+                        .interrupt = &check_signals,
+                        .check = {},
+                        .expire = {}};
   if (!check.is_none()) {
     meeting.check = [&check](const std::vector<int>& missing) {
       const py::gil_scoped_acquire gil;
@@ -79,10 +82,13 @@ void bind_communicator(py::module_& module) {
           "finish", [](Work& work, int source) { work.finish(nullptr, source); }, py::arg("source") = -1)
       .def("finish_after", &Work::finish_after, py::arg("parts"))
       .def("done", &Work::done)
+      .def("is_awaited", &Work::is_awaited)
       .def("source", &Work::source)
       .def(
           "wait", [](Work& work, std::optional<double> timeout_s) { work.wait(timeout_s, &check_signals); },
           py::arg("timeout_s") = py::none(), NoGil());
+
+  py::class_<Work::LongWait>(module, "LongWait").def(py::init<std::shared_ptr<Work>>());
 
   py::class_<SymmetricBuffer>(module, "SymmetricBuffer", py::buffer_protocol()).def_buffer([](SymmetricBuffer& buffer) {
     return py::buffer_info(reinterpret_cast<std::uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.bytes()));

@@ -14,7 +14,7 @@ void bind_completions(py::module_& module) {
       .def(py::init<>())
       .def("watch", [](const std::shared_ptr<Completions>& self, host::Work& work,
                        std::uint64_t token) { work.announce(self, token); })
-      .def("take", &Completions::take, NoGil())
+      .def("take", &Completions::take, py::arg("timeout_s") = py::none(), NoGil())
       .def("close", &Completions::close);
 }
 

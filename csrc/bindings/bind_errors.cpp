@@ -35,6 +35,13 @@ struct ActivityScope {
   std::optional<host::Activity> shown;
 };
 
+/// Of operations, with what other hosts have said of the roots; or of a caller, for operations.
+struct WaitFromPython {
+  explicit WaitFromPython(bool of_caller)
+      : shown(of_caller ? host::ShownWait::Kind::kForWork : host::ShownWait::Kind::kInsideWork, nullptr) {}
+  host::ShownWait shown;
+};
+
 /// Some of it may come from a peer's memory: whatever is not UTF-8 is replaced.
 py::object text_of(const std::string& text) {
   PyObject* const decoded = PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace");
@@ -94,6 +101,22 @@ void bind_errors(py::module_& module) {
     const Root root = host::last_heard();
     return py::make_tuple(root.processes, text_of(root.text));
   });
+  module.def("expect_ranks", &host::expect_ranks);
+  module.def("serve_callers", &host::serve_callers);
+  module.def("shown_waits", [] {
+    const host::Waits waits = host::shown_waits();
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> roots;
+    for (std::uint32_t i = 0; i < waits.num_roots; ++i) roots.emplace_back(waits.roots[i].token, waits.roots[i].hops);
+    return py::make_tuple(waits.is_waiting != 0, roots, text_of(host::text_in(waits.text)));
+  });
+  py::class_<WaitFromPython>(module, "ShownWait")
+      .def(py::init<bool>(), py::arg("of_caller") = false)
+      .def("show", [](WaitFromPython& self, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& processes,
+                      const std::string& text) {
+        host::Roots roots;
+        for (const auto& [token, hops] : processes) roots.add({token, hops}, text);
+        self.shown.show(std::move(roots));
+      });
   py::class_<ActivityScope>(module, "Activity")
       .def(py::init<std::string>(), py::arg("what"))
       .def("__enter__", [](ActivityScope& self) { self.shown.emplace(self.what); })

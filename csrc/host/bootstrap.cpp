@@ -108,14 +108,15 @@ Error failed(const Meeting& meeting, const std::string& what) {
   return {ErrorKind::kGeneral, std::string(meeting.op) + ": " + what};
 }
 
-Error timeout_error(std::vector<int> missing, const Deadline& deadline, const char* op) {
+[[noreturn]] void expire(std::vector<int> missing, const Meeting& meeting) {
+  if (meeting.expire) meeting.expire(missing);
   std::string names;
   for (const int rank : missing) names += (names.empty() ? "" : ", ") + std::to_string(rank);
-  Error error(ErrorKind::kTimeout, std::string(op) + ": rank(s) " + names + " did not come within " +
-                                       std::to_string(deadline.timeout_s()) + " s");
-  error.op = op;
+  Error error(ErrorKind::kTimeout, std::string(meeting.op) + ": rank(s) " + names + " did not come within " +
+                                       std::to_string(meeting.deadline.timeout_s()) + " s");
+  error.op = meeting.op;
   error.ranks = std::move(missing);
-  return error;
+  throw error;
 }
 
 void look_at(const std::vector<int>& missing, const Meeting& meeting) {
@@ -151,7 +152,7 @@ class Reception {
       missing = missing_ranks();
       if (missing.empty()) return;
       look_at(missing, meeting_);
-      if (meeting_.deadline.expired(now)) throw timeout_error(std::move(missing), meeting_.deadline, meeting_.op);
+      if (meeting_.deadline.expired(now)) expire(std::move(missing), meeting_);
     }
   }
 
@@ -250,7 +251,7 @@ UniqueFd connect_to_leader(const Invitation& invitation, const Meeting& meeting)
     }
     if (errno != EAGAIN) lost_leader(meeting, "stopped to listen");
     look_at({meeting.name_of(0)}, meeting);  // others, strangers perhaps, wait to be accepted
-    if (meeting.deadline.expired()) throw timeout_error({meeting.name_of(0)}, meeting.deadline, meeting.op);
+    if (meeting.deadline.expired()) expire({meeting.name_of(0)}, meeting);
     ::poll(nullptr, 0, 10);
   }
 }
@@ -286,9 +287,7 @@ void follow(Membership& members, const std::string& address, const Meeting& meet
       if (::poll(&entry, 1, 0) <= 0) throw;
     }
   };
-  if (!wait_readable(socket, meeting.deadline, look)) {
-    throw timeout_error(leader, meeting.deadline, meeting.op);
-  }
+  if (!wait_readable(socket, meeting.deadline, look)) expire(leader, meeting);
   Welcome welcome;
   std::vector<UniqueFd> fds;
   if (!recv_message(socket, welcome, fds)) lost_leader(meeting, "gave up");
@@ -344,12 +343,9 @@ void send_fd(const UniqueFd& socket, int fd, std::uint64_t id) {
   send_message(socket, Tagged{.id = id}, std::span(&fd, 1));
 }
 
-UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Deadline& deadline,
-                 InterruptCheck interrupt) {
-  const auto look = [&] {
-    if (interrupt != nullptr) interrupt();
-  };
-  if (!wait_readable(socket, deadline, look)) throw timeout_error({sender}, deadline, "passing memory");
+UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Meeting& meeting) {
+  const auto look = [&] { look_at({sender}, meeting); };
+  if (!wait_readable(socket, meeting.deadline, look)) expire({sender}, meeting);
   Tagged tagged{.id = ~id};
   std::vector<UniqueFd> fds;
   const bool arrived = recv_message(socket, tagged, fds);

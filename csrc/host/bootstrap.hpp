@@ -61,6 +61,8 @@ struct Meeting {
   InterruptCheck interrupt = nullptr;
   /// Called about every 50 ms with the names of those that are still missing; throws if waiting for them is in vain.
   std::function<void(const std::vector<int>&)> check;
+  /// Called with them at the deadline, to throw a better error than meet() has.
+  std::function<void(const std::vector<int>&)> expire;
 
   int name_of(int rank) const { return names.empty() ? rank : names[static_cast<std::size_t>(rank)]; }
 };
@@ -75,7 +77,6 @@ Membership meet(int rank, int world_size, const Listener* listener, const std::s
 void send_fd(const UniqueFd& socket, int fd, std::uint64_t id);
 /// Receive it from rank `sender`. Throws Error if another one comes, that rank is gone, or the deadline passes; with
 /// errno's code if this process may have no more descriptors, after which the next one can be received.
-UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Deadline& deadline,
-                 InterruptCheck interrupt);
+UniqueFd recv_fd(const UniqueFd& socket, int sender, std::uint64_t id, const Meeting& meeting);
 
 }  // namespace pycomm::host

@@ -222,6 +222,7 @@ std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
   run({.timeout_s = timeout_s}, [&](Group& group) {
     // Rank 0 has a socket to every rank, the others to rank 0 only: what comes from one is passed on to all.
     const auto& sockets = group.members().sockets;
+    const Meeting meeting = group.meeting("passing memory", {.kind = OpKind::kAgree});
     host::agree(group, group.rank());
     if (group.rank() != 0) send_fd(sockets[0], fd, static_cast<std::uint64_t>(group.rank()));
     for (std::size_t owner = 0; owner < fds.size(); ++owner) {
@@ -230,7 +231,7 @@ std::vector<UniqueFd> Communicator::exchange_fds(int fd, double timeout_s) {
         if (!fds[owner]) throw_errno("duplicating a descriptor");
       } else {
         const std::size_t sender = group.rank() == 0 ? owner : 0;
-        fds[owner] = recv_fd(sockets[sender], static_cast<int>(sender), owner, group.deadline(), group.interrupt());
+        fds[owner] = recv_fd(sockets[sender], static_cast<int>(sender), owner, meeting);
       }
       if (group.rank() != 0) continue;
       for (std::size_t peer = 1; peer < fds.size(); ++peer) {
@@ -331,12 +332,8 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<std::int64_t> co
     if (!color) return;
     const SplitAddress& address = addresses[static_cast<std::size_t>(ranks.front())];
     const auto rank = std::find(ranks.begin(), ranks.end(), group.rank()) - ranks.begin();
-    const Meeting meeting{
-        .op = "split",
-        .names = ranks,
-        .deadline = group.deadline(),
-        .interrupt = group.interrupt(),
-        .check = [&](const std::vector<int>& missing) { group.check_alive(Call{.kind = OpKind::kSplit}, missing); }};
+    Meeting meeting = group.meeting("split", {.kind = OpKind::kSplit});
+    meeting.names = ranks;
     Membership members = meet(static_cast<int>(rank), static_cast<int>(ranks.size()), leads ? &*listener : nullptr,
                               std::string(address.text.begin(), address.text.end()), group.tuning(), meeting);
     result = std::make_unique<Communicator>(group.name() + suffix + "[" + std::to_string(*color) + "]",

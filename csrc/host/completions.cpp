@@ -1,5 +1,10 @@
 #include "host/completions.hpp"
 
+#include <chrono>
+#include <string>
+
+#include "pycomm/error.hpp"
+
 namespace pycomm::host {
 
 void Completions::put(std::uint64_t token) {
@@ -11,9 +16,14 @@ void Completions::put(std::uint64_t token) {
   changed_.notify_one();
 }
 
-std::optional<std::uint64_t> Completions::take() {
+std::optional<std::uint64_t> Completions::take(std::optional<double> timeout_s) {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return closed_ || !tokens_.empty(); });
+  const auto ready = [this] { return closed_ || !tokens_.empty(); };
+  if (!timeout_s) {
+    changed_.wait(lock, ready);
+  } else if (!changed_.wait_for(lock, std::chrono::duration<double>(*timeout_s), ready)) {
+    throw Error(ErrorKind::kWaitExpired, "take: nothing was over within " + std::to_string(*timeout_s) + " s");
+  }
   if (closed_) return std::nullopt;
   const std::uint64_t token = tokens_.front();
   tokens_.pop_front();

@@ -19,8 +19,8 @@ class Completions {
   Completions& operator=(const Completions&) = delete;
 
   void put(std::uint64_t token);
-  /// The next token, waiting for it without a bound, since every operation has its own; nothing once it is closed.
-  std::optional<std::uint64_t> take();
+  /// The next token; nothing once it is closed. Throws kWaitExpired after `timeout_s`, if that is given.
+  std::optional<std::uint64_t> take(std::optional<double> timeout_s);
   /// Wake the taker for good. Tokens that are left are dropped.
   void close();
 

@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <fstream>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -67,6 +69,40 @@ const Range& range_of(const std::string& name) {
 }
 
 }  // namespace
+
+namespace {
+
+std::size_t words_used(const Waits& waits) {
+  return (offsetof(Waits, roots) + waits.num_roots * sizeof(RootProcess)) / sizeof(std::uint64_t);
+}
+
+}  // namespace
+
+void WaitsRecord::write(const Waits& waits) {
+  std::uint64_t copy[std::size(WaitsRecord{}.words)];
+  std::memcpy(copy, &waits, sizeof(waits));
+  store_flag(version, version + 1);
+  for (std::size_t i = 0; i < words_used(waits); ++i) store_note(words[i], copy[i]);
+  store_flag(version, version + 1);
+}
+
+bool WaitsRecord::read(Waits& waits) const {
+  constexpr int kTries = 100;
+  std::uint64_t copy[std::size(WaitsRecord{}.words)] = {};
+  for (int i = 0; i < kTries; ++i) {
+    const std::uint64_t before = load_flag(version);
+    if (before % 2 != 0) continue;
+    const auto take = [&](std::size_t end) {
+      for (std::size_t w = 0; w < end; ++w) copy[w] = load_flag(words[w]);
+      std::memcpy(&waits, copy, sizeof(waits));
+      waits.num_roots = std::min<std::uint32_t>(waits.num_roots, kMaxRanks);
+    };
+    take(offsetof(Waits, roots) / sizeof(std::uint64_t));
+    take(words_used(waits));
+    if (load_flag(version) == before) return true;
+  }
+  return false;
+}
 
 Thresholds thresholds_of(const Tuning& tuning) {
   Tuning copy = tuning;

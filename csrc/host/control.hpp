@@ -73,6 +73,32 @@ struct alignas(kCacheLine) Verdict {
   char cycle[1024];
 };
 
+/// A process that others wait for and that waits for nobody, as far as another one can see.
+struct RootProcess {
+  std::uint64_t token;  // Membership::tokens
+  std::uint64_t hops;   // processes between, each of which waits for the next
+};
+
+/// Whether a process waits, and for whom in the end; the same in all its groups (groups.hpp).
+struct Waits {
+  std::uint64_t written_ns = 0;  // when, on the monotonic clock
+  std::uint32_t is_waiting = 0;
+  std::uint32_t num_roots = 0;
+  char text[kActivityBytes] = {};  // what the first of the roots is in
+  RootProcess roots[kMaxRanks] = {};
+};
+static_assert(sizeof(Waits) % sizeof(std::uint64_t) == 0);
+
+/// The same in shared memory. Readers look at the version before and after.
+struct alignas(kCacheLine) WaitsRecord {
+  std::uint64_t version;  // odd while the rest is being written
+  std::uint64_t words[sizeof(Waits) / sizeof(std::uint64_t)];
+
+  void write(const Waits& waits);
+  /// False if it is being written, by a process that has been stopped in the middle of that.
+  bool read(Waits& waits) const;
+};
+
 /// What a rank shows to its peers beside its calls. One cache line per writer-reader relation.
 struct RankFlags {
   alignas(kCacheLine) std::uint64_t step;       // phases inside calls: call seq << kStepBits | phase
@@ -88,6 +114,7 @@ struct RankFlags {
   char reason[kReasonBytes];                // why it ended, or what happened to the roots; zero-terminated
   std::uint32_t is_active;                  // 1: `activity` holds
   char activity[kActivityBytes];            // what the process is in, in whichever group; for error messages
+  WaitsRecord waits;
   WaitRecord waiting;
   Verdict verdict;
 };

@@ -52,10 +52,19 @@ void Group::wait(std::uint64_t phase, int only) const {
       context());
 }
 
-void Group::check_alive(const Call& call, const std::vector<int>& ranks) const {
+Meeting Group::meeting(const char* op, const Call& call) const {
   WaitContext here = context();
   here.call = call;
-  waiter_.check([&](int r) { return std::find(ranks.begin(), ranks.end(), r) == ranks.end(); }, here);
+  const auto shown = std::make_shared<std::optional<ShownWait>>();
+  const auto look = [this, here, shown](const std::vector<int>& missing) {
+    waiter_.check([&](int r) { return std::ranges::find(missing, r) == missing.end(); }, here);
+    if (!*shown) shown->emplace(ShownWait::Kind::kForRanks, &members_);
+    (*shown)->show(waiter_.roots_of(missing));
+  };
+  const auto expire = [this, here](const std::vector<int>& missing) {
+    waiter_.expire(missing, waiter_.roots_of(missing), here);
+  };
+  return {.op = op, .names = {}, .deadline = deadline_, .interrupt = interrupt_, .check = look, .expire = expire};
 }
 
 void Group::post(std::uint64_t& flag, std::uint64_t value) {

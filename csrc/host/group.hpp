@@ -67,9 +67,9 @@ class Group {
   void wait(std::uint64_t phase, int only = kEveryRank) const;
   static constexpr int kEveryRank = -1;
 
-  /// Throw as a wait for these ranks would: one has died, left or given up, or some rank has aborted. For waits of
-  /// `call` that are not for flags.
-  void check_alive(const Call& call, const std::vector<int>& ranks) const;
+  /// For waits of `call` that are not for flags, on ranks whose names are those of this group: they end and show as
+  /// others do.
+  Meeting meeting(const char* op, const Call& call) const;
 
   /// Show the peers that this rank's `flag`, an epoch in its symmetric memory, has reached `value`. What was written
   /// before is seen by whoever has waited for it. Neither matched nor numbered: no call.
@@ -118,6 +118,8 @@ class Group {
   }
   /// What this process is in, for peers whose wait for it runs out; empty: nothing.
   void show_activity(const std::string& what);
+  /// For whom this process waits.
+  void show_waits(const Waits& waits) { members_.control.flags(rank()).waits.write(waits); }
   /// "barrier() #5 of group 'world'": the running call.
   std::string running() const;
   const Deadline& deadline() const { return deadline_; }

@@ -1,11 +1,20 @@
 // All groups of this process, and what a process shows in each of them whichever group it is about: a failure that it
-// has heard of, so that whoever waits for it elsewhere learns who is at the root should it end now; and what it is in.
-// Per process, because what is shown is about the process.
+// has heard of, so that whoever waits for it elsewhere learns who is at the root should it end now; what it is in; and
+// for whom it waits. Per process, because what is shown is about the process.
+//
+// Who is at the root of a wait. A rank that is stopped, or stuck in its own code, says nothing, and is found by
+// deadlines alone; the first to expire may wait for one that waits itself. So every process that has waited for a while
+// shows for whom it waits in the end, and looks again every 50 ms: for each rank that it misses, at what that rank's
+// process shows if that waits, too, else at the rank itself. A root thus goes from process to process, one a look. One
+// that has gone a way longer than there are ranks goes round in a cycle and is dropped, as is the process itself; if
+// nothing is left, ranks wait for each other.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "host/control.hpp"
 #include "pycomm/error.hpp"
 
 namespace pycomm::host {
@@ -21,6 +30,53 @@ void tell_of(const Root& root);
 /// How many failures this process has heard of, and the last one.
 std::uint64_t num_heard();
 Root last_heard();
+
+/// For whom a wait is in the end.
+struct Roots {
+  std::vector<RootProcess> processes;
+  std::string text;  // what the first of them is in
+
+  /// Not this process itself, and none that goes round in a cycle.
+  void add(const RootProcess& process, const std::string& what);
+  /// By way of one more process.
+  void add_behind(const Waits& waits);
+};
+
+/// A wait of this process that has become a long one; while it lives, the process shows that it waits.
+class ShownWait {
+ public:
+  enum class Kind {
+    kForRanks,    // of a caller's thread
+    kForWork,     // of a caller's thread, for asynchronous operations of `owner` (as Inside's; nullptr: of any)
+    kInsideWork,  // of such an operation, for ranks: counts while a caller waits for it
+  };
+  ShownWait(Kind kind, const void* owner);
+  ShownWait(const ShownWait&) = delete;  // registered by address
+  ShownWait& operator=(const ShownWait&) = delete;
+  ~ShownWait();
+
+  Kind kind() const { return kind_; }
+  const void* owner() const { return owner_; }
+  const Roots& roots() const { return roots_; }
+  /// Again, and again: whoever does not is taken to be stopped.
+  void show(Roots roots = {});
+
+ private:
+  Kind kind_;
+  const void* owner_;
+  Roots roots_;
+};
+
+/// As in Waits::written_ns.
+std::uint64_t monotonic_ns();
+/// What this process shows.
+Waits shown_waits();
+/// Roots may come by way of other hosts, of so many ranks together.
+void expect_ranks(int world_size);
+
+/// The calling thread runs calls of other threads: its waits are theirs.
+void serve_callers();
+bool serves_callers();
 
 /// While it lives, peers whose wait for this process runs out are told that it is in `what`.
 class Activity {

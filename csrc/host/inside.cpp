@@ -21,6 +21,8 @@ const Inside* Inside::find(const void* owner) {
   return inside;
 }
 
+const void* Inside::innermost_owner() { return innermost == nullptr ? nullptr : innermost->owner_; }
+
 const Inside* Inside::find(const void* owner, Kind kind) {
   const Inside* inside = innermost;
   while (inside != nullptr && (inside->owner_ != owner || inside->kind_ != kind)) inside = inside->outer_;

@@ -21,6 +21,8 @@ class Inside {
   /// The innermost wait of `owner` that this thread is inside of, or nullptr.
   static const Inside* find(const void* owner);
   static const Inside* find(const void* owner, Kind kind);
+  /// That of this thread's innermost wait, or nullptr.
+  static const void* innermost_owner();
   Kind kind() const { return kind_; }
   std::string what() const { return describe_(object_); }
 

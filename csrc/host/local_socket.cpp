@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <optional>
 
 #include "host/issue_order.hpp"
 #include "pycomm/error.hpp"
@@ -105,14 +106,34 @@ ucred peer_of(const UniqueFd& socket) {
 
 bool same_user(const UniqueFd& socket) { return peer_of(socket).uid == ::geteuid(); }
 
-bool is_pidfd_of(int fd, std::int32_t pid) {
+namespace {
+
+/// Of a pidfd, as this process sees it: 0 or -1 if it does not. Nothing: it is none.
+std::optional<long> pid_of(int fd) {
   std::ifstream info("/proc/self/fdinfo/" + std::to_string(fd));
   std::string field;
   while (info >> field) {
     long value = 0;
-    if (field == "Pid:" && info >> value) return value == pid || value <= 0 || pid <= 0;  // 0, -1: not visible here
+    if (field == "Pid:" && info >> value) return value;
   }
-  return false;
+  return {};
+}
+
+}  // namespace
+
+bool is_pidfd_of(int fd, std::int32_t pid) {
+  const std::optional<long> found = pid_of(fd);
+  return found && (*found == pid || *found <= 0 || pid <= 0);
+}
+
+char state_of(int pidfd) {
+  const std::optional<long> pid = pid_of(pidfd);
+  if (!pid || *pid <= 0) return '\0';
+  std::ifstream stat("/proc/" + std::to_string(*pid) + "/stat");
+  std::string line;
+  std::getline(stat, line);
+  const std::size_t name_end = line.rfind(") ");  // a name may hold anything
+  return name_end == std::string::npos || name_end + 2 >= line.size() ? '\0' : line[name_end + 2];
 }
 
 void send_bytes(int socket, const void* data, std::size_t bytes, std::span<const int> fds) {

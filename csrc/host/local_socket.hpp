@@ -39,6 +39,8 @@ ucred peer_of(const UniqueFd& socket);
 bool same_user(const UniqueFd& socket);
 /// Whether `fd` stands for a process, and, if that can be seen from here, for process `pid`.
 bool is_pidfd_of(int fd, std::int32_t pid);
+/// The state of its process as /proc tells it, 'T' for one that is stopped; '\0' if that cannot be seen from here.
+char state_of(int pidfd);
 
 /// Send `bytes` bytes and descriptors in one message.
 void send_bytes(int socket, const void* data, std::size_t bytes, std::span<const int> fds);

@@ -106,7 +106,8 @@ class Messenger {
 
   std::shared_ptr<Batch> make_batch(const std::vector<MessageSpec>& specs, double timeout_s);
   void wait(Batch& batch, const Waiter& waiter, InterruptCheck interrupt, bool until_changed);
-  WaitContext context(const Batch& batch, InterruptCheck interrupt, const std::function<Needs()>& needs) const;
+  WaitContext context(const Batch& batch, InterruptCheck interrupt, const std::function<Needs()>& needs,
+                      const std::function<std::vector<int>(bool)>& misses) const;
   void fail(const Error& error);
   void loop();
 
@@ -118,6 +119,7 @@ class Messenger {
   // All of these are called under mutex_.
   void post(Batch& batch);
   bool waits_for(const Batch& batch, int rank) const;
+  std::vector<int> misses(const Batch& batch, bool expires) const;
   Needs needs_of(const Batch& batch) const;
   /// Something was done that `peer` may wait for.
   void ring(int peer) const;

@@ -161,6 +161,33 @@ bool Messenger::waits_for(const Batch& batch, int rank) const {
   });
 }
 
+/// Whom this batch waits for, from any source all that may send; unless it expires and is asynchronous, all of those
+/// that a caller waits for.
+std::vector<int> Messenger::misses(const Batch& batch, bool expires) const {
+  std::vector<bool> missing(static_cast<std::size_t>(members_.world_size));
+  const auto add = [&](const Batch& waiting) {
+    for (const Message& message : waiting.messages) {
+      if (message.done) continue;
+      const int peer = message.spec.peer != kAnySource ? message.spec.peer : message.source;
+      for (int r = 0; r < members_.world_size; ++r) {
+        if (r == peer || (peer == kAnySource && r != members_.rank)) missing[static_cast<std::size_t>(r)] = true;
+      }
+    }
+  };
+  if (expires || batch.work == nullptr) {
+    add(batch);
+  } else {
+    for (const std::shared_ptr<Batch>& other : asynchronous_) {
+      if (other->work->is_awaited()) add(*other);
+    }
+  }
+  std::vector<int> ranks;
+  for (int r = 0; r < members_.world_size; ++r) {
+    if (missing[static_cast<std::size_t>(r)]) ranks.push_back(r);
+  }
+  return ranks;
+}
+
 /// What of the batch nobody has posted the other side of.
 Needs Messenger::needs_of(const Batch& batch) const {
   Needs needs;
@@ -186,8 +213,8 @@ bool Messenger::next_candidate(Batch& batch, int from) const {
   return true;
 }
 
-WaitContext Messenger::context(const Batch& batch, InterruptCheck interrupt,
-                               const std::function<Needs()>& needs) const {
+WaitContext Messenger::context(const Batch& batch, InterruptCheck interrupt, const std::function<Needs()>& needs,
+                               const std::function<std::vector<int>(bool)>& misses) const {
   const auto active =
       std::find_if(batch.messages.begin(), batch.messages.end(), [](const Message& message) { return !message.done; });
   const Message& shown = active != batch.messages.end() ? *active : batch.messages.front();
@@ -196,7 +223,7 @@ WaitContext Messenger::context(const Batch& batch, InterruptCheck interrupt,
     watch = group_.watch();
     watch.needs = &needs;
   }
-  return {group_.name(), batch.seq, call_of(shown.spec), batch.deadline, interrupt, watch};
+  return {group_.name(), batch.seq, call_of(shown.spec), batch.deadline, interrupt, watch, &misses};
 }
 
 /// Drive progress until the batch is done; where `until_changed`, at most until another is started.
@@ -207,7 +234,11 @@ void Messenger::wait(Batch& batch, const Waiter& waiter, InterruptCheck interrup
     const std::lock_guard relock(mutex_);
     return needs_of(batch);
   };
-  const WaitContext context = this->context(batch, interrupt, needs);
+  const std::function<std::vector<int>(bool)> misses = [&](bool expires) {
+    const std::lock_guard relock(mutex_);
+    return this->misses(batch, expires);
+  };
+  const WaitContext context = this->context(batch, interrupt, needs, misses);
   const auto ready = [&](int rank) {
     const std::lock_guard relock(mutex_);
     if (batch.num_active != 0) progress();

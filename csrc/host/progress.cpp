@@ -23,6 +23,11 @@ bool Work::done() const {
   return done_;
 }
 
+bool Work::is_awaited() const {
+  const std::lock_guard lock(mutex_);
+  return num_waiting_.load() != 0 || !listeners_.empty();
+}
+
 void Work::when_over(std::function<void()> listener) {
   {
     const std::lock_guard lock(mutex_);
@@ -70,6 +75,7 @@ void Work::wait(std::optional<double> timeout_s, InterruptCheck interrupt) {
   const Deadline deadline = Deadline::after(timeout_s.value_or(std::numeric_limits<double>::infinity()));
   std::unique_lock lock(mutex_);
   const Inside inside(owner_, Inside::Kind::kOther, &describe_work, nullptr);
+  const Counted counted(num_waiting_);
   if (!wait_in_slices(lock, finished_, deadline, interrupting(interrupt), [this] { return done_; })) {
     throw Error(ErrorKind::kWaitExpired,
                 "wait: the operation is not done after " + std::to_string(deadline.timeout_s()) + " s; it goes on");

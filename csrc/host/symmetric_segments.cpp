@@ -206,11 +206,16 @@ std::shared_ptr<SymmetricSegment> SymmetricSegments::create(Plan& plan, const st
   return segment;
 }
 
+UniqueFd SymmetricSegments::receive(Group& group, const Plan& plan) const {
+  const Call call{.kind = OpKind::kAllocate, .count = plan.part_bytes};
+  return recv_fd(members_.sockets[0], 0, plan.id, group.meeting("passing memory", call));
+}
+
 /// On every rank: map what rank 0 has made, and take this rank's part of it.
 std::shared_ptr<SymmetricSegment> SymmetricSegments::join(Group& group, const Plan& plan,
                                                           std::shared_ptr<SymmetricSegment> segment) const {
   if (segment == nullptr) {
-    UniqueFd fd = recv_fd(members_.sockets[0], 0, plan.id, group.deadline(), group.interrupt());
+    UniqueFd fd = receive(group, plan);
     const std::size_t total = SymmetricSegment::bytes_for(plan.part_bytes, members_.world_size);
     segment = std::make_shared<SymmetricSegment>(plan.id, plan.part_bytes, Segment::attach(std::move(fd), total));
   }
@@ -244,7 +249,7 @@ std::unique_ptr<SymmetricBuffer> SymmetricSegments::allocate(Group& group, std::
   if (plan.refusal.is_set()) {
     Refusal late;  // of a descriptor that was on its way
     if (group.rank() != 0 && group.rank() <= plan.num_sent) {
-      late.attempt([&] { recv_fd(members_.sockets[0], 0, plan.id, group.deadline(), group.interrupt()); });
+      late.attempt([&] { receive(group, plan); });
     }
     throw_out_of_memory(plan.refusal.text, bytes);
   }

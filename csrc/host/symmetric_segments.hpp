@@ -89,6 +89,7 @@ class SymmetricSegments {
 
   Plan plan(std::size_t part_bytes);
   std::shared_ptr<SymmetricSegment> create(Plan& plan, const std::string& obstacle) const;
+  UniqueFd receive(Group& group, const Plan& plan) const;
   std::shared_ptr<SymmetricSegment> join(Group& group, const Plan& plan,
                                          std::shared_ptr<SymmetricSegment> segment) const;
   void drop_freed(const Plan& plan);

@@ -19,7 +19,7 @@ class Turn {
   template <class Check>
   bool take(const Deadline& deadline, const Check& check) {
     if (try_take()) return true;
-    const Waiting waiting(num_waiting_);
+    const Counted waiting(num_waiting_);
     std::unique_lock lock(mutex_);
     return wait_in_slices(lock, given_back_, deadline, check, [this] { return try_take(); });
   }
@@ -45,14 +45,6 @@ class Turn {
   };
 
  private:
-  struct Waiting {
-    explicit Waiting(std::atomic<int>& number) : number_(number) { ++number_; }
-    Waiting(const Waiting&) = delete;  // marks one scope
-    Waiting& operator=(const Waiting&) = delete;
-    ~Waiting() { --number_; }
-    std::atomic<int>& number_;
-  };
-
   std::atomic<bool> taken_ = false;
   std::atomic<int> num_waiting_ = 0;
   std::mutex mutex_;

@@ -12,8 +12,6 @@
 #include <limits>
 #include <span>
 
-#include "host/groups.hpp"
-
 namespace pycomm::host {
 
 namespace {
@@ -21,6 +19,11 @@ namespace {
 using std::chrono::duration_cast;
 using std::chrono::nanoseconds;
 constexpr auto kSlice = std::chrono::milliseconds(50);
+// After the last sign of a process that waits. Only one that is stopped has none for a second; where that cannot be
+// seen, one may have had no core for so long.
+constexpr std::uint64_t kFreshNs = 250'000'000;
+constexpr std::uint64_t kSilentNs = 1'000'000'000;
+constexpr std::uint64_t kStarvedNs = 5'000'000'000;
 constexpr auto kLate = std::chrono::seconds(30);
 constexpr auto kYield = std::chrono::microseconds(500);  // about one wake-up of a sleeping thread, tenfold
 constexpr auto kPatientYield = std::chrono::microseconds(20);
@@ -143,7 +146,9 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
   Bell& mine = members_.control.flags(members_.rank).*bell_;
   bool warned = false;
   std::optional<WatchedWait> watched;
-  std::optional<Activity> shown;
+  std::optional<Activity> activity;
+  std::optional<ShownWait> shown;
+  const bool is_callers = context.interrupt != nullptr && !serves_callers();
   const bool is_collective = bell_ == &RankFlags::calls && context.interrupt != nullptr;
   const Inside inside(&members_, is_collective ? Inside::Kind::kCollective : Inside::Kind::kOther, &describe_wait,
                       &context);
@@ -161,7 +166,11 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
     if (arrived || advance()) return;
     check_aborted();
     const bool is_long = Deadline::Clock::now() - start >= kSlice;
-    if (is_long && context.interrupt != nullptr && !shown) shown.emplace(where(context));
+    if (is_long && context.interrupt != nullptr && !activity) activity.emplace(where(context));
+    if (is_long) {
+      if (!shown) shown.emplace(is_callers ? ShownWait::Kind::kForRanks : ShownWait::Kind::kInsideWork, &members_);
+      shown->show(roots(ready, context, false));
+    }
     if (context.watch.graph != nullptr && is_long) {
       if (!watched) watched.emplace(*context.watch.graph, *context.watch.ranks, where(context));
       look_at_graph(*watched, ready, context);
@@ -169,9 +178,9 @@ void Waiter::sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& contex
     check_peers(ready, context);
     if (context.interrupt != nullptr) context.interrupt();
     const auto now = Deadline::Clock::now();
-    if (context.deadline.expired(now)) expire(ready, context);
+    if (context.deadline.expired(now)) expire(not_ready(ready), roots(ready, context, true), context);
     if (!warned && now - start > kLate) {
-      warn_late(ready, context);
+      warn_late(not_ready(ready), context);
       warned = true;
     }
   }
@@ -182,9 +191,7 @@ void Waiter::look_at_graph(WatchedWait& wait, ReadyRef ready, const WaitContext&
   if (context.watch.needs != nullptr) {
     needs = (*context.watch.needs)();
   } else {
-    for (int r = 0; r < members_.world_size; ++r) {
-      if (!ready(r)) needs.all.push_back(r);
-    }
+    needs.all = not_ready(ready);
   }
   wait.look(needs);
 }
@@ -238,33 +245,85 @@ std::string Waiter::activity(int rank, std::uint64_t seq) const {
   return shown.empty() ? name + " completed " + what + " and has called nothing since" : shown;
 }
 
-void Waiter::expire(ReadyRef ready, const WaitContext& context) const {
-  Error error(ErrorKind::kTimeout, "");
-  std::string details;
-  for (int r = 0; r < members_.world_size; ++r) {
-    if (ready(r)) continue;
-    error.ranks.push_back(r);
-    details += "; " + activity(r, context.seq);
-  }
-  Error named(ErrorKind::kTimeout, where(context) + ": " + plural(error.ranks) + " did not arrive within " +
-                                       seconds(context.deadline.timeout_s()) + details);
-  named.op = describe(context.call);
-  named.seq = context.seq;
-  named.group = context.group;
-  for (const int r : error.ranks) named.root.processes.push_back(members_.tokens[static_cast<std::size_t>(r)]);
-  named.root.text = named.what();
-  named.ranks = std::move(error.ranks);
-  throw named;
+bool Waiter::is_stopped(int rank) const {
+  const char state = state_of(members_.pidfds[static_cast<std::size_t>(rank)].get());
+  return state == 'T' || state == 't';
 }
 
-void Waiter::warn_late(ReadyRef ready, const WaitContext& context) const {
-  std::vector<int> late;
-  std::string details;
-  for (int r = 0; r < members_.world_size; ++r) {
-    if (ready(r)) continue;
-    late.push_back(r);
-    details += "; " + activity(r, context.seq);
+bool Waiter::still_waits(int rank, const Waits& waits) const {
+  if (waits.is_waiting == 0) return false;
+  const std::uint64_t now = monotonic_ns();
+  const std::uint64_t age = now - std::min(waits.written_ns, now);
+  if (age < kFreshNs) return true;
+  const char state = state_of(members_.pidfds[static_cast<std::size_t>(rank)].get());
+  if (state == '\0') return age < kSilentNs;
+  return state != 'T' && state != 't' && age < kStarvedNs;
+}
+
+Roots Waiter::roots_of(const std::vector<int>& ranks) const {
+  Roots roots;
+  for (const int r : ranks) {
+    const RankFlags& flags = members_.control.flags(r);
+    if (load_flag(flags.state) != static_cast<std::uint32_t>(RankState::kAlive) || dead(r)) continue;
+    Waits waits;
+    const std::size_t num_heard = std::min<std::size_t>(load_flag(flags.num_roots), kMaxRanks);
+    if (flags.waits.read(waits) && still_waits(r, waits)) {
+      roots.add_behind(waits);
+    } else if (num_heard != 0) {  // and has not gone on since
+      for (std::size_t i = 0; i < num_heard; ++i) roots.add({flags.roots[i], 1}, text_in(flags.reason));
+    } else {
+      const std::string state = is_stopped(r) ? ", and is stopped" : "";
+      roots.add({members_.tokens[static_cast<std::size_t>(r)], 0},
+                activity(r, 0) + state + " (group '" + std::string(group_) + "')");
+    }
   }
+  return roots;
+}
+
+std::vector<int> Waiter::not_ready(ReadyRef ready) const {
+  std::vector<int> ranks;
+  for (int r = 0; r < members_.world_size; ++r) {
+    if (!ready(r)) ranks.push_back(r);
+  }
+  return ranks;
+}
+
+Roots Waiter::roots(ReadyRef ready, const WaitContext& context, bool expires) const {
+  return roots_of(context.misses != nullptr ? (*context.misses)(expires) : not_ready(ready));
+}
+
+void Waiter::expire(const std::vector<int>& missing, const Roots& roots, const WaitContext& context) const {
+  std::vector<std::uint64_t> processes;
+  std::vector<int> here;  // of those, the ones that are in this group
+  for (const RootProcess& root : roots.processes) {
+    processes.push_back(root.token);
+    const auto rank = std::ranges::find(members_.tokens, root.token);
+    if (rank != members_.tokens.end()) here.push_back(static_cast<int>(rank - members_.tokens.begin()));
+  }
+  std::ranges::sort(here);
+  if (processes.empty()) {  // ranks that wait for each other
+    for (const int r : missing) processes.push_back(members_.tokens[static_cast<std::size_t>(r)]);
+  }
+  const std::vector<int>& named = here.empty() ? missing : here;
+  std::string text =
+      where(context) + ": " + plural(named) + " did not arrive within " + seconds(context.deadline.timeout_s());
+  for (const int r : missing) {
+    text += "; " + activity(r, context.seq) + (is_stopped(r) ? ", and is stopped" : "");
+  }
+  if (named != missing || here.empty()) text += roots.text.empty() ? "" : "; at the root: " + roots.text;
+  Error error(ErrorKind::kTimeout, text);
+  error.op = describe(context.call);
+  error.seq = context.seq;
+  error.group = context.group;
+  error.ranks = named;
+  error.root = {processes, text};
+  tell_of(error.root);  // before this process no longer shows that it waits
+  throw error;
+}
+
+void Waiter::warn_late(const std::vector<int>& late, const WaitContext& context) const {
+  std::string details;
+  for (const int r : late) details += "; " + activity(r, context.seq);
   // stderr and not Python's logging: this may be a thread that must never wait for the GIL.
   const std::string text = "pycomm: warning: rank " + std::to_string(members_.rank) + " in " + where(context) +
                            " has waited 30 s for " + plural(late) + details + "\n";

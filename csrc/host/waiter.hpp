@@ -7,7 +7,9 @@
 //   failed   gave up on a call                        -> Error kPeerLost
 //   aborted  any rank called abort(reason)            -> Error kPeerLost with the reason
 //   late     after 30 s                               -> a warning on stderr that names it
-//   expired  at the deadline                          -> Error kTimeout, naming it and what it is in
+//   expired  at the deadline                          -> Error kTimeout, naming who is at the root (groups.hpp) and
+//   what
+//                                                        that is in
 //   waits for this rank, strict (wait_graph.hpp)      -> Error kDeadlock, naming the cycle
 // A peer's flag is looked at once more after its end was seen: what it did before it left counts. A peer that ended
 // because of others says so (RankFlags::roots), and the error names those.
@@ -18,6 +20,7 @@
 #include <utility>
 
 #include "host/bootstrap.hpp"
+#include "host/groups.hpp"
 #include "host/inside.hpp"
 #include "host/wait_graph.hpp"
 #include "pycomm/error.hpp"
@@ -39,6 +42,9 @@ struct WaitContext {
   Deadline deadline;
   InterruptCheck interrupt;
   Watch watch;
+  /// Whose process to look at for the roots of the wait; when it `expires`, those of this call alone. nullptr: of all
+  /// that are not ready.
+  const std::function<std::vector<int>(bool expires)>* misses = nullptr;
 };
 
 /// "0.5 s".
@@ -94,6 +100,10 @@ class Waiter {
     check_aborted();
     check_peers({[](const void* f, int rank) { return (*static_cast<const Ready*>(f))(rank); }, &ready}, context);
   }
+  /// For whom a wait for these ranks is in the end.
+  Roots roots_of(const std::vector<int>& ranks) const;
+  /// Throws kTimeout for these ranks.
+  [[noreturn]] void expire(const std::vector<int>& missing, const Roots& roots, const WaitContext& context) const;
   /// Throws kPeerLost if some rank called abort.
   void check_aborted() const;
   /// Wait without spinning: for progress threads, which must not take the core from the computation.
@@ -122,9 +132,12 @@ class Waiter {
   void sleep(AdvanceRef advance, ReadyRef ready, const WaitContext& context) const;
   void look_at_graph(WatchedWait& wait, ReadyRef ready, const WaitContext& context) const;
   void check_peers(ReadyRef ready, const WaitContext& context) const;
-  [[noreturn]] void expire(ReadyRef ready, const WaitContext& context) const;
-  void warn_late(ReadyRef ready, const WaitContext& context) const;
+  void warn_late(const std::vector<int>& late, const WaitContext& context) const;
+  std::vector<int> not_ready(ReadyRef ready) const;
+  Roots roots(ReadyRef ready, const WaitContext& context, bool expires) const;
   bool dead(int rank) const;
+  bool is_stopped(int rank) const;
+  bool still_waits(int rank, const Waits& waits) const;
   void wake(int rank) const;
   std::string activity(int rank, std::uint64_t seq) const;
 

@@ -20,6 +20,7 @@ __all__ = ["LEFT", "Cause", "Heard", "heard", "listeners", "pass_on", "raised", 
 LEFT = "exited normally (it closed the communicator)"
 
 _MARK = "cause:"
+_AT_ROOT = "; at the root: "  # csrc/host/waiter.cpp
 _MOST_BYTES = 400  # what fits beside the mark into the reason of an abort on the host transport
 _MOST_ROOTS = 4  # told in one line
 _KINDS = ("lost", "expired", "mismatch", "failed")
@@ -79,7 +80,8 @@ class Cause:
         processes, text = error._root
         if isinstance(error, PeerTimeoutError):
             missing = _renumbered(error.missing_ranks, ranks)
-            return cls("expired", missing, f"{ranks_text(missing)} did not come within {timeout_s:g} s")
+            _, _, at_root = str(error).partition(_AT_ROOT)
+            return cls.expired(missing, processes, tokens, f"did not come within {timeout_s:g} s", at_root)
         if isinstance(error, PeerLostError) and error.lost_ranks:
             lost = _renumbered(error.lost_ranks, ranks)
             if any(tokens[rank] in processes for rank in lost):
@@ -100,6 +102,27 @@ class Cause:
         """
         here = tuple(rank for rank, token in enumerate(tokens) if token in processes and rank not in carriers)
         return cls("lost", here or tuple(carriers), told, roots=tuple(processes))
+
+    @classmethod
+    def expired(
+        cls, missing: Sequence[int], processes: Sequence[int], tokens: Sequence[int], said: str, at_root: str
+    ) -> Cause:
+        """Ranks did not come in time.
+
+        Args:
+            missing: those that were waited for.
+            processes: at the root of that; empty: those.
+            said: what the missing ones did, after their names.
+            at_root: what the first of the processes is in.
+        """
+        here = tuple(rank for rank, token in enumerate(tokens) if token in processes)
+        named = here or tuple(missing)
+        text = f"{ranks_text(named)} {said}" if named else f"no rank {said}"
+        if named != tuple(missing) and missing:
+            text += f", for which {ranks_text(missing)} wait{'s' if len(missing) == 1 else ''}"
+        if at_root and (named != tuple(missing) or not here):
+            text += f"{_AT_ROOT}{at_root}"
+        return cls("expired", named, text, roots=tuple(processes))
 
     def rooted(self, tokens: Sequence[int]) -> Cause:
         """The same with ``roots``."""
@@ -124,9 +147,15 @@ class Cause:
 
 
 class Listener(Protocol):
-    """A back end that tells its peers what this process has heard of."""
+    """A back end that tells its peers what this process has heard of, and for whom it waits."""
 
     def on_heard(self, processes: Sequence[int], text: str) -> None: ...
+
+    def look(self) -> None:
+        """A caller waits, and has for a while: ask for whom the ranks that it misses wait."""
+
+    def rest(self) -> None:
+        """It does not any more."""
 
 
 @functools.cache

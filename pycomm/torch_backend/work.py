@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C
+from pycomm.backends.causes import listeners
 from pycomm.calls import Work
 from pycomm.torch_backend import seconds_of
 from pycomm.torch_backend.tensors import Finish
@@ -29,6 +30,7 @@ __all__ = ["NO_TIMEOUT", "PycommWork"]
 NO_TIMEOUT = timedelta(0)  # how torch.distributed says so
 _AT_ONCE_S = 1e-6
 _JOIN_S = 5.0
+_LOOK_S = 0.25
 
 
 class PycommWork(dist.Work):
@@ -143,6 +145,7 @@ class _CompletionThread:
         self._completions = _C.Completions()
         self._tokens = itertools.count()
         self._watched: dict[int, PycommWork] = {}  # keeps a Work whose future alone was kept
+        self._shown: _C.ShownWait | None = None
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="pycomm-futures", daemon=True)
         self._thread.start()
@@ -159,8 +162,26 @@ class _CompletionThread:
         pending.announce(self._completions, token)
 
     def _run(self) -> None:
-        while (token := self._completions.take()) is not None:
+        while True:
+            try:
+                token = self._completions.take(_LOOK_S)
+            except TimeoutError:
+                self._show_wait()
+                continue
+            if token is None:
+                return
             self.watch(self._watched.pop(token))  # of several operations, others may be under way
+
+    def _show_wait(self) -> None:
+        """Nothing has ended for a while: whoever waits for a future does not say so, and is taken to."""
+        waits = bool(self._watched)
+        if waits != (self._shown is not None):
+            self._shown = _C.ShownWait(of_caller=True) if waits else None
+        for listener in list(listeners()):
+            if waits:
+                listener.look()
+            else:
+                listener.rest()
 
     def _stop(self) -> None:
         if os.getpid() != self._process:

@@ -98,11 +98,6 @@ class Case:
         )
 
     @property
-    def all_wait_for_all(self) -> bool:
-        """Whether no rank can wait for a survivor alone."""
-        return self.program in ("collectives", "data_parallel") and len(set(self.layout)) == 1
-
-    @property
     def timeout_s(self) -> float:
         return STOPPED_S if self.fault == "stop" else PATIENT_S
 
@@ -230,10 +225,6 @@ def verdict(case: Case, token: int, kind: str, message: str, fields: dict[str, A
         return f"{kind}: {message}"
     group = fields["groups"].get(fields["group"], [])
     named = [group[rank] for rank in fields.get("lost_ranks", fields.get("missing_ranks")) if group]
-    if case.fault == "stop":
-        # Found at deadlines alone: where ranks wait for each other in a chain, the first to expire names its neighbour.
-        right = named == [case.victim] or not case.all_wait_for_all
-    else:
-        processes, _ = fields["_root"]
-        right = list(processes) == [token] and (case.victim not in group or named == [case.victim])
+    processes, _ = fields["_root"]
+    right = list(processes) == [token] and (case.victim not in group or named == [case.victim])
     return "" if right else f"{kind}, {fields}: {message}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +32,7 @@ def connect_rank(port: int, layout: str, rank: int, backend: str, timeout_s: flo
 class Hosts(Processes):
     """Ranks on the hosts that ``layout`` names, a letter a rank.
 
-    ``with_port``: the body's last argument is the port of the store.
+    ``timeout_s``: one, or each rank's. ``with_port``: the body's last argument is the port of the store.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Hosts(Processes):
         body: Callable[..., Any],
         *args: Any,
         backend: str = "auto",
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float | Sequence[float] = TIMEOUT_S,
         strict: bool = False,
         with_port: bool = False,
     ) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        connect = functools.partial(
-            connect_rank, self._store.port, layout, backend=backend, timeout_s=timeout_s, strict=strict
-        )
+        connect = functools.partial(connect_rank, self._store.port, layout, backend=backend, strict=strict)
         if with_port:
             args += (self._store.port,)
-        super().__init__([functools.partial(connect, rank=rank) for rank in range(len(layout))], body, *args)
+        timeouts = [timeout_s] * len(layout) if isinstance(timeout_s, (int, float)) else timeout_s
+        connects = [functools.partial(connect, rank=rank, timeout_s=timeouts[rank]) for rank in range(len(layout))]
+        super().__init__(connects, body, *args)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -24,6 +25,7 @@ from pycomm.backends.gloo.calls import Call
 from pycomm.backends.gloo.collectives import Body, HostsCollectives
 from pycomm.backends.gloo.failure import Failure
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
+from pycomm.backends.gloo.inquiry import Inquiry
 from pycomm.backends.gloo.local import LocalGroup
 from pycomm.backends.gloo.mail import Mail
 from pycomm.backends.gloo.operations import CallQueue, LocalOperation, Operation, Together, Waits
@@ -46,6 +48,7 @@ class HostsBackend(HostsCollectives, Backend):
     Args:
         store: where connections are made, of this group and of its parts; not used otherwise. None: a world of one.
         check: raises when it is in vain to wait for the others to connect.
+        tokens: the processes of the ranks, where they are known.
     """
 
     device = torch.device("cpu")
@@ -62,6 +65,7 @@ class HostsBackend(HostsCollectives, Backend):
         strict: bool,
         timeout_s: float,
         check: Callable[[], None],
+        tokens: Sequence[int] | None = None,
     ) -> None:
         self.calls: Calls = Checked(self, timeout_s)
         self.name = name
@@ -79,14 +83,17 @@ class HostsBackend(HostsCollectives, Backend):
         self._num_splits = 0
         self._closed = False
         self._queue = CallQueue("pycomm-hosts")
-        self._waits = Waits(self.rank, group)
-        self.tokens = [0] * self.world_size
+        self._connecting: tuple[int, ...] = ()  # ranks of other hosts, to a part of this group
+        self._waits = Waits(self.rank, group, self.look, self.rest)
+        self.tokens = list(tokens or [0] * self.world_size)
         for place, rank in enumerate(topology.neighbours):
             self.tokens[rank] = local.tokens[place]
+        self._heard = Heard(self.rank, self.tokens)
         self._has_told = False  # peers have been sent a HEARD that holds
         self._wire: Wire | None = None
         self._frames: Frames | None = None
         self._mail: Mail | None = None
+        self._inquiry: Inquiry | None = None
         if store is not None and device is not None and self.world_size > 1:
             wires = [
                 Wire(dist.PrefixStore(f"{group}/{use}", store), device, self.rank, self.world_size, timeout_s, check)
@@ -95,14 +102,15 @@ class HostsBackend(HostsCollectives, Backend):
             self._wire = wires[0]
             self._frames = Frames(wires[1], self.rank, self.world_size, self._on_frame, self._on_gone, self._on_bad)
             # The data of messages go the way of their frames, so that both arrive in order.
-            self._mail = Mail(self.rank, strict, wires[1], self._frames, self._fail, self._receive_here, self._waits)
-        self._failure = Failure(topology, self._frames, self._cut, self.tokens, group)
+            ends = self._fail, self._expire
+            self._mail = Mail(self.rank, strict, wires[1], self._frames, *ends, self._receive_here, self._waits)
+            self._inquiry = Inquiry(self.rank, group, self.tokens, self._frames.send, self._missing, self._heard)
+        self._failure = Failure(topology, self._frames, self._inquiry, self._cut, self.tokens, group)
         self._steps = Steps(topology, local, self._wire)
         if self._frames is not None:
             self._frames.start()
-            self._show_tokens()
-        self._heard = Heard(self.rank, self.tokens)
-        if self._frames is not None:
+            if tokens is None:
+                self._show_tokens()
             listeners().add(self)
 
     @classmethod
@@ -203,6 +211,14 @@ class HostsBackend(HostsCollectives, Backend):
         if cause is not None and self._failure.cause is None and not self._closed and self._process == os.getpid():
             self._has_told = True
             self._tell(Frame(Kind.HEARD, self.rank, body=cause.encode().encode()))
+
+    def look(self) -> None:
+        if self._inquiry is not None:
+            self._inquiry.look()
+
+    def rest(self) -> None:
+        if self._inquiry is not None:
+            self._inquiry.rest()
 
     def close(self, drain_s: float) -> None:
         """Finish what is queued, tell the others, close all connections. Local; idempotent."""
@@ -333,6 +349,9 @@ class HostsBackend(HostsCollectives, Backend):
             if frame.kind == Kind.LEFT:
                 self._failure.left.add(frame.rank)
                 self._on_gone(frame.rank)
+        elif frame.kind in (Kind.ASK, Kind.ANSWER):
+            assert self._inquiry is not None
+            self._inquiry.on_frame(frame)
         else:
             self._mail.on_frame(frame)
 
@@ -351,6 +370,23 @@ class HostsBackend(HostsCollectives, Backend):
 
     def _fail(self, cause: Cause) -> Cause:
         return self._failure.settle(cause, announce=True)
+
+    def _expire(self, peer: int | None, call: str, timeout_s: float) -> None:
+        """A message between hosts has not come in time."""
+        waited = self._others if peer is None else (peer,)
+        said = f"did not answer {call} within {timeout_s:g} s"
+        self._fail(self._failure.expired(waited, () if peer is None else waited, said))
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        """The ranks of other hosts."""
+        return tuple(rank for rank in range(self.world_size) if not self._topology.is_here(rank))
+
+    def _missing(self) -> set[int]:
+        """The ranks of other hosts that callers wait for."""
+        peers = set() if self._mail is None else self._mail.missing()
+        ranks = set(self._others) if None in peers else {peer for peer in peers if peer is not None}
+        return ranks.union(self._steps.missing, self._connecting) if self._queue.is_awaited() else ranks
 
     def _cut(self, cause: Cause) -> None:
         """End all that waits on this rank."""
@@ -376,7 +412,18 @@ class HostsBackend(HostsCollectives, Backend):
                     raise WireError(rank, False, "its connection is closed")
 
         args = self._store, self._device, self._strict, self._timeout_s
-        return HostsBackend(self.name, group, topology, local, *args, check)
+        start = time.monotonic()
+        self._connecting = tuple(rank for rank in ranks if not self._topology.is_here(rank))
+        try:
+            return HostsBackend(self.name, group, topology, local, *args, check, [self.tokens[rank] for rank in ranks])
+        except PycommError as error:
+            if time.monotonic() - start < self._timeout_s:
+                raise
+            late = WireError(self.rank, True, str(error))
+            late.waited = late.silent = self._connecting
+            raise late from error
+        finally:
+            self._connecting = ()
 
     def _show_tokens(self) -> None:
         """Learn which processes the ranks are. Collective."""

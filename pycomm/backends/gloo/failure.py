@@ -11,15 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from pycomm.backends.causes import LEFT, Cause, heard, ranks_text
+from pycomm.backends.causes import LEFT, Cause, heard
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
+from pycomm.backends.gloo.inquiry import Inquiry
 from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.gloo.wire import WireError
 from pycomm.errors import MismatchError, PycommError
 
 __all__ = ["Failure"]
 
-_GRACE_S = 1.0  # for news of the reason, before a rank names what it saw itself
+_GRACE_S = 1.0  # for news of the reason, and for answers, before a rank names what it saw itself
+_CUT_S = 3.0  # the same where a peer that lives has closed a connection: it takes its own second before it tells
 _LOOK_S = 0.02
 
 
@@ -36,6 +38,7 @@ class Failure:
         self,
         topology: Topology,
         frames: Frames | None,
+        inquiry: Inquiry | None,
         cut: Callable[[Cause], None],
         tokens: Sequence[int],
         group: str,
@@ -47,6 +50,7 @@ class Failure:
         self._group = group
         self._topology = topology
         self._frames = frames
+        self._inquiry = inquiry
         self._cut = cut
         self._lock = threading.RLock()  # a signal handler may come while this thread holds it
         self._known = threading.Event()
@@ -63,10 +67,10 @@ class Failure:
             for rank in range(self._topology.world_size):
                 if rank != self._topology.rank:
                     self._frames.send(rank, news)
+        if cause.roots:  # before anybody is woken, and calls something
+            heard(cause.roots, f"{cause.text} (group {self._group!r})")
         self._cut(cause)
         self._known.set()
-        if cause.roots:
-            heard(cause.roots, f"{cause.text} (group {self._group!r})")
         return cause
 
     def of_host(self, error: PycommError, timeout_s: float) -> Cause:
@@ -91,17 +95,33 @@ class Failure:
 
     def of_wire(self, error: WireError, timeout_s: float) -> Cause:
         """Why a connection failed: what its peer, or somebody else, tells within a second; else what is seen here."""
+        if error.expired:
+            said = f"on another host sent nothing within {timeout_s:g} s"
+            return self.expired(error.waited, error.silent, said)
+        end = time.monotonic() + _CUT_S
+        while self.cause is None and time.monotonic() < end:
+            if self._frames is not None and error.rank in self._frames.gone:
+                break  # its last frame has been read
+            self._known.wait(_LOOK_S)
+        return self.cause or self.of_gone(error.rank)
+
+    def expired(self, waited: Sequence[int], silent: Sequence[int], said: str) -> Cause:
+        """Ranks of other hosts did not come in time: who is at the root, after a second for answers and other news.
+
+        Args:
+            waited: whom this rank waited for.
+            silent: whom to name if all of those wait for this rank.
+            said: what these did, after their names.
+        """
+        assert self._inquiry is not None
+        self._inquiry.ask(waited)
         end = time.monotonic() + _GRACE_S
         while self.cause is None and time.monotonic() < end:
-            if self._frames is not None and error.rank in self._frames.gone and not error.expired:
-                break  # its last frame has been read
             self._known.wait(_LOOK_S)
         if self.cause is not None:
             return self.cause
-        if error.expired:
-            text = f"{ranks_text(error.silent)} on another host sent nothing within {timeout_s:g} s"
-            return Cause("expired", error.silent, text)
-        return self.of_gone(error.rank)
+        roots, at_root = self._inquiry.roots(waited)
+        return Cause.expired(silent, [token for token, _ in roots], self._tokens, said, at_root)
 
     def of_gone(self, rank: int) -> Cause:
         """A rank's connection is closed."""

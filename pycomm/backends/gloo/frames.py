@@ -1,4 +1,4 @@
-"""Short frames from any rank of a group to any other: offers and replies of messages, news of failures.
+"""Short frames from any rank of a group to any other: offers and replies of messages, news of failures, questions.
 
 A frame is a fixed-size struct with some bytes behind it; nothing in it is pickled or evaluated, and one that makes no
 sense is a failure of its sender. Whoever waits for a rank's frames also sees its connection close, at once if its
@@ -44,6 +44,8 @@ class Kind(IntEnum):
     FAILED = 5  # the group cannot go on; a Cause behind
     LEFT = 6  # the rank has closed its communicator; a Cause behind if another group's failure is why
     HEARD = 7  # another group's failure, a Cause, is why the rank ends if it ends now; nothing behind: it goes on
+    ASK = 8  # for whom does the receiver's process wait?
+    ANSWER = 9  # tag: whether it waits; count: of processes at the root of that, which lie behind; then a text
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Mail:
 
     Args:
         fail: called with the cause when a message fails for good.
+        expire: called with the peer (None: any), the call and its timeout when one has not come in time.
         local_receive: looks inside this host for receives from any source; None: nobody else is there.
         waits: of the communicator.
     """
@@ -75,6 +76,7 @@ class Mail:
         wire: Wire,
         frames: Frames,
         fail: Callable[[Cause], object],
+        expire: Callable[[int | None, str, float], object],
         local_receive: LocalReceive | None,
         waits: Waits,
     ) -> None:
@@ -83,6 +85,7 @@ class Mail:
         self._wire = wire
         self._frames = frames
         self._fail = fail
+        self._expire = expire
         self._local_receive = local_receive
         self._waits = waits
         self._changed = threading.Condition()
@@ -164,6 +167,11 @@ class Mail:
             incoming = any(peer == rank for peer, _ in self._incoming)
             if incoming or any(message.peer == rank for message in self._active()):
                 self._fail(cause)
+
+    def missing(self) -> set[int | None]:
+        """Peers of messages that somebody waits for; None: any."""
+        with self._changed:
+            return {m.peer for m in self._active() if m.local is None and m.operation.is_awaited()}
 
     def end(self, error: Callable[[str], PycommError]) -> None:
         """The group cannot go on: fail all messages, now and later, with ``error`` of their description."""
@@ -273,12 +281,12 @@ class Mail:
                     return
                 looks_here = self._local_receive is not None and any(m.peer is None for m in self._receives)
                 self._changed.wait(_POLL_S if looks_here or self._locals else _CHECK_S)
-                cause = self._poll()
-            if cause is not None:
-                self._fail(cause)  # without the lock: it calls end()
+                expired = self._poll()
+            if expired is not None:  # without the lock: it calls end()
+                self._expire(expired.peer, expired.operation.call, expired.timeout_s)
 
-    def _poll(self) -> Cause | None:
-        """Look inside the host, at deadlines, and whether the peers live; what ends the group, if something does."""
+    def _poll(self) -> _Message | None:
+        """Look inside the host and at deadlines; a message that has not come in time, which ends the group."""
         for message in [m for m in self._receives if m.peer is None and self._local_receive is not None]:
             assert self._local_receive is not None
             message.local = self._local_receive(message.tensor, message.tag, message.timeout_s)
@@ -296,10 +304,7 @@ class Mail:
         now = time.monotonic()
         for message in self._active():
             if now > message.deadline and message.local is None:
-                where = "no rank" if message.peer is None else f"rank {message.peer}"
-                ranks = () if message.peer is None else (message.peer,)
-                text = f"{where} did not answer {message.operation.call} within {message.timeout_s:g} s"
-                return Cause("expired", ranks, text)
+                return message
         return None
 
 

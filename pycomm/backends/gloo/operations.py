@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,16 +18,25 @@ from pycomm.errors import PycommError
 __all__ = ["CallQueue", "LocalOperation", "Operation", "Together", "Waits"]
 
 
+_LOOK_S = 0.25
+
+
 class Waits:
     """What each thread waits for in a communicator, innermost last. A signal handler runs inside such a wait.
 
     Args:
         rank: for messages.
+        look: called again and again while a thread waits for long.
+        rest: called after that.
     """
 
-    def __init__(self, rank: int, group: str) -> None:
+    def __init__(
+        self, rank: int, group: str, look: Callable[[], object] = int, rest: Callable[[], object] = int
+    ) -> None:
         self._rank = rank
         self._group = group
+        self._look = look
+        self._rest = rest
         self._calls: dict[int, list[tuple[str, bool]]] = {}
 
     @contextmanager
@@ -36,6 +47,24 @@ class Waits:
             yield
         finally:
             calls.pop()
+
+    def wait(self, call: str, work: _C.Work, timeout_s: float | None) -> None:
+        """Wait for ``work`` inside ``call``; TimeoutError after ``timeout_s`` (None: never), and it goes on."""
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        shown: _C.LongWait | None = None
+        with self.inside(call):
+            try:
+                while (left_s := deadline - time.monotonic()) > _LOOK_S:
+                    try:
+                        return _C.Work.wait(work, _LOOK_S)
+                    except TimeoutError:
+                        shown = shown or _C.LongWait(work)
+                        self._look()
+                _C.Work.wait(work, max(left_s, 0.0))
+            finally:
+                if shown is not None:
+                    shown = None  # an error's traceback would keep it
+                    self._rest()
 
     def of_this_thread(self) -> str | None:
         """The call that this thread waits in, or None."""
@@ -75,8 +104,7 @@ class Operation(_C.Work):
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Return at its end, or raise its error; TimeoutError after ``timeout_s``, and it goes on."""
-        with self._waits.inside(self.call):
-            super().wait(timeout_s)
+        self._waits.wait(self.call, self, timeout_s)
         if self._error is not None:
             raise raised(self._error.with_traceback(None))
 
@@ -98,8 +126,7 @@ class LocalOperation(_C.Work):
         return self._ranks[self._work.source()]
 
     def wait(self, timeout_s: float | None = None) -> None:
-        with self._waits.inside("a message inside the host"):
-            super().wait(timeout_s)
+        self._waits.wait("a message inside the host", self, timeout_s)
         try:
             self._work.wait()
         except PycommError as error:
@@ -119,8 +146,7 @@ class Together(_C.Work):
         return next((operation.source() for operation in self._operations), -1)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        with self._waits.inside("a batch of messages"):
-            super().wait(timeout_s)
+        self._waits.wait("a batch of messages", self, timeout_s)
         for operation in self._operations:
             operation.wait()
 
@@ -132,7 +158,7 @@ class CallQueue:
         self._name = name
         self._calls: deque[tuple[Operation, Callable[[], None]]] = deque()
         self._changed = threading.Condition()
-        self._busy = False
+        self._running: Operation | None = None
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -146,10 +172,16 @@ class CallQueue:
             self._calls.append((operation, body))
             self._changed.notify_all()
 
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for one of the calls."""
+        with self._changed:
+            running = [] if self._running is None else [self._running]
+            return any(operation.is_awaited() for operation in [*running, *(queued for queued, _ in self._calls)])
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is queued; False if ``timeout_s`` passes before."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._calls and not self._busy, timeout_s)
+            return self._changed.wait_for(lambda: not self._calls and self._running is None, timeout_s)
 
     def stop(self, timeout_s: float) -> None:
         """End the thread after the call that it is in, which takes ``timeout_s`` at most or is left to itself."""
@@ -161,15 +193,16 @@ class CallQueue:
 
     @torch.no_grad()
     def _loop(self) -> None:
+        _C.serve_callers()
         while True:
             with self._changed:
-                self._busy = False
+                self._running = None
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._calls or self._stopping)
                 if not self._calls:
                     return
                 operation, body = self._calls.popleft()
-                self._busy = True
+                self._running = operation
             try:
                 body()
             except Exception as error:  # noqa: BLE001  (whoever waits for it must see whatever it was)

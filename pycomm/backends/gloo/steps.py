@@ -68,6 +68,7 @@ class Steps:
         self._topology = topology
         self._local = local
         self._wire = wire
+        self.missing: tuple[int, ...] = ()  # the rank of another host that a step waits for
 
     def table(self, row: bytes, limit: Limit) -> list[bytes]:
         """Every rank's ``row``, by rank; rows are equally long. The first ranks of the hosts exchange their hosts'."""
@@ -137,7 +138,9 @@ class Steps:
             if any(here):
                 self._local.exchange(here[0], here[1], limit.local_s)
             for work, rank in works:
+                self.missing = (rank,)
                 self._remote.wait(work, rank, limit.deadline)
+            self.missing = ()
         except (WireError, PycommError):
             if works:
                 self._remote.cut()  # before the tensors are freed

@@ -32,13 +32,15 @@ class WireError(Exception):
     Attributes:
         rank: its peer.
         expired: the deadline passed; otherwise the connection is closed.
-        silent: ranks that may have caused it.
+        waited: ranks that were waited for.
+        silent: ranks that may have caused it, where nothing better is known.
     """
 
     def __init__(self, rank: int, expired: bool, text: str) -> None:
         super().__init__(text)
         self.rank = rank
         self.expired = expired
+        self.waited: tuple[int, ...] = (rank,)
         self.silent: tuple[int, ...] = (rank,)
 
 
