@@ -37,7 +37,6 @@ __all__ = ["HostsBackend"]
 
 _FAREWELL_S = 1.0  # for the last frames of a rank that leaves
 _SPLIT = struct.Struct("<?qq")
-_TOKEN = struct.Struct("<Q")
 
 
 class HostsBackend(HostsCollectives, Backend):
@@ -46,6 +45,7 @@ class HostsBackend(HostsCollectives, Backend):
     Args:
         store: where connections are made, of this group and of its parts; not used otherwise. None: a world of one.
         check: raises when it is in vain to wait for the others to connect.
+        tokens: the processes of the ranks.
     """
 
     device = torch.device("cpu")
@@ -62,6 +62,7 @@ class HostsBackend(HostsCollectives, Backend):
         strict: bool,
         timeout_s: float,
         check: Callable[[], None],
+        tokens: Sequence[int],
     ) -> None:
         self.calls: Calls = Checked(self, timeout_s)
         self.name = name
@@ -80,9 +81,7 @@ class HostsBackend(HostsCollectives, Backend):
         self._closed = False
         self._queue = CallQueue("pycomm-hosts")
         self._waits = Waits(self.rank, group)
-        self.tokens = [0] * self.world_size
-        for place, rank in enumerate(topology.neighbours):
-            self.tokens[rank] = local.tokens[place]
+        self.tokens = list(tokens)
         self._has_told = False  # peers have been sent a HEARD that holds
         self._wire: Wire | None = None
         self._frames: Frames | None = None
@@ -100,7 +99,6 @@ class HostsBackend(HostsCollectives, Backend):
         self._steps = Steps(topology, local, self._wire)
         if self._frames is not None:
             self._frames.start()
-            self._show_tokens()
         self._heard = Heard(self.rank, self.tokens)
         if self._frames is not None:
             listeners().add(self)
@@ -119,8 +117,10 @@ class HostsBackend(HostsCollectives, Backend):
         store = rendezvous.store
         device = None if store is None else open_device(rendezvous.address(), env.gloo_interface())
         others = [rank for rank in range(rendezvous.world_size) if rank != rendezvous.rank]
-        timeout_s = rendezvous.timeout_s
-        return cls(name, group, topology, local, store, device, strict, timeout_s, lambda: rendezvous.check(others))
+        args = store, device, strict, rendezvous.timeout_s, lambda: rendezvous.check(others), rendezvous.tokens()
+        backend = cls(name, group, topology, local, *args)
+        rendezvous.wait_for_all("connected")  # else one that dies before is seen by some as a closed connection alone
+        return backend
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
         operation = self._post((True, tensor, dst, tag), timeout_s)
@@ -376,19 +376,7 @@ class HostsBackend(HostsCollectives, Backend):
                     raise WireError(rank, False, "its connection is closed")
 
         args = self._store, self._device, self._strict, self._timeout_s
-        return HostsBackend(self.name, group, topology, local, *args, check)
-
-    def _show_tokens(self) -> None:
-        """Learn which processes the ranks are. Collective."""
-        limit = Limit(self._timeout_s)
-        try:
-            rows = self._steps.table(_TOKEN.pack(self.tokens[self.rank]), limit)
-        except (WireError, PycommError) as error:
-            cause = self._cause_of(error, self._timeout_s)
-            assert self._frames is not None
-            self._frames.close()
-            raise cause.error("init", 0, self.group) from None
-        self.tokens[:] = [_TOKEN.unpack(row)[0] for row in rows]
+        return HostsBackend(self.name, group, topology, local, *args, check, [self.tokens[rank] for rank in ranks])
 
     def _tell(self, frame: Frame) -> None:
         assert self._frames is not None
