@@ -20,6 +20,9 @@ def cuda_build() -> str:
 def build_id() -> int:
     """A hash of the sources that the extension was built from; ranks that meet must have the same one."""
 
+def process_token() -> int:
+    """Identifies this process in errors: random, another one in a forked child."""
+
 def protocol_version() -> int:
     """Of the greetings and structs that ranks exchange."""
 

@@ -26,10 +26,12 @@ from pycomm import _C, env
 from pycomm.arguments import checked_int, checked_shape, checked_timeout, checked_type, tensor_on
 from pycomm.backends import NAMES, Backend, Capabilities, choose
 from pycomm.backends.agreement import all_or_none, pack_numbers, unpack_numbers
+from pycomm.backends.causes import raised
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.nccl import NcclBackend, Offer, offer
 from pycomm.backends.shm import Flag, ShmBackend
 from pycomm.calls import InFlight, Work
+from pycomm.errors import PycommError
 from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
 from pycomm.rendezvous import Rendezvous
@@ -285,9 +287,11 @@ def init(
     level = env.simd()
     if level is not None:
         _C.set_simd_level(level)
-    rendezvous = Rendezvous(store, rank, world_size, timeout_s)
-    with rendezvous:
-        return Communicator(_connect(rendezvous, backend, name, strict, device), timeout_s)
+    try:
+        with Rendezvous(store, rank, world_size, timeout_s) as rendezvous:
+            return Communicator(_connect(rendezvous, backend, name, strict, device), timeout_s)
+    except PycommError as error:
+        raise raised(error)  # noqa: B904
 
 
 def _connect(rendezvous: Rendezvous, backend: str, name: str, strict: bool, device: torch.device | None) -> Backend:

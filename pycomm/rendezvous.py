@@ -13,7 +13,8 @@ In a round each rank in turn
     connects           through addresses in the store, or sockets that these lead to
     has finished       rank 0, whose store it may be, waits for that before it goes on
 
-A rank that fails on the way leaves its reason in the store, which all others look at while they wait.
+A rank that fails on the way leaves its reason in the store, which all others look at while they wait, and the first
+reason counts. Ranks that wait give signs of life there: when a wait runs out, those at the root of it give none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, get_type_hints
@@ -39,7 +40,7 @@ from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, Pycomm
 from pycomm.process import Process, siblings
 from pycomm.stores import open_store
 
-__all__ = ["Greeting", "Rendezvous"]
+__all__ = ["Greeting", "Rendezvous", "UnconnectedError", "known_to_end"]
 
 _log = logging.getLogger("pycomm")
 _POLL_S = 0.01
@@ -47,9 +48,17 @@ _LOOK_S = 0.05  # how often a waiting rank looks at the others
 _FAREWELL_S = 5.0  # for the last ranks to finish with a store that ends with this process
 _TELL_S = 30.0  # for ranks that are on their way to a round that has failed
 _SIBLING_S = 2.0  # for a process of an earlier run to end
+_SILENCE_S = 3.0  # a rank that gives no sign of life for so long does not wait for others
+_FOLLOWER_S = 10.0  # for a process to come in place of one that has ended since an earlier round
 _MET = "met"
 _TAKEN = "init: rank 0 cannot serve the job's store, since something else has opened"
 _Record = TypeVar("_Record")
+
+known_to_end: set[int] = set()  # processes of whose end callers have been told by an error
+
+
+class UnconnectedError(PycommError):
+    """A connection to other ranks could not be made, and why is not known here."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +68,16 @@ class Greeting:
     ``nccl``, ``obstacle`` and ``gpu`` are what :class:`pycomm.backends.nccl.Offer` has.
     """
 
-    version: str
-    build: str
-    protocol: int
     world_size: int
     backend: str
-    strict: bool
-    host: str
+    strict: bool = False
     nccl: str = ""
     obstacle: str = ""
     gpu: str = ""
-
-    @classmethod
-    def of_this_process(
-        cls, world_size: int, backend: str, strict: bool = False, nccl: str = "", obstacle: str = "", gpu: str = ""
-    ) -> Greeting:
-        return cls(
-            version=_C.version(),
-            build=f"{_C.build_id():x}",
-            protocol=_C.protocol_version(),
-            world_size=world_size,
-            backend=backend,
-            strict=strict,
-            host=host_identity(),
-            nccl=nccl,
-            obstacle=obstacle,
-            gpu=gpu,
-        )
+    version: str = field(default_factory=_C.version)
+    build: str = field(default_factory=lambda: f"{_C.build_id():x}")
+    protocol: int = field(default_factory=_C.protocol_version)
+    host: str = field(default_factory=lambda: host_identity())
 
 
 @dataclass(frozen=True)
@@ -94,6 +86,7 @@ class _Seat(Process):
 
     round: int
     rank: int
+    token: int  # of the process, in errors
     claim: str  # random, so that a rank recognises what it has written
 
     @property
@@ -106,27 +99,23 @@ class _Failure:
     """Why a round cannot end, as the first rank to find out tells it.
 
     Attributes:
-        kind: "lost", "missing" (``ranks`` did not come in time), "conflict" (two jobs) or "failed".
+        kind: "lost", "missing" (``ranks`` did not come in time) or "conflict" (two jobs).
+        roots: the processes of ``ranks``, as far as they are known.
     """
 
     kind: str
     ranks: list[int]
     text: str
-
-    @classmethod
-    def of(cls, error: BaseException, rank: int) -> _Failure:
-        if isinstance(error, PeerTimeoutError):
-            return cls("missing", error.missing_ranks, str(error))
-        if isinstance(error, PeerLostError):
-            return cls("lost", error.lost_ranks or [rank], str(error))
-        return cls("failed", [rank], f"init: rank {rank} gave up: {type(error).__name__}: {error}")
+    roots: list[int] = field(default_factory=list)
 
     def error(self) -> PycommError:
         if self.kind == "conflict":
             return PycommError(self.text)
+        error: PycommError = PeerLostError(self.text, lost_ranks=self.ranks)
         if self.kind == "missing":
-            return PeerTimeoutError(self.text, op="init", missing_ranks=self.ranks)
-        return PeerLostError(self.text, lost_ranks=self.ranks)
+            error = PeerTimeoutError(self.text, op="init", missing_ranks=self.ranks)
+        error._root = (self.roots, self.text)
+        return error
 
 
 def host_identity() -> str:
@@ -155,8 +144,9 @@ class Rendezvous:
         self._is_one_host = True
         self._owner = store
         self._serves = False  # the store is in this process
-        self._arrived: dict[int, Process] = {}  # as far as it has been read
+        self._arrived: dict[int, _Seat] = {}  # as far as it has been read
         self._num_arrivals = 0
+        self._begin = time.monotonic()
         launched = env.launch() if rank is None or world_size is None or store is None else None
         self._set_rank(launched, rank, world_size)
         if self.world_size == 1:
@@ -186,7 +176,8 @@ class Rendezvous:
                 self._refuse_taken_port()
             self._take_seat()
             if not is_own:  # the launcher has named the job, so its other ranks are told without disturbing that one
-                failure = _Failure("lost", [self.rank], f"{_TAKEN} {self._where}; set MASTER_PORT to a free port")
+                text = f"{_TAKEN} {self._where}; set MASTER_PORT to a free port"
+                failure = _Failure("lost", [self.rank], text, [_C.process_token()])
                 self._base.set(f"{self._round}/failed", _encoded(failure))
                 raise PycommError(failure.text)
 
@@ -263,13 +254,10 @@ class Rendezvous:
             PeerLostError: ranks have died or given up; names them.
             PycommError: two processes are the same rank, or what came is no greeting.
         """
-        mine = Greeting.of_this_process(self.world_size, backend, strict, nccl, obstacle, gpu)
+        mine = Greeting(self.world_size, backend, strict, nccl, obstacle, gpu)
         if self._store is None:
             return [mine]
-        self.put(f"greeting/{self.rank}", json.dumps(asdict(mine)))
-        with self._reaching():
-            self._wait({r: f"greeting/{r}" for r in range(self.world_size)})
-            texts = self._store.multi_get([f"greeting/{r}" for r in range(self.world_size)])
+        texts = self._gather("greeting", json.dumps(asdict(mine)))
         greetings = [_decoded(Greeting, text, f"rank {r}'s greeting in {self._where}") for r, text in enumerate(texts)]
         self._is_one_host = len({greeting.host for greeting in greetings}) == 1
         names = ["version", "protocol", "build", "world_size", "backend", "strict"]
@@ -290,22 +278,90 @@ class Rendezvous:
             self._settle(_MET)
         return greetings
 
+    def tokens(self) -> list[int]:
+        """The processes of all ranks, which have greeted each other, by rank."""
+        if self._store is None:
+            return [_C.process_token()]
+        with self._reaching():
+            self._read_arrivals()
+        if len(self._arrived) < self.world_size:
+            raise PycommError(f"init: a rank has greeted and not arrived: something else writes into {self._where}")
+        return [self._arrived[rank].token for rank in range(self.world_size)]
+
+    def wait_for_all(self, place: str) -> None:
+        """Wait until every rank has come to ``place``."""
+        if self._store is not None:
+            self._gather(place, "")
+
     def check(self, missing: Sequence[int]) -> None:
         """Raise if it is in vain to wait for these ranks: one has died, or some rank has given up."""
         if self._store is None:
             return
         with self._reaching():
+            self._store.add(f"alive/{self.rank}", 1)
             if self._store.check(["failed"]):
                 raise _decoded(_Failure, self._store.get("failed"), f"a failure in {self._where}").error()
             self._read_arrivals()
-        for rank in missing:
-            process = self._arrived.get(rank)
-            if process is None or process.is_running() is not False:
-                continue
-            with self._reaching():
-                if self._store.check([f"finished/{rank}"]):
-                    continue  # it had all that it needed, and others may have what they need of it
-            raise PeerLostError(f"init: rank {rank} ({process}) died before all ranks had met", lost_ranks=[rank])
+            for rank in missing:
+                seat = self._arrived.get(rank)
+                if seat is None:
+                    self._look_for_follower(rank)
+                # What has finished has had all that it needed, and others may have what they need of it.
+                elif seat.is_running() is False and not self._store.check([f"finished/{rank}"]):
+                    raise self._lost(seat, "died before all ranks had met")
+
+    def _look_for_follower(self, rank: int) -> None:
+        """Raise if the process that was ``rank`` in an earlier round with this one has ended, and nobody follows it.
+
+        Where an error has told the caller of its end, somebody may start another in its place at leisure.
+        """
+        if not self._returns or time.monotonic() < self._begin + _FOLLOWER_S or not self._base.check([f"seat/{rank}"]):
+            return
+        last = _decoded(_Seat, self._base.get(f"seat/{rank}"), f"the seat of rank {rank} in {self._where}")
+        if last.round < self._round and last.token not in known_to_end and last.is_running() is False:
+            what = f"has ended since an earlier init, and no process came in its place within {_FOLLOWER_S:g} s"
+            raise self._lost(last, what)
+
+    @staticmethod
+    def _lost(seat: _Seat, what: str) -> PycommError:
+        return _Failure("lost", [seat.rank], f"init: rank {seat.rank} ({seat}) {what}", [seat.token]).error()
+
+    def _failure(self, error: BaseException) -> _Failure:
+        """Why this rank fails."""
+        kind, ranks, text = "lost", [self.rank], str(error)
+        if isinstance(error, PeerTimeoutError):
+            kind, ranks = "missing", error.missing_ranks
+        elif isinstance(error, PeerLostError):
+            ranks = error.lost_ranks or ranks
+        else:
+            text = f"init: rank {self.rank} gave up: {type(error).__name__}: {error}"
+        roots = list(error._root[0]) if isinstance(error, PycommError) else []
+        return _Failure(kind, ranks, text, roots or [self._arrived[r].token for r in ranks if r in self._arrived])
+
+    def _explained(self, error: PycommError) -> PycommError:
+        """A wait of this rank has run out, or a connection could not be made: the error that names those at the root.
+
+        They give no sign of life, since all others wait themselves. ``error`` itself if there are none.
+        """
+        assert self._store is not None
+        store, silent = self._store, [rank for rank in range(self.world_size) if rank != self.rank]
+        before = {rank: store.add(f"alive/{rank}", 0) for rank in silent}
+        end = time.monotonic() + _SILENCE_S
+        while silent and time.monotonic() < end:
+            try:
+                self.check(silent)
+            except PycommError as found:  # here or by another rank
+                return found
+            silent = [
+                r for r in silent if store.add(f"alive/{r}", 0) == before[r] and not store.check([f"finished/{r}"])
+            ]
+            time.sleep(_LOOK_S)
+        late = error.missing_ranks if isinstance(error, PeerTimeoutError) else None
+        if not silent or silent == late:
+            return error
+        text = f"{error}; rank(s) {', '.join(map(str, silent))} are at the root of it: all others wait themselves"
+        roots = [self._arrived[rank].token for rank in silent if rank in self._arrived]
+        return _Failure("lost" if late is None else "missing", silent, text, roots).error()
 
     def __enter__(self) -> Rendezvous:
         return self
@@ -315,28 +371,41 @@ class Rendezvous:
     ) -> None:
         if self._store is None:
             return
+        cause = error
         with contextlib.suppress(dist.DistError):  # nobody is there to be told
-            if error is not None:
-                self._store.compare_set("failed", "", _encoded(_Failure.of(error, self.rank)))
+            if isinstance(error, UnconnectedError) or (isinstance(error, PeerTimeoutError) and error.op == "init"):
+                cause = self._explained(error)
+            if cause is not None:
+                failure = self._failure(cause)
+                first = self._store.compare_set("failed", "", _encoded(failure))
+                if isinstance(cause, PeerLostError | PeerTimeoutError):
+                    if first == _encoded(failure).encode():
+                        cause._root = (failure.roots, failure.text)
+                    else:
+                        cause = _decoded(_Failure, first, f"a failure in {self._where}").error()
             self._store.set(f"finished/{self.rank}", "")
             self._base.set(f"told/{os.getpid()}", "")
             if self._serves:
                 self._wait_until_finished()
                 if isinstance(error, Exception):
                     self._tell_siblings()
+        if cause is not None and cause is not error:
+            raise cause from error
 
     def _take_seat(self) -> None:
         """Find this rank's round, and arrive in it."""
-        me, number, expected = Process.current(), 1, ""
+        me, token, number, expected = Process.current(), _C.process_token(), 1, ""
+        self._returns = False  # this process was in the round before
         while True:
             claim = secrets.token_hex(8)
-            seat = json.dumps(asdict(_Seat(**asdict(me), round=number, rank=self.rank, claim=claim)))
+            seat = json.dumps(asdict(_Seat(**asdict(me), round=number, rank=self.rank, token=token, claim=claim)))
             found = self._base.compare_set(f"seat/{self.rank}", expected, seat)
             if found == seat.encode():
                 break
             last = _decoded(_Seat, found, f"the seat of rank {self.rank} in {self._where}")
             if self._plain is not None and last.process != me:
                 self._refuse_seat_of(last, me)
+            self._returns = last.process == me
             number, expected = last.round + 1, found.decode()
         self._round = number
         self._store = dist.PrefixStore(str(number), self._base)
@@ -366,7 +435,7 @@ class Rendezvous:
             self._num_arrivals += 1
             text = self._store.get(f"arrival/{self._num_arrivals}")
             seat = _decoded(_Seat, text, f"an arrival in {self._where}")
-            self._arrived[seat.rank] = seat.process
+            self._arrived[seat.rank] = seat
 
     def _look_for_siblings(self) -> None:
         """Refuse to go on if a process that has not come here was started beside this one as a rank of its job.
@@ -380,7 +449,7 @@ class Rendezvous:
         while absent := self._absent_siblings():
             if time.monotonic() > deadline:
                 other, rank = absent[0]
-                self._conflict(self._round, self._arrived[rank], other, rank)
+                self._conflict(self._round, self._arrived[rank].process, other, rank)
             time.sleep(_LOOK_S)
 
     def _tell_siblings(self) -> None:
@@ -395,7 +464,7 @@ class Rendezvous:
         """Processes that were started beside this one as ranks of its job and have not come, and their ranks."""
         if self._plain is None or env.launch_of(os.getpid()) != self._plain:
             return []
-        present = [(process.boot, process.namespace, process.pid) for process in self._arrived.values()]
+        present = [(seat.boot, seat.namespace, seat.pid) for seat in self._arrived.values()]
         absent = []
         for pid in siblings():
             launched = env.launch_of(pid)
@@ -434,10 +503,20 @@ class Rendezvous:
         deadline = time.monotonic() + min(self.timeout_s, _FAREWELL_S)
         while time.monotonic() < deadline:
             self._read_arrivals()
-            running = [rank for rank, process in self._arrived.items() if process.is_running() is not False]
+            running = [rank for rank, seat in self._arrived.items() if seat.is_running() is not False]
             if self._store.check([f"finished/{rank}" for rank in running]):
                 return
             time.sleep(_POLL_S)
+
+    def _gather(self, place: str, value: str) -> list[bytes]:
+        """What every rank, by rank, has brought to ``place``."""
+        assert self._store is not None
+        keys = {rank: f"{place}/{rank}" for rank in range(self.world_size)}
+        with self._reaching():
+            self._store.set(keys[self.rank], value)
+            self._wait(keys)
+            values: list[bytes] = self._store.multi_get(list(keys.values()))
+        return values
 
     def _wait(self, keys: dict[int, str]) -> None:
         """Wait until every rank has set its key. Polls, so that Ctrl-C works and torch does not report each slice."""

@@ -25,7 +25,8 @@ TIMEOUT_S = 60.0  # of any wait inside a test; generous, since the machine may b
 TUNE = "slice_bytes=64K,cached_bytes=200K"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "pycomm", "tests.pool"])
+# The last two bring most of what the programs of tests/faults import, which takes longer than a whole job.
+_context.set_forkserver_preload(["torch", "pycomm", "tests.pool", "torch._dynamo", "tests.faults.programs"])
 
 
 class WorkerError(AssertionError):

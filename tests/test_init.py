@@ -134,7 +134,7 @@ def test_from_a_given_store(pool: Pool, tmp_path: Path) -> None:
 def greet_as(path: str, rank: int, **changes: object) -> None:
     """Put a greeting into the store that another build, version or launch would put there."""
     store = file_store(path, 2)
-    greeting = replace(Greeting.of_this_process(2, "auto"), **changes)
+    greeting = replace(Greeting(2, "auto"), **changes)
     count = store.add(f"pycomm/none/0/inits/{rank}", 1)
     dist.PrefixStore(f"pycomm/none/0/{count}", store).set(f"greeting/{rank}", json.dumps(asdict(greeting)))
 
@@ -154,7 +154,7 @@ def greet_as(path: str, rank: int, **changes: object) -> None:
 def test_ranks_that_differ_are_both_named(tmp_path: Path, field: str, value: object) -> None:
     path = str(tmp_path / "store")
     greet_as(path, 1, **{"backend": "host", field: value})
-    mine = str(getattr(Greeting.of_this_process(2, "host"), field))
+    mine = str(getattr(Greeting(2, "host"), field))
     with pytest.raises(MismatchError, match=f"rank 0 has {mine}, rank 1 has {value}") as caught:
         pycomm.init("host", store=file_store(path, 2), rank=0, world_size=2, timeout_s=10)
     assert caught.value.calls[1] == f"init({field}={value})"

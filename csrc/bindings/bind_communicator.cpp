@@ -61,6 +61,7 @@ host::CallOptions options_of(const Communicator& communicator, py::handle async_
 
 void bind_communicator(py::module_& module) {
   module.def("build_id", &host::build_id);
+  module.def("process_token", &host::process_token);
   module.def("protocol_version", [] { return host::kProtocolVersion; });
   module.def("memory_left", [](const std::string& root) {
     std::vector<std::uint64_t> left;

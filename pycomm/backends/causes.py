@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pycomm import _C
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
+from pycomm.rendezvous import known_to_end
 
 __all__ = ["LEFT", "Cause", "Heard", "heard", "listeners", "pass_on", "raised", "ranks_text"]
 
@@ -167,11 +168,16 @@ def listeners() -> weakref.WeakSet[Listener]:
 def heard(processes: Sequence[int], text: str) -> None:
     """This process knows that a group failed because of these processes, in the words of ``text``."""
     _C.tell_of(list(processes), text)
-    pass_on(processes, text)
+    _show(processes, text)
 
 
 def pass_on(processes: Sequence[int], text: str) -> None:
-    """The same, where the extension knows it already; it calls this when it raises an error."""
+    """The same of an error that the caller is about to see; the extension, which calls this, knows it already."""
+    known_to_end.update(processes)
+    _show(processes, text)
+
+
+def _show(processes: Sequence[int], text: str) -> None:
     for listener in list(listeners()):
         listener.on_heard(processes, text)
 
@@ -179,7 +185,8 @@ def pass_on(processes: Sequence[int], text: str) -> None:
 def raised(error: BaseException) -> BaseException:
     """``error``, which the caller is about to see: what is at its root is heard now, whatever was called since."""
     if isinstance(error, PycommError) and error._root[0]:
-        heard(*error._root)
+        _C.tell_of(list(error._root[0]), error._root[1])
+        pass_on(*error._root)
     return error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import random
 import re
@@ -20,7 +21,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 import pycomm
-from pycomm import Communicator
+from pycomm import _C, Communicator
 from pycomm.errors import PycommError
 from tests.faults import programs
 from tests.hosts.helpers import Hosts
@@ -42,6 +43,7 @@ PROGRAMS = {
         programs.messages,
         programs.split_groups,
         programs.births,
+        programs.meetings,
         programs.data_parallel,
         programs.tensor_parallel,
         programs.pipeline,
@@ -122,14 +124,14 @@ def run_program(comm: Communicator, connection: Connection, case: Case, folder: 
     Returns:
         Of a survivor: the error's class, message and fields, and the groups of the job.
     """
-    job = programs.Job(comm, random.Random(case.seed), folder)
+    job = programs.Job(comm, random.Random(case.seed), folder, functools.partial(meet, comm, case, store_at(port)))
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(comm)
             if case.program == "torch_distributed":
                 stack.enter_context(torch_job(comm, case, port))
             job.note(comm)
-            connection.send(process_token())
+            connection.send(_C.process_token())
             for turn, _ in enumerate(PROGRAMS[case.program](job)):
                 if turn == FIRST_STEPS:
                     connection.send("running")
@@ -152,7 +154,7 @@ def run_program(comm: Communicator, connection: Connection, case: Case, folder: 
 @contextlib.contextmanager
 def torch_job(comm: Communicator, case: Case, port: int) -> Iterator[None]:
     """torch.distributed on pycomm, over the job's hosts."""
-    store = dist.PrefixStore("torch", dist.TCPStore("127.0.0.1", port, is_master=False))
+    store = dist.PrefixStore("torch", store_at(port))
     timeout = timedelta(seconds=case.timeout_s)
     with patch("pycomm.rendezvous.host_identity", lambda: case.layout[comm.rank]):
         dist.init_process_group("pycomm", store=store, rank=comm.rank, world_size=comm.world_size, timeout=timeout)
@@ -162,12 +164,17 @@ def torch_job(comm: Communicator, case: Case, port: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def process_token() -> int:
-    """The identity of this process, by which errors carry the root of a failure from group to group."""
-    with pycomm.init("shm", rank=0, world_size=1) as alone:
-        backend: Any = alone._backend
-        token: int = backend._core.tokens[0]
-        return token
+def store_at(port: int) -> dist.Store:
+    return dist.TCPStore("127.0.0.1", port, is_master=False)
+
+
+def meet(comm: Communicator, case: Case, store: dist.Store) -> Communicator:
+    """One more communicator of all ranks of ``comm``, over the job's hosts."""
+    rounds = dist.PrefixStore("rounds", store)
+    with patch("pycomm.rendezvous.host_identity", lambda: case.layout[comm.rank]):
+        return pycomm.init(
+            store=rounds, rank=comm.rank, world_size=comm.world_size, timeout_s=case.timeout_s, name="meeting"
+        )
 
 
 def fail(comm: Communicator, fault: str) -> None:
@@ -225,6 +232,7 @@ def verdict(case: Case, token: int, kind: str, message: str, fields: dict[str, A
         return f"{kind}: {message}"
     group = fields["groups"].get(fields["group"], [])
     named = [group[rank] for rank in fields.get("lost_ranks", fields.get("missing_ranks")) if group]
-    processes, _ = fields["_root"]
-    right = list(processes) == [token] and (case.victim not in group or named == [case.victim])
+    processes, _ = fields.get("_root", ((), ""))  # in init the ranks do not know each other's processes yet
+    rooted = list(processes) == [token] or (not fields["group"] and not processes)
+    right = rooted and (case.victim not in group or named == [case.victim])
     return "" if right else f"{kind}, {fields}: {message}"

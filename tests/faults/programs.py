@@ -36,12 +36,14 @@ class Job:
         comm: of all ranks.
         rng: equal on all ranks.
         folder: for files, the same on all ranks.
+        meet: makes a communicator of all ranks by ``pycomm.init``.
         groups: name of a communicator -> the ranks of the world in it.
     """
 
     comm: Communicator
     rng: random.Random
     folder: Path
+    meet: Callable[[], Communicator]
     groups: dict[str, list[int]] = field(default_factory=dict)
 
     def note(self, group: Communicator) -> None:
@@ -119,6 +121,21 @@ def births(job: Job) -> Iterator[None]:
         job.note(group)
         group.all_reduce(group.empty(1000).fill_(1))
         group.close()
+        yield
+
+
+def meetings(job: Job) -> Iterator[None]:
+    """Rounds of ``init`` and ``close`` by the same processes, with a group of some ranks between."""
+    job.groups[""] = job.groups["meeting"] = list(range(job.comm.world_size))  # "": inside init
+    while True:
+        with job.meet() as comm:
+            comm.all_reduce(torch.ones(10))
+            if job.rng.random() < 0.5:
+                group = comm.split(comm.rank % 2)
+                assert group is not None
+                job.note(group)
+                group.all_reduce(group.empty(100).fill_(1))
+                group.close()
         yield
 
 

@@ -221,11 +221,11 @@ def an_address(rng: random.Random) -> str:
 
 def from_the_store(rng: random.Random, *, mutates: bool = True) -> str:
     """Rank 1's part of a meeting, with one value mutated, as rank 0 reads it; or rank 0's address, as rank 1 does."""
-    seat = {**asdict(Process.current()), "round": 1, "rank": 1, "claim": "0"}
-    failure = {"kind": "lost", "ranks": [1], "text": "it gave up"}
+    seat = {**asdict(Process.current()), "round": 1, "rank": 1, "token": 1, "claim": "0"}
+    failure = {"kind": "lost", "ranks": [1], "text": "it gave up", "roots": [1]}
     values = {
         "1/arrival/1": json.dumps(seat),
-        "1/greeting/1": json.dumps(asdict(Greeting.of_this_process(2, "host"))),
+        "1/greeting/1": json.dumps(asdict(Greeting(2, "host"))),
         "1/shm/1": f"{rng.getrandbits(256):064x}",
         "1/failed": json.dumps(failure),
         "1/outcome": json.dumps(failure),
@@ -365,7 +365,7 @@ def test_an_address_that_is_too_long_is_refused() -> None:
 def test_a_seat_that_is_no_text_is_refused() -> None:
     """It was compared, decoded leniently, with what lies there, for ever."""
     store = dist.HashStore()
-    seat = {**asdict(Process.current()), "round": 1, "rank": 0, "claim": "0", "host": "H"}
+    seat = {**asdict(Process.current()), "round": 1, "rank": 0, "token": 1, "claim": "0", "host": "H"}
     text = json.dumps(seat).encode().replace(b'"H"', b'"\xff"')
     dist.PrefixStore("pycomm/none/0", store).set("seat/0", text)  # type: ignore[arg-type]
     with pytest.raises(PycommError, match="the seat of rank 0 .* makes no sense"):

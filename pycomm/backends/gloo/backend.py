@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -32,14 +31,13 @@ from pycomm.backends.gloo.operations import CallQueue, LocalOperation, Operation
 from pycomm.backends.gloo.steps import Limit, Steps
 from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.gloo.wire import Wire, WireError, open_device
-from pycomm.errors import MismatchError, PycommError
+from pycomm.errors import MismatchError, PeerTimeoutError, PycommError
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["HostsBackend"]
 
 _FAREWELL_S = 1.0  # for the last frames of a rank that leaves
 _SPLIT = struct.Struct("<?qq")
-_TOKEN = struct.Struct("<Q")
 
 
 class HostsBackend(HostsCollectives, Backend):
@@ -48,7 +46,7 @@ class HostsBackend(HostsCollectives, Backend):
     Args:
         store: where connections are made, of this group and of its parts; not used otherwise. None: a world of one.
         check: raises when it is in vain to wait for the others to connect.
-        tokens: the processes of the ranks, where they are known.
+        tokens: the processes of the ranks.
     """
 
     device = torch.device("cpu")
@@ -65,7 +63,7 @@ class HostsBackend(HostsCollectives, Backend):
         strict: bool,
         timeout_s: float,
         check: Callable[[], None],
-        tokens: Sequence[int] | None = None,
+        tokens: Sequence[int],
     ) -> None:
         self.calls: Calls = Checked(self, timeout_s)
         self.name = name
@@ -85,9 +83,7 @@ class HostsBackend(HostsCollectives, Backend):
         self._queue = CallQueue("pycomm-hosts")
         self._connecting: tuple[int, ...] = ()  # ranks of other hosts, to a part of this group
         self._waits = Waits(self.rank, group, self.look, self.rest)
-        self.tokens = list(tokens or [0] * self.world_size)
-        for place, rank in enumerate(topology.neighbours):
-            self.tokens[rank] = local.tokens[place]
+        self.tokens = list(tokens)
         self._heard = Heard(self.rank, self.tokens)
         self._has_told = False  # peers have been sent a HEARD that holds
         self._wire: Wire | None = None
@@ -109,8 +105,6 @@ class HostsBackend(HostsCollectives, Backend):
         self._steps = Steps(topology, local, self._wire)
         if self._frames is not None:
             self._frames.start()
-            if tokens is None:
-                self._show_tokens()
             listeners().add(self)
 
     @classmethod
@@ -127,8 +121,10 @@ class HostsBackend(HostsCollectives, Backend):
         store = rendezvous.store
         device = None if store is None else open_device(rendezvous.address(), env.gloo_interface())
         others = [rank for rank in range(rendezvous.world_size) if rank != rendezvous.rank]
-        timeout_s = rendezvous.timeout_s
-        return cls(name, group, topology, local, store, device, strict, timeout_s, lambda: rendezvous.check(others))
+        args = store, device, strict, rendezvous.timeout_s, lambda: rendezvous.check(others), rendezvous.tokens()
+        backend = cls(name, group, topology, local, *args)
+        rendezvous.wait_for_all("connected")  # else one that dies before is seen by some as a closed connection alone
+        return backend
 
     def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
         operation = self._post((True, tensor, dst, tag), timeout_s)
@@ -412,30 +408,15 @@ class HostsBackend(HostsCollectives, Backend):
                     raise WireError(rank, False, "its connection is closed")
 
         args = self._store, self._device, self._strict, self._timeout_s
-        start = time.monotonic()
         self._connecting = tuple(rank for rank in ranks if not self._topology.is_here(rank))
         try:
             return HostsBackend(self.name, group, topology, local, *args, check, [self.tokens[rank] for rank in ranks])
-        except PycommError as error:
-            if time.monotonic() - start < self._timeout_s:
-                raise
+        except PeerTimeoutError as error:
             late = WireError(self.rank, True, str(error))
             late.waited = late.silent = self._connecting
             raise late from error
         finally:
             self._connecting = ()
-
-    def _show_tokens(self) -> None:
-        """Learn which processes the ranks are. Collective."""
-        limit = Limit(self._timeout_s)
-        try:
-            rows = self._steps.table(_TOKEN.pack(self.tokens[self.rank]), limit)
-        except (WireError, PycommError) as error:
-            cause = self._cause_of(error, self._timeout_s)
-            assert self._frames is not None
-            self._frames.close()
-            raise cause.error("init", 0, self.group) from None
-        self.tokens[:] = [_TOKEN.unpack(row)[0] for row in rows]
 
     def _tell(self, frame: Frame) -> None:
         assert self._frames is not None

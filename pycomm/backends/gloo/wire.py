@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pycomm.errors import BackendUnavailableError, PycommError
+from pycomm.errors import BackendUnavailableError, PeerTimeoutError, PycommError
+from pycomm.rendezvous import UnconnectedError
 from pycomm.stores import watched
 
 __all__ = ["Wire", "WireError", "open_device"]
@@ -24,6 +25,8 @@ _DATA_TAG = 1
 _CUT_TAG = 2
 _FOR_EVER = timedelta(days=365)
 _AT_ONCE = timedelta(milliseconds=1)
+_LOOK_S = 0.05
+_GRACE_S = 1.0  # for news of why a connection could not be made
 
 
 class WireError(Exception):
@@ -69,7 +72,8 @@ class Wire:
         check: called again and again while it connects; raises when waiting for the others is in vain.
 
     Raises:
-        PycommError: not all ranks could be connected within ``timeout_s``.
+        PeerTimeoutError: not all ranks could be connected within ``timeout_s``; names all others.
+        UnconnectedError: a connection failed, and ``check`` does not say why.
     """
 
     def __init__(
@@ -87,12 +91,22 @@ class Wire:
         options._devices = [device]
         options._threads = 1  # it runs gloo's own collectives, which are not used
         options._timeout = timedelta(seconds=timeout_s)
+        begin = time.monotonic()
         try:
             self._group: Any = watched(lambda: gloo(store, rank, world_size, options), check)
         except PycommError:  # of check
             raise
         except RuntimeError as error:
-            raise PycommError(f"init: rank {rank} could not connect to all ranks of other hosts: {error}") from error
+            text = f"init: rank {rank} could not connect to all ranks of other hosts"
+            if time.monotonic() >= begin + timeout_s:
+                others = [peer for peer in range(world_size) if peer != rank]
+                text += f" within {timeout_s:g} s"
+                raise PeerTimeoutError(text, op="init", missing_ranks=others) from error
+            end = time.monotonic() + _GRACE_S
+            while time.monotonic() < end:
+                check()
+                time.sleep(_LOOK_S)
+            raise UnconnectedError(f"{text}: {error}") from error
 
     def send(self, tensor: torch.Tensor, rank: int, tag: int = _DATA_TAG) -> dist.Work:
         """Start to send; the tensor must stay as it is until the Work has been waited for."""
