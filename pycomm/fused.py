@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C
+from pycomm._C import Work
 from pycomm.arguments import dtype_name
-from pycomm.calls import Work
 from pycomm.collectives import Collectives
 
 __all__ = ["AdamWScalars", "FusedCalls", "dtype_name"]
@@ -39,8 +39,8 @@ class FusedCalls(Collectives):
             memory: the symmetric bucket, kept alive until the call is over.
             accumulate: add the averages to what the shard has.
         """
-        core = _C.reduce_gradients(self._host, reduction, accumulate, async_op, self.timeout_s)
-        return None if core is None else self._work(core, memory)
+        work = _C.reduce_gradients(self._host, reduction, accumulate, async_op, self.timeout_s)
+        return self._calls.keep(work, memory)
 
     def update_parameters(
         self,
@@ -59,8 +59,8 @@ class FusedCalls(Collectives):
             reduce_first: average the gradients over the ranks on the way.
             memory: what an asynchronous call reads and writes, kept alive until it is over.
         """
-        core = _C.update_everywhere(self._host, update, groups, reduce_first, async_op, self.timeout_s)
-        return None if core is None else self._work(core, *memory)
+        work = _C.update_everywhere(self._host, update, groups, reduce_first, async_op, self.timeout_s)
+        return self._calls.keep(work, *memory)
 
     @property
     def _host(self) -> _C.HostCommunicator:

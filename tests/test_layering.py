@@ -22,7 +22,6 @@ PYTHON_LAYERS = (
     {"_C", "stores"},
     {"rendezvous", "annotations", "arguments", "checkpoints", "gpu"},
     {"backends"},
-    {"calls"},
     {"collectives", "messages"},
     {"fused"},
     {"communicator"},

@@ -18,9 +18,9 @@
 #include <utility>
 
 #include "host/bootstrap.hpp"
-#include "host/inside.hpp"
 #include "host/wait_graph.hpp"
 #include "pycomm/error.hpp"
+#include "pycomm/inside.hpp"
 
 namespace pycomm::host {
 

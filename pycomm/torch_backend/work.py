@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C
-from pycomm.calls import Work
+from pycomm._C import Work
 from pycomm.torch_backend import seconds_of
 from pycomm.torch_backend.tensors import Finish
 

@@ -5,7 +5,7 @@
 
 #include <string>
 
-namespace pycomm::host {
+namespace pycomm {
 
 class Inside {
  public:
@@ -23,6 +23,9 @@ class Inside {
   static const Inside* find(const void* owner, Kind kind);
   Kind kind() const { return kind_; }
   std::string what() const { return describe_(object_); }
+  /// Throws if this thread is inside a collective of `owner`: a signal handler there would wait for the call below, and
+  /// it for the handler. `rank`: for the message.
+  static void check_outside(const void* owner, int rank);
 
  private:
   const void* owner_;
@@ -32,4 +35,4 @@ class Inside {
   const Inside* outer_;
 };
 
-}  // namespace pycomm::host
+}  // namespace pycomm
