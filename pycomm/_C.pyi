@@ -1,7 +1,7 @@
 """The compiled extension. It reads tensors through DLPack's C exchange interface, so its build needs no torch."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -46,69 +46,208 @@ def reduce(dtype: str, op: str, sources: list[int], destinations: list[int], cou
         ValueError: an unknown dtype or op, an op that the dtype has not, or no source or destination.
     """
 
-# Checks of arguments; pycomm/arguments.py. All raise ValueError, or TypeError for what is of a wrong type.
+# Of arguments that are no call's; pycomm/arguments.py. All raise ValueError, or TypeError for what is of a wrong type.
 DTYPES: tuple[str, ...]
 """Of all dtypes that calls move, by number; the first NUM_NUMBER_TYPES have arithmetic of their own."""
 NUM_NUMBER_TYPES: int
 LONGEST_TIMEOUT_S: float
 
-def checked_tensor(argument: Any, name: str, cuda_index: int, written: bool, /) -> torch.Tensor:
-    """The tensor itself, or one on an array's memory. ``cuda_index`` -1: on the host; ``written``: not read-only."""
+def checked_tensor(argument: Any, name: str, cuda_index: int, /) -> torch.Tensor:
+    """The tensor itself, or one on an array's memory. ``cuda_index`` -1: on the host."""
 
-def checked_op(tensor: torch.Tensor, op: Any, /) -> str:
-    """An operator that the tensor's dtype has."""
+def checked_timeout(seconds: Any, /) -> float: ...
 
-def checked_rank(rank: Any, world_size: int, name: str, /) -> int: ...
-def checked_source(src: Any, world_size: int, /) -> int | None: ...
-def checked_tag(tag: Any, /) -> int: ...
-def checked_flag(flag: Any, name: str, /) -> bool: ...
-def checked_timeout(seconds: Any, or_zero: bool = False) -> float: ...
-def check_only_at_root(tensor: Any, root: int, rank: int, name: str, /) -> None: ...
-def part_counts(whole: torch.Tensor, name: str, splits: Sequence[int] | None, world_size: int, /) -> list[int]:
-    """Elements of each rank's part, from counts along dim 0; None: equal parts."""
+class Waits:
+    """What the threads of a communicator in Python wait for: a signal handler runs inside such a wait.
 
-def check_count(tensor: torch.Tensor, name: str, expected: int, /) -> None: ...
-def check_apart(output: torch.Tensor, input: torch.Tensor, /) -> None:
-    """One dtype, and no overlap."""
+    ``look`` is called a few times a second while a thread waits for one of its operations, ``rest`` afterwards.
+    """
 
-def check_part(
-    output: torch.Tensor, input: torch.Tensor, output_is_part: bool, counts: Sequence[int], owner: int, /
-) -> None:
-    """One of the two is part ``owner`` of the other: as long, of its dtype, and lying there or elsewhere."""
+    def __init__(
+        self, rank: int, group: str, look: Callable[[], None] | None = None, rest: Callable[[], None] | None = None
+    ) -> None: ...
+    def check_outside(self) -> None:
+        """PycommError if this thread waits in a collective."""
+
+    def of_this_thread(self) -> str | None:
+        """The call that this thread waits in."""
 
 class Work:
-    """An operation under way: on a thread of the extension, or one that Python code ends by ``finish``."""
+    """An operation that is under way. It keeps its tensors alive until it is over, even if the Work itself is dropped.
 
-    def __init__(self) -> None: ...
+    Back ends in Python make one for what they do, and end it with :meth:`finish` or :meth:`fail`.
+    """
+
+    def __init__(self, waits: Waits, call: str, is_collective: bool = False) -> None: ...
+    @staticmethod
+    def relayed(
+        waits: Waits,
+        call: str,
+        parts: Sequence[Work],
+        wait: Callable[[float | None], None],
+        ranks: Sequence[int] = (),
+    ) -> Work:
+        """One that is over when ``parts`` are, and whose :meth:`wait` is ``wait``. ``ranks``: of their sources."""
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Return when the operation is over; raise what went wrong in it.
+
+        Args:
+            timeout_s: seconds to wait here, 0 to look once; None: as long as the operation's own timeout lets it run.
+                With ``timeout_s`` the host waits for a GPU, too; else the current stream does.
+
+        Raises:
+            TimeoutError: not over after ``timeout_s``; the operation goes on.
+            PycommError: the operation failed.
+        """
+
+    def is_awaited(self) -> bool:
+        """Return whether a thread waits for it, or is to be told of its end."""
+
+    def done(self) -> bool:
+        """Return True once the operation is over, well or not."""
+
+    @property
+    def source(self) -> int:
+        """After the end of a ``recv``: the rank that sent."""
+
+    def announce(self, completions: Completions, token: int, /) -> None:
+        """Put ``token`` into ``completions`` when the operation is over, at once if it is."""
+
     def finish(self, source: int = -1) -> None:
         """It is over, well; the first end counts."""
 
-    def finish_after(self, parts: Sequence[Work]) -> None:
-        """It is over, well, when all of ``parts`` are, well or not."""
-
-    def done(self) -> bool: ...
-    def is_awaited(self) -> bool:
-        """Whether a thread waits for it, or is to be told of its end."""
-
-    def source(self) -> int: ...
-    def wait(self, timeout_s: float | None = None) -> None: ...
-
-class LongWait:
-    """As long as it lives, a caller waits for ``work``, between the waits of which that is made, too."""
-
-    def __init__(self, work: Work) -> None: ...
+    def fail(self, error: BaseException, /) -> None:
+        """It is over with ``error``, which :meth:`wait` raises."""
 
 class Completions:
     """Tells one thread, which takes tokens, what operations are over. Whoever ends an operation runs no Python."""
 
     def __init__(self) -> None: ...
-    def watch(self, work: Work, token: int) -> None:
-        """``token`` comes out of ``take`` when ``work`` is over, at once if it is."""
-
     def take(self, timeout_s: float | None = None) -> int | None:
         """The next token, waiting for it; None once closed, TimeoutError after ``timeout_s``."""
 
     def close(self) -> None: ...
+
+class Call:
+    """A call as data: what ranks compare before they take part in it, and this rank's memory in it.
+
+    ``str`` is "all_reduce(sum, float32[1024])". Of messages ``root`` is the peer, -1 any source.
+
+    Args:
+        splits: of messages the tag.
+    """
+
+    def __init__(self, kind: str, *, dtype: str = "uint8", root: int = 0, count: int = 0, splits: int = 0) -> None: ...
+    @staticmethod
+    def unpack(packed: bytes, /) -> Call:
+        """What :meth:`pack` made, on any rank; without memory."""
+
+    def pack(self) -> bytes:
+        """The 24 bytes that ranks compare."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def root(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def by_splits(self) -> bool: ...
+    @property
+    def tag(self) -> int: ...
+    @property
+    def output(self) -> int:
+        """The address."""
+
+    @property
+    def output_counts(self) -> list[int]:
+        """Elements of each rank's part."""
+
+    @property
+    def input_counts(self) -> list[int]: ...
+    def at(self, output: int, input: int, /) -> Call:
+        """The same on other memory."""
+
+    def by_kernel(self, one_shot: bool, memory: int, offset: int, /) -> Call:
+        """The same by a kernel. Two-shot: of a tensor that lies ``offset`` bytes into symmetric memory number
+        ``memory``, from 1; one-shot: 0, 0."""
+
+class Calls:
+    """The calls of a group, with the arguments of :class:`pycomm.communicator.Communicator`'s methods.
+
+    Arguments are checked here, for every back end: ValueError or TypeError, and nothing was sent. Calls return a Work
+    when ``async_op``, else None. ``timeout_s`` None: the communicator's.
+    """
+
+    STEP_TAG: int
+    """Of messages that are steps of a collective; callers may not use it."""
+
+    @overload
+    def __init__(self, host: HostCommunicator) -> None: ...
+    @overload
+    def __init__(self, backend: object, timeout_s: float) -> None: ...
+    def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def broadcast(self, tensor: Any, root: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def reduce(self, tensor: Any, root: int, op: str, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def reduce_scatter(
+        self,
+        output: Any,
+        input: Any,
+        op: str,
+        input_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> Work | None: ...
+    def all_gather(
+        self,
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> Work | None: ...
+    def all_to_all(
+        self,
+        output: Any,
+        input: Any,
+        output_splits: Sequence[int] | None,
+        input_splits: Sequence[int] | None,
+        async_op: bool,
+        timeout_s: float | None,
+        /,
+    ) -> Work | None: ...
+    def gather(self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def scatter(
+        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /
+    ) -> Work | None: ...
+    def barrier(self, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def send(self, tensor: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
+    def recv(
+        self, tensor: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /
+    ) -> Work | int: ...
+    def exchange(
+        self, messages: Sequence[tuple[bool, Any, int | None, int]], async_op: bool, timeout_s: float | None, /
+    ) -> Work | list[int]:
+        """Messages (is it a send, tensor, peer, tag) that progress together."""
+
+    def receive_arrived(self, tensor: Any, tag: int, timeout_s: float | None, /) -> Work | None:
+        """Receive from whoever has sent a message with this tag already; None if nobody has. On the host transport."""
+
+    def keep(self, work: Work | None, /, *tensors: Any) -> Work | None:
+        """``work``, under way here until it is over, with what it reads and writes."""
+
+    def wait(self) -> None:
+        """Wait for all that are under way now; raise what went wrong in the first of them that failed."""
+
+    def drop_finished(self) -> None: ...
+    def clear(self) -> None: ...
 
 def memory_left(root: str, /) -> list[int]:
     """Bytes that the host and each memory cgroup of this process still grant; ``root``: in place of "/", for tests."""
@@ -196,54 +335,6 @@ class HostCommunicator:
 
     def tuning(self) -> dict[str, int]:
         """Sizes and thresholds in bytes, by name (docs/tuning.md); rank 0's, on every rank."""
-
-    # The calls of pycomm.backends.Calls.
-    def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
-    def broadcast(self, tensor: Any, root: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
-    def reduce(self, tensor: Any, root: int, op: str, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
-    def reduce_scatter(
-        self,
-        output: Any,
-        input: Any,
-        op: str,
-        input_splits: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        /,
-    ) -> Work | None: ...
-    def all_gather(
-        self,
-        output: Any,
-        input: Any,
-        output_splits: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        /,
-    ) -> Work | None: ...
-    def all_to_all(
-        self,
-        output: Any,
-        input: Any,
-        output_splits: Sequence[int] | None,
-        input_splits: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        /,
-    ) -> Work | None: ...
-    def gather(self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
-    def scatter(
-        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /
-    ) -> Work | None: ...
-    def barrier(self, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
-    def send(self, tensor: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> Work | None: ...
-    def recv(
-        self, tensor: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /
-    ) -> Work | int: ...
-    def exchange(
-        self, messages: Sequence[tuple[bool, Any, int | None, int]], async_op: bool, timeout_s: float | None, /
-    ) -> Work | list[int]: ...
-    def receive_arrived(self, tensor: Any, tag: int, timeout_s: float | None, /) -> Work | None:
-        """Receive from whoever has sent a message with this tag already; None if nobody has."""
 
     def empty(self, bytes: int, timeout_s: float) -> SymmetricBuffer: ...
     def agree(self, row: bytes, kind: str, count: int, timeout_s: float, /) -> list[bytes]:
@@ -383,7 +474,7 @@ class CudaDevice:
 
     def __init__(self, driver: CudaDriver, index: int) -> None: ...
 
-class NcclOperation:
+class NcclOperation(Work):
     """A call that has been enqueued."""
 
     @property
@@ -393,26 +484,15 @@ class NcclOperation:
     @property
     def call(self) -> str: ...
     @property
-    def peer(self) -> int | None:
-        """Of a message: the other rank."""
-
+    def is_message(self) -> bool: ...
     @property
     def timeout_s(self) -> float: ...
     def expired(self) -> bool: ...
-    def passed(self) -> bool:
-        """It is over on the device."""
-
-    def over(self) -> bool:
-        """It has passed, or its communicator has been aborted."""
-
     def make_wait(self, stream: int, /) -> None:
         """What the stream does from now on comes after this operation. Does not wait."""
 
-    def wait(self, timeout_s: float) -> bool:
-        """Block until it is over; False if ``timeout_s`` passes before."""
-
-def describe_call(packed: bytes) -> str:
-    """ "all_reduce(sum, float32[1024])" of 24 bytes."""
+    def reach(self, timeout_s: float) -> bool:
+        """Block until it is over on the device; False if ``timeout_s`` passes before."""
 
 class NcclOptions:
     """How a call is made.
@@ -430,54 +510,12 @@ class NcclCommunicator:
     def __init__(self, library: NcclLibrary, device: CudaDevice, rank: int, world_size: int) -> None: ...
     def connect(self, unique_id: bytes, timeout_s: float, /) -> None: ...
     def split(self, color: int | None, rank: int, world_size: int, timeout_s: float, /) -> NcclCommunicator | None: ...
-    def all_reduce(self, data: int, count: int, dtype: str, op: str, options: NcclOptions, /) -> NcclOperation: ...
-    def all_reduce_by_kernel(
-        self,
-        one_shot: bool,
-        memory: int,
-        offset: int,
-        count: int,
-        dtype: str,
-        op: str,
-        launch: Callable[[int], None],
-        options: NcclOptions,
-        /,
-    ) -> NcclOperation:
-        """By a kernel that ``launch`` puts on the stream that it is given. Two-shot: of a tensor that lies ``offset``
-        bytes into symmetric memory number ``memory``, from 1; one-shot: 0, 0."""
+    def submit(self, call: Call, options: NcclOptions, /) -> NcclOperation: ...
+    def submit_kernel(self, call: Call, launch: Callable[[int], None], options: NcclOptions, /) -> NcclOperation:
+        """By a kernel that ``launch`` puts on the stream that it is given."""
 
-    def broadcast(self, data: int, count: int, dtype: str, root: int, options: NcclOptions, /) -> NcclOperation: ...
-    def reduce(
-        self, data: int, count: int, dtype: str, root: int, op: str, options: NcclOptions, /
-    ) -> NcclOperation: ...
-    def reduce_scatter(
-        self, output: int, input: int, counts: Sequence[int], dtype: str, op: str, options: NcclOptions, /
-    ) -> NcclOperation: ...
-    def all_gather(
-        self, output: int, input: int, counts: Sequence[int], dtype: str, options: NcclOptions, /
-    ) -> NcclOperation: ...
-    def all_to_all(
-        self,
-        output: int,
-        input: int,
-        output_counts: Sequence[int],
-        input_counts: Sequence[int],
-        by_splits: bool,
-        dtype: str,
-        options: NcclOptions,
-        /,
-    ) -> NcclOperation: ...
-    def gather(
-        self, output: int, input: int, count: int, dtype: str, root: int, options: NcclOptions, /
-    ) -> NcclOperation: ...
-    def scatter(
-        self, output: int, input: int, count: int, dtype: str, root: int, options: NcclOptions, /
-    ) -> NcclOperation: ...
-    def barrier(self, byte: int, options: NcclOptions, /) -> NcclOperation: ...
-    def exchange(
-        self, messages: Sequence[tuple[bool, int, int, str, int, int]], options: NcclOptions, /
-    ) -> NcclOperation:
-        """(is_send, data, count, dtype, peer, tag) each, in one group."""
+    def exchange(self, calls: Sequence[Call], options: NcclOptions, /) -> NcclOperation:
+        """Messages in one group."""
 
     def error(self) -> str:
         """What NCCL or the device says has gone wrong behind calls; empty: nothing."""
@@ -489,8 +527,8 @@ class NcclCommunicator:
     def num_confirmed(self) -> int: ...
     def confirm(self, number: int, /) -> None: ...
     def hash(self, number: int, /) -> int: ...
-    def packed_call(self, number: int, /) -> bytes: ...
-    def packed_latest(self) -> bytes: ...
+    def call(self, number: int, /) -> Call: ...
+    def latest(self) -> Call: ...
     def num_messages(self) -> int: ...
     def take_messages(self, most: int, /) -> bytes:
         """Messages that have not been taken: number (uint64) and packed call each."""

@@ -1,6 +1,7 @@
 """The collectives of a Communicator: the methods that all ranks call together.
 
-The back end checks their arguments. docs/algorithms.md has steps, bytes and order of each.
+The extension checks their arguments, for every back end (csrc/bindings/bind_collectives.cpp). docs/algorithms.md has
+steps, bytes and order of each.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pycomm.calls import RankCalls, Work
+from pycomm._C import Work
+from pycomm.backends import Backend
 
 __all__ = ["Collectives"]
 
 
-class Collectives(RankCalls):
+class Collectives:
     """What all ranks of a communicator call together, in the same order.
 
     Tensors are contiguous and of any shape: parts are runs of elements. Splits are counts along dim 0, one a rank, the
@@ -21,6 +23,19 @@ class Collectives(RankCalls):
     float16 bfloat16 int8 uint8 int32 int64; the other calls take bool, too. 16-bit floats accumulate in fp32 and
     round once, in rank order. A part of a call that is the same on all ranks is matched: ``MismatchError`` otherwise.
     """
+
+    def __init__(self, backend: Backend, timeout_s: float) -> None:
+        self.rank = backend.rank
+        self.world_size = backend.world_size
+        self.device = backend.device
+        self._backend = backend
+        self._calls = backend.calls()
+        self._timeout_s = timeout_s
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that any wait for another rank may take, in calls that are given no other."""
+        return self._timeout_s
 
     def all_reduce(
         self, tensor: Any, op: str = "sum", *, async_op: bool = False, timeout_s: float | None = None
@@ -33,8 +48,7 @@ class Collectives(RankCalls):
             tensor: same dtype and number of elements on every rank (shapes may differ).
             op: "sum", "avg" (floating point only), "min", "max" or "prod".
         """
-        core = self._calls.all_reduce(tensor, op, async_op, timeout_s)
-        return None if core is None else self._work(core, tensor)
+        return self._calls.all_reduce(tensor, op, async_op, timeout_s)
 
     def reduce(
         self,
@@ -53,8 +67,7 @@ class Collectives(RankCalls):
             tensor: same dtype and number of elements on every rank.
             op: as in :meth:`all_reduce`.
         """
-        core = self._calls.reduce(tensor, root, op, async_op, timeout_s)
-        return None if core is None else self._work(core, tensor)
+        return self._calls.reduce(tensor, root, op, async_op, timeout_s)
 
     def reduce_scatter(
         self,
@@ -76,8 +89,7 @@ class Collectives(RankCalls):
             op: as in :meth:`all_reduce`.
             input_splits: rows (dim 0 of ``input``) of each rank's part; None: N / n elements each.
         """
-        core = self._calls.reduce_scatter(output, input, op, input_splits, async_op, timeout_s)
-        return None if core is None else self._work(core, output, input)
+        return self._calls.reduce_scatter(output, input, op, input_splits, async_op, timeout_s)
 
     def all_gather(
         self,
@@ -97,8 +109,7 @@ class Collectives(RankCalls):
             input: [part ``rank``]. May be exactly that part of ``output``, else disjoint.
             output_splits: rows (dim 0 of ``output``) of each rank's part; None: N / n elements each.
         """
-        core = self._calls.all_gather(output, input, output_splits, async_op, timeout_s)
-        return None if core is None else self._work(core, output, input)
+        return self._calls.all_gather(output, input, output_splits, async_op, timeout_s)
 
     def all_to_all(
         self,
@@ -121,8 +132,7 @@ class Collectives(RankCalls):
             input_splits: rows (dim 0 of ``input``) for each rank; None: N / n elements each. Either all ranks pass
                 splits or none does; as elements, those of a pair of ranks must agree.
         """
-        core = self._calls.all_to_all(output, input, output_splits, input_splits, async_op, timeout_s)
-        return None if core is None else self._work(core, output, input)
+        return self._calls.all_to_all(output, input, output_splits, input_splits, async_op, timeout_s)
 
     def broadcast(
         self, tensor: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -132,8 +142,7 @@ class Collectives(RankCalls):
         Args:
             tensor: same dtype and number of elements on every rank.
         """
-        core = self._calls.broadcast(tensor, root, async_op, timeout_s)
-        return None if core is None else self._work(core, tensor)
+        return self._calls.broadcast(tensor, root, async_op, timeout_s)
 
     def gather(
         self, output: Any, input: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -144,8 +153,7 @@ class Collectives(RankCalls):
             output: [n x N] at the root, None elsewhere.
             input: [N], the same N on every rank. At the root it may be exactly its part of ``output``, else disjoint.
         """
-        core = self._calls.gather(output, input, root, async_op, timeout_s)
-        return None if core is None else self._work(core, output, input)
+        return self._calls.gather(output, input, root, async_op, timeout_s)
 
     def scatter(
         self, output: Any, input: Any, root: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -156,10 +164,8 @@ class Collectives(RankCalls):
             output: [N], the same N on every rank. At the root it may be exactly its part of ``input``, else disjoint.
             input: [n x N] at the root, None elsewhere.
         """
-        core = self._calls.scatter(output, input, root, async_op, timeout_s)
-        return None if core is None else self._work(core, output, input)
+        return self._calls.scatter(output, input, root, async_op, timeout_s)
 
     def barrier(self, *, async_op: bool = False, timeout_s: float | None = None) -> Work | None:
         """Return once every rank has called it."""
-        core = self._calls.barrier(async_op, timeout_s)
-        return None if core is None else self._work(core)
+        return self._calls.barrier(async_op, timeout_s)

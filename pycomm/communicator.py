@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
+from pycomm._C import Work
 from pycomm.arguments import checked_int, checked_shape, checked_timeout, checked_type, tensor_on
 from pycomm.backends import NAMES, Backend, Capabilities, choose
 from pycomm.backends.agreement import all_or_none, pack_numbers, unpack_numbers
@@ -30,7 +31,6 @@ from pycomm.backends.causes import raised
 from pycomm.backends.gloo import HostsBackend
 from pycomm.backends.nccl import NcclBackend, Offer, offer
 from pycomm.backends.shm import Flag, ShmBackend
-from pycomm.calls import InFlight, Work
 from pycomm.errors import PycommError
 from pycomm.fused import FusedCalls
 from pycomm.messages import Messages
@@ -66,7 +66,7 @@ class Communicator(FusedCalls, Messages):
         self.backend = backend.name
         self.capabilities: Capabilities = backend.capabilities
         self.name = backend.group
-        self._finalizer = weakref.finalize(self, _close, backend, self._in_flight, _EXIT_DRAIN_S)
+        self._finalizer = weakref.finalize(self, _close, backend, self._calls, _EXIT_DRAIN_S)
         self._finalizer.atexit = False
         self.key = _known().add(self)
         self.attached: dict[type, Any] = {}
@@ -178,9 +178,9 @@ class Communicator(FusedCalls, Messages):
 
         On GPUs calls are over when the device is through with them, and errors surface here or at the next call.
         """
-        self._in_flight.wait()
+        self._calls.wait()
         self._backend.synchronize(self.timeout_s)
-        self._in_flight.drop_finished()  # on GPUs they were not over before
+        self._calls.drop_finished()  # on GPUs they were not over before
 
     @contextmanager
     def cta_budget(self, max_ctas: int) -> Iterator[None]:
@@ -221,7 +221,7 @@ class Communicator(FusedCalls, Messages):
 
     def _leave(self, drain_s: float) -> None:
         if self._finalizer.detach() is not None:
-            _close(self._backend, self._in_flight, drain_s)
+            _close(self._backend, self._calls, drain_s)
 
     def __enter__(self) -> Communicator:
         return self
@@ -315,9 +315,9 @@ def _connect(rendezvous: Rendezvous, backend: str, name: str, strict: bool, devi
     return HostsBackend.connect(choice.name, rendezvous, places, name, strict)
 
 
-def _close(backend: Backend, in_flight: InFlight, drain_s: float) -> None:
+def _close(backend: Backend, calls: _C.Calls, drain_s: float) -> None:
     backend.close(drain_s)
-    in_flight.clear()
+    calls.clear()
 
 
 class _Known:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C
+from pycomm._C import Work
 from pycomm.arguments import dtype_name
-from pycomm.calls import Work
 from pycomm.collectives import Collectives
 
 __all__ = ["AdamWScalars", "FusedCalls", "dtype_name"]
@@ -34,8 +34,8 @@ class FusedCalls(Collectives):
             memory: the symmetric bucket, kept alive until the call is over.
             accumulate: add the averages to what the shard has.
         """
-        core = _C.reduce_gradients(self._host, reduction, accumulate, async_op, self.timeout_s)
-        return None if core is None else self._work(core, memory)
+        work = _C.reduce_gradients(self._host, reduction, accumulate, async_op, self.timeout_s)
+        return self._calls.keep(work, memory)
 
     def update_parameters(
         self,

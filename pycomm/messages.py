@@ -8,19 +8,20 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from pycomm.arguments import Message
-from pycomm.calls import RankCalls, Work
+from pycomm._C import Calls, Work
 from pycomm.errors import PycommError
 
 __all__ = ["Batch", "Messages"]
 
 
-class Messages(RankCalls):
+class Messages:
     """Messages between two ranks. Tensors are contiguous and of any dtype that collectives move.
 
     Both sides need one dtype and number of elements: ``MismatchError`` on both otherwise, or on the receiver alone if
     the send had returned.
     """
+
+    _calls: Calls
 
     def send(
         self, tensor: Any, dst: int, tag: int = 0, *, async_op: bool = False, timeout_s: float | None = None
@@ -31,8 +32,7 @@ class Messages(RankCalls):
         Args:
             tag: any integer; matches the receive's.
         """
-        core = self._calls.send(tensor, dst, tag, async_op, timeout_s)
-        return None if core is None else self._work(core, tensor)
+        return self._calls.send(tensor, dst, tag, async_op, timeout_s)
 
     def recv(
         self,
@@ -48,8 +48,7 @@ class Messages(RankCalls):
         Returns:
             The rank that sent; with ``async_op`` a Work, whose ``source`` it is in the end.
         """
-        outcome = self._calls.recv(tensor, src, tag, async_op, timeout_s)
-        return outcome if isinstance(outcome, int) else self._work(outcome, tensor)
+        return self._calls.recv(tensor, src, tag, async_op, timeout_s)
 
     def batch(self, *, async_op: bool = False, timeout_s: float | None = None) -> Batch:
         """Messages that progress together, so that ranks can exchange without minding whose turn it is::
@@ -61,7 +60,7 @@ class Messages(RankCalls):
         They start when the block ends, which waits for all of them, unless ``async_op``: then ``b.work`` is their Work.
         A block that raises starts none.
         """
-        return Batch(self, async_op, timeout_s)
+        return Batch(self._calls, async_op, timeout_s)
 
 
 class Batch:
@@ -72,13 +71,13 @@ class Batch:
         sources: after the block, without ``async_op``: of each message in order, the rank that sent it.
     """
 
-    def __init__(self, messages: Messages, async_op: bool, timeout_s: float | None) -> None:
+    def __init__(self, calls: Calls, async_op: bool, timeout_s: float | None) -> None:
         self.work: Work | None = None
         self.sources: list[int] = []
-        self._messages = messages
+        self._calls = calls
         self._async_op = async_op
         self._timeout_s = timeout_s
-        self._pending: list[Message] = []
+        self._pending: list[tuple[bool, Any, int | None, int]] = []
         self._is_over = False
 
     def send(self, tensor: Any, dst: int, tag: int = 0) -> None:
@@ -89,7 +88,7 @@ class Batch:
         """As :meth:`Messages.recv`, when the block ends."""
         self._add("recv", (False, tensor, src, tag))
 
-    def _add(self, name: str, message: Message) -> None:
+    def _add(self, name: str, message: tuple[bool, Any, int | None, int]) -> None:
         if self._is_over:
             raise PycommError(
                 f"batch.{name}: its block has ended, so nothing would start this message: call it inside the block, "
@@ -108,8 +107,8 @@ class Batch:
         pending, self._pending = self._pending, []
         if error is not None:
             return
-        outcome = self._messages._calls.exchange(pending, self._async_op, self._timeout_s)
+        outcome = self._calls.exchange(pending, self._async_op, self._timeout_s)
         if isinstance(outcome, list):
             self.sources = outcome
         else:
-            self.work = self._messages._work(outcome, *(tensor for _, tensor, _, _ in pending))
+            self.work = outcome

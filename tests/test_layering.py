@@ -23,7 +23,6 @@ PYTHON_LAYERS = (
     {"rendezvous", "annotations", "arguments", "checkpoints"},
     {"gpu"},
     {"backends"},
-    {"calls"},
     {"collectives", "messages"},
     {"fused"},
     {"communicator"},

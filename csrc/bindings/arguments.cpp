@@ -12,9 +12,9 @@ namespace pycomm::bindings {
 
 namespace {
 
-host::Parts even_parts(const Tensor& whole, int world_size) {
+Parts even_parts(const Tensor& whole, int world_size) {
   const auto n = static_cast<std::uint64_t>(world_size);
-  if (whole.count() % n == 0) return host::Parts::even(whole.count() / n, world_size);
+  if (whole.count() % n == 0) return Parts::even(whole.count() / n, world_size);
   const std::string name = whole.name();
   throw py::value_error(name + " has " + std::to_string(whole.count()) + " elements, which " + std::to_string(n) +
                         " ranks cannot share evenly: pass " + name + "_splits, or pad it");
@@ -66,7 +66,7 @@ ReduceOp reduce_op_of(py::handle name, DType dtype) {
   throw py::value_error("op " + std::string(text) + " is not supported; it is one of " + op_names());
 }
 
-host::Parts parts_of(const Tensor& whole, py::handle splits, int world_size) {
+Parts parts_of(const Tensor& whole, py::handle splits, int world_size) {
   if (splits.is_none()) return even_parts(whole, world_size);
   const std::string name = whole.name();
   std::vector<std::uint64_t> counts;
@@ -97,7 +97,7 @@ host::Parts parts_of(const Tensor& whole, py::handle splits, int world_size) {
   }
   const std::uint64_t row = rows == 0 ? 0 : whole.count() / rows;
   for (std::uint64_t& count : counts) count *= row;
-  return host::Parts(std::move(counts));
+  return Parts(std::move(counts));
 }
 
 int rank_of(py::handle value, int world_size, const char* name) {
@@ -107,12 +107,12 @@ int rank_of(py::handle value, int world_size, const char* name) {
   throw py::value_error(std::string(name) + " is " + py::str(value).cast<std::string>() + ", it must be 0 to " + last);
 }
 
-std::optional<int> source_of(py::handle value, int world_size) {
-  return value.is_none() ? std::nullopt : std::optional(rank_of(value, world_size, "src"));
-}
-
 std::int64_t tag_of(py::handle value) {
   if (const std::optional<std::int64_t> tag = integer_of(value, "tag", "an int")) return *tag;
+  refuse_tag(value);
+}
+
+void refuse_tag(py::handle value) {
   throw py::value_error("tag=" + py::str(value).cast<std::string>() +
                         ": it is an integer of 64 bits, and -2**63 is taken");
 }
@@ -159,7 +159,7 @@ void check_apart(const Tensor& output, const Tensor& input) {
   if (overlap(output, input)) throw py::value_error("output and input overlap: pass separate memory");
 }
 
-void check_part(const Tensor& whole, const Tensor& part, const host::Parts& parts, int owner) {
+void check_part(const Tensor& whole, const Tensor& part, const Parts& parts, int owner) {
   check_count(part, parts.count(owner));
   check_one_dtype(part, whole);
   if (!overlap(whole, part)) return;

@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "bindings/tensor.hpp"
-#include "host/parts.hpp"
+#include "pycomm/parts.hpp"
 
 namespace pycomm::bindings {
 
@@ -16,13 +16,12 @@ namespace pycomm::bindings {
 ReduceOp reduce_op_of(pybind11::handle name, DType dtype);
 
 /// Each rank's part of `whole`, from counts along dim 0 (`splits`, a sequence), or equal ones (None).
-host::Parts parts_of(const Tensor& whole, pybind11::handle splits, int world_size);
+Parts parts_of(const Tensor& whole, pybind11::handle splits, int world_size);
 
 /// `name`: of the argument, "root", "dst" or "src".
 int rank_of(pybind11::handle value, int world_size, const char* name);
-/// None: any source.
-std::optional<int> source_of(pybind11::handle value, int world_size);
 std::int64_t tag_of(pybind11::handle value);
+[[noreturn]] void refuse_tag(pybind11::handle value);
 bool flag_of(pybind11::handle value, const char* name);
 /// Positive and at most kLongestTimeout; `or_zero`: 0, too.
 double timeout_of(pybind11::handle seconds, bool or_zero = false);
@@ -37,6 +36,6 @@ void check_count(const Tensor& tensor, std::uint64_t expected);
 void check_apart(const Tensor& output, const Tensor& input);
 
 /// `part`, one of the two, is as long as part `owner` of the other, has its dtype, and lies there or elsewhere.
-void check_part(const Tensor& whole, const Tensor& part, const host::Parts& parts, int owner);
+void check_part(const Tensor& whole, const Tensor& part, const Parts& parts, int owner);
 
 }  // namespace pycomm::bindings

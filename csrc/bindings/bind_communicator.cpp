@@ -2,6 +2,7 @@
 
 #include "bindings/arguments.hpp"
 #include "bindings/bindings.hpp"
+#include "bindings/names.hpp"
 #include "host/communicator.hpp"
 #include "host/memory_limits.hpp"
 
@@ -14,7 +15,6 @@ namespace {
 using host::Communicator;
 using host::Listener;
 using host::SymmetricBuffer;
-using host::Work;
 
 void* as_pointer(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -26,14 +26,6 @@ struct Guest {
   const Listener* listener;
   std::string address;
 };
-
-/// Which call ranks agree for.
-OpKind agreement_of(std::string_view kind) {
-  if (kind == "agree") return OpKind::kAgree;
-  if (kind == "empty") return OpKind::kAllocate;
-  if (kind == "split") return OpKind::kSplit;
-  throw std::invalid_argument("ranks agree for no call named " + std::string(kind));
-}
 
 /// Without the GIL. `check(missing)`: Python's, or None.
 std::unique_ptr<Communicator> connect(const Guest& guest, const host::Tuning& tuning, double timeout_s,
@@ -55,10 +47,6 @@ std::unique_ptr<Communicator> connect(const Guest& guest, const host::Tuning& tu
 
 }  // namespace
 
-host::CallOptions options_of(const Communicator& communicator, py::handle async_op, py::handle timeout_s) {
-  return {timeout_s.is_none() ? communicator.timeout_s() : timeout_of(timeout_s), flag_of(async_op, "async_op")};
-}
-
 void bind_communicator(py::module_& module) {
   module.def("build_id", &host::build_id);
   module.def("process_token", &host::process_token);
@@ -76,20 +64,6 @@ void bind_communicator(py::module_& module) {
         return host::thresholds_of(host::tuning_with(world_size, thresholds));
       },
       py::arg("world_size"), py::arg("thresholds"));
-
-  py::class_<Work, std::shared_ptr<Work>>(module, "Work")
-      .def(py::init<>())
-      .def(
-          "finish", [](Work& work, int source) { work.finish(nullptr, source); }, py::arg("source") = -1)
-      .def("finish_after", &Work::finish_after, py::arg("parts"))
-      .def("done", &Work::done)
-      .def("is_awaited", &Work::is_awaited)
-      .def("source", &Work::source)
-      .def(
-          "wait", [](Work& work, std::optional<double> timeout_s) { work.wait(timeout_s, &check_signals); },
-          py::arg("timeout_s") = py::none(), NoGil());
-
-  py::class_<Work::LongWait>(module, "LongWait").def(py::init<std::shared_ptr<Work>>());
 
   py::class_<SymmetricBuffer>(module, "SymmetricBuffer", py::buffer_protocol()).def_buffer([](SymmetricBuffer& buffer) {
     return py::buffer_info(reinterpret_cast<std::uint8_t*>(buffer.data()), static_cast<py::ssize_t>(buffer.bytes()));
@@ -123,7 +97,7 @@ void bind_communicator(py::module_& module) {
             std::string rows;
             {
               const GilRelease nogil;
-              rows = self.agree(row, agreement_of(kind), count, timeout_s);
+              rows = self.agree(row, parse<OpKind>(kind, kNumOpKinds, "call"), count, timeout_s);
             }
             py::list by_rank;
             for (int r = 0; r < self.world_size(); ++r) {
@@ -161,8 +135,6 @@ void bind_communicator(py::module_& module) {
           NoGil())
       .def("abort", &Communicator::abort)
       .def("close", &Communicator::close, py::arg("drain_s"), NoGil());
-  bind_collectives(communicator);
-  bind_messages(communicator);
 }
 
 }  // namespace pycomm::bindings

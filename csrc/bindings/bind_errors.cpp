@@ -38,8 +38,8 @@ struct ActivityScope {
 /// Of operations, with what other hosts have said of the roots; or of a caller, for operations.
 struct WaitFromPython {
   explicit WaitFromPython(bool of_caller)
-      : shown(of_caller ? host::ShownWait::Kind::kForWork : host::ShownWait::Kind::kInsideWork, nullptr) {}
-  host::ShownWait shown;
+      : shown(of_caller ? ShownWait::Kind::kForWork : ShownWait::Kind::kInsideWork, nullptr) {}
+  ShownWait shown;
 };
 
 /// Some of it may come from a peer's memory: whatever is not UTF-8 is replaced.
@@ -113,7 +113,7 @@ void bind_errors(py::module_& module) {
       .def(py::init<bool>(), py::arg("of_caller") = false)
       .def("show", [](WaitFromPython& self, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& processes,
                       const std::string& text) {
-        host::Roots roots;
+        Roots roots;
         for (const auto& [token, hops] : processes) roots.add({token, hops}, text);
         self.shown.show(std::move(roots));
       });

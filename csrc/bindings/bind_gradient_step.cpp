@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bindings/bindings.hpp"
+#include "bindings/work.hpp"
 #include "host/gradient_step.hpp"
 
 namespace py = pybind11;
@@ -20,7 +21,6 @@ using host::GradientReduction;
 using host::ParameterUpdate;
 using host::Run;
 using host::Runs;
-using MaybeWork = std::shared_ptr<host::Work>;  // none if the call was synchronous
 
 struct RunsHandle {
   Runs runs;

@@ -1,5 +1,5 @@
-// NCCL and the CUDA driver, loaded at run time, and communicators of them. Tensors come as addresses, checked before by
-// pycomm/arguments.py; streams as the driver's handles.
+// NCCL and the CUDA driver, loaded at run time, and communicators of them. Calls come checked (calls.hpp), streams as
+// the driver's handles.
 #include <pybind11/stl.h>
 
 #include <cstddef>
@@ -7,9 +7,8 @@
 #include <tuple>
 
 #include "bindings/bindings.hpp"
-#include "bindings/names.hpp"
+#include "bindings/calls.hpp"
 #include "cuda/device/signal_pad.hpp"
-#include "host/parts.hpp"
 #include "nccl/communicator.hpp"
 #include "nccl/window.hpp"
 
@@ -32,28 +31,10 @@ using Holder = std::shared_ptr<Communicator>;  // windows keep theirs
 
 Holder held(std::unique_ptr<Communicator> communicator) { return {communicator.release(), WithoutGil{}}; }
 
-DType dtype_of(std::string_view name) { return parse<DType>(name, kNumDTypes, "dtype"); }
-ReduceOp op_of(std::string_view name) { return parse<ReduceOp>(name, kNumReduceOps, "reduce op"); }
-
 nccl::driver::abi::Stream stream_of(Address stream) { return reinterpret_cast<nccl::driver::abi::Stream>(stream); }
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-nccl::Buffers buffers_of(Address output, Address input, std::string_view dtype) {
-  return {.input = pointer(input), .output = pointer(output), .dtype = dtype_of(dtype)};
-}
-
-nccl::Parts parts_of(std::vector<std::uint64_t> counts) {
-  const std::uint64_t splits = host::Parts(counts).hash();
-  return {.counts = std::move(counts), .splits = splits};
-}
-
 using Options = nccl::CallOptions;
-
-template <class Call>
-OperationPtr without_gil(const Call& call) {
-  const GilRelease nogil;
-  return call();
-}
 
 void bind_libraries(py::module_& module) {
   py::class_<Library, std::shared_ptr<Library>>(module, "NcclLibrary")
@@ -90,22 +71,15 @@ void bind_libraries(py::module_& module) {
 
 void bind_operation(py::module_& module) {
   using nccl::Operation;
-  py::class_<Operation, std::shared_ptr<Operation>>(module, "NcclOperation")
+  py::class_<Operation, Work, std::shared_ptr<Operation>>(module, "NcclOperation")
       .def_property_readonly("seq", &Operation::seq)
       .def_property_readonly("call", [](const Operation& self) { return describe(self.call()); })
-      .def_property_readonly("peer",
-                             [](const Operation& self) -> std::optional<int> {
-                               const bool is_message =
-                                   self.call().kind == OpKind::kSend || self.call().kind == OpKind::kRecv;
-                               return is_message ? std::optional(self.call().root) : std::nullopt;
-                             })
+      .def_property_readonly("is_message", &Operation::is_message)
       .def_property_readonly("timeout_s", [](const Operation& self) { return self.deadline().timeout_s(); })
       .def("expired", [](const Operation& self) { return self.deadline().expired(); })
-      .def("over", &Operation::over)
-      .def("passed", &Operation::passed)
       .def("make_wait", [](const Operation& self, Address stream) { self.make_wait(stream_of(stream)); })
       .def(
-          "wait", [](const Operation& self, double timeout_s) { return self.wait(timeout_s, &check_signals); },
+          "reach", [](const Operation& self, double timeout_s) { return self.reach(timeout_s, &check_signals); },
           py::arg("timeout_s"), NoGil());
 }
 
@@ -124,87 +98,23 @@ void launched(const py::function& launch, nccl::driver::abi::Stream stream) {
 
 void bind_calls(Class& communicator) {
   communicator
-      .def("all_reduce",
-           [](Communicator& self, Address data, std::uint64_t count, std::string_view dtype, std::string_view op,
-              const Options& options) {
-             const nccl::Buffers buffers = buffers_of(data, data, dtype);
-             const ReduceOp reduce_op = op_of(op);
-             return without_gil([&] { return self.all_reduce(buffers, count, reduce_op, options); });
+      .def("submit",
+           [](Communicator& self, const CheckedCall& checked, const Options& options) {
+             const GilRelease nogil;
+             return self.submit(checked.call, checked.operands, options);
            })
-      .def("all_reduce_by_kernel",
-           [](Communicator& self, bool one_shot, std::uint64_t memory, std::uint64_t offset, std::uint64_t count,
-              std::string_view dtype, std::string_view op, const py::function& launch, const Options& options) {
-             const Route route = one_shot ? Route::kOneShot : Route::kTwoShot;
-             const DType element = dtype_of(dtype);
-             const ReduceOp reduce_op = op_of(op);
-             const nccl::Launch put = [&](nccl::driver::abi::Stream stream) { launched(launch, stream); };
-             return without_gil([&] {
-               return self.all_reduce_by_kernel(route, Location(memory, offset), element, count, reduce_op, options,
-                                                put);
-             });
+      .def("submit_kernel",
+           [](Communicator& self, const CheckedCall& checked, const py::function& launch, const Options& options) {
+             const GilRelease nogil;
+             return self.submit_kernel(checked.call, options,
+                                       [&](nccl::driver::abi::Stream stream) { launched(launch, stream); });
            })
-      .def("broadcast",
-           [](Communicator& self, Address data, std::uint64_t count, std::string_view dtype, int root,
-              const Options& options) {
-             const nccl::Buffers buffers = buffers_of(data, data, dtype);
-             return without_gil([&] { return self.broadcast(buffers, count, root, options); });
-           })
-      .def("reduce",
-           [](Communicator& self, Address data, std::uint64_t count, std::string_view dtype, int root,
-              std::string_view op, const Options& options) {
-             const nccl::Buffers buffers = buffers_of(data, data, dtype);
-             const ReduceOp reduce_op = op_of(op);
-             return without_gil([&] { return self.reduce(buffers, count, root, reduce_op, options); });
-           })
-      .def("reduce_scatter",
-           [](Communicator& self, Address output, Address input, std::vector<std::uint64_t> counts,
-              std::string_view dtype, std::string_view op, const Options& options) {
-             const nccl::Buffers buffers = buffers_of(output, input, dtype);
-             const nccl::Parts parts = parts_of(std::move(counts));
-             const ReduceOp reduce_op = op_of(op);
-             return without_gil([&] { return self.reduce_scatter(buffers, parts, reduce_op, options); });
-           })
-      .def("all_gather",
-           [](Communicator& self, Address output, Address input, std::vector<std::uint64_t> counts,
-              std::string_view dtype, const Options& options) {
-             const nccl::Buffers buffers = buffers_of(output, input, dtype);
-             const nccl::Parts parts = parts_of(std::move(counts));
-             return without_gil([&] { return self.all_gather(buffers, parts, options); });
-           })
-      .def("all_to_all",
-           [](Communicator& self, Address output, Address input, std::vector<std::uint64_t> output_counts,
-              std::vector<std::uint64_t> input_counts, bool by_splits, std::string_view dtype, const Options& options) {
-             const nccl::Buffers buffers = buffers_of(output, input, dtype);
-             const nccl::Parts to{.counts = std::move(output_counts), .splits = by_splits ? 1U : 0U};
-             const nccl::Parts from{.counts = std::move(input_counts), .splits = to.splits};
-             return without_gil([&] { return self.all_to_all(buffers, to, from, options); });
-           })
-      .def("gather",
-           [](Communicator& self, Address output, Address input, std::uint64_t count, std::string_view dtype, int root,
-              const Options& options) {
-             const nccl::Buffers buffers = buffers_of(output, input, dtype);
-             return without_gil([&] { return self.gather(buffers, count, root, options); });
-           })
-      .def("scatter",
-           [](Communicator& self, Address output, Address input, std::uint64_t count, std::string_view dtype, int root,
-              const Options& options) {
-             const nccl::Buffers buffers = buffers_of(output, input, dtype);
-             return without_gil([&] { return self.scatter(buffers, count, root, options); });
-           })
-      .def("barrier",
-           [](Communicator& self, Address byte, const Options& options) {
-             return without_gil([&] { return self.barrier(pointer(byte), options); });
-           })
-      .def("exchange",
-           [](Communicator& self,
-              const std::vector<std::tuple<bool, Address, std::uint64_t, std::string, int, std::int64_t>>& rows,
-              const Options& options) {
-             std::vector<nccl::Message> messages;
-             for (const auto& [is_send, data, count, dtype, peer, tag] : rows) {
-               messages.push_back({is_send, pointer(data), count, dtype_of(dtype), peer, tag});
-             }
-             return without_gil([&] { return self.exchange(messages, options); });
-           });
+      .def("exchange", [](Communicator& self, const std::vector<CheckedCall>& calls, const Options& options) {
+        std::vector<nccl::Message> messages;
+        for (const CheckedCall& checked : calls) messages.push_back({checked.call, checked.operands.output});
+        const GilRelease nogil;
+        return self.exchange(messages, options);
+      });
 }
 
 void bind_watch(Class& communicator) {
@@ -214,16 +124,8 @@ void bind_watch(Class& communicator) {
       .def("num_confirmed", [](Communicator& self) { return self.log().num_confirmed(); })
       .def("confirm", [](Communicator& self, std::uint64_t number) { self.log().confirm(number); })
       .def("hash", [](Communicator& self, std::uint64_t number) { return self.log().hash(number); })
-      .def("packed_call",
-           [](Communicator& self, std::uint64_t number) {
-             const Call call = self.log().call(number);
-             return py::bytes(reinterpret_cast<const char*>(&call), sizeof(call));
-           })
-      .def("packed_latest",
-           [](Communicator& self) {
-             const Call call = self.log().latest();
-             return py::bytes(reinterpret_cast<const char*>(&call), sizeof(call));
-           })
+      .def("call", [](Communicator& self, std::uint64_t number) { return CheckedCall{self.log().call(number), {}}; })
+      .def("latest", [](Communicator& self) { return CheckedCall{self.log().latest(), {}}; })
       .def("num_messages", [](Communicator& self) { return self.log().num_messages(); })
       .def("take_messages",
            [](Communicator& self, std::size_t most) {
@@ -251,17 +153,6 @@ void bind_watch(Class& communicator) {
 void bind_nccl(py::module_& module) {
   bind_libraries(module);
   bind_operation(module);
-  module.def(
-      "describe_call",
-      [](const std::string& packed) {
-        if (packed.size() != sizeof(Call))
-          throw py::value_error("a call has " + std::to_string(sizeof(Call)) + " bytes");
-        Call call;
-        std::memcpy(&call, packed.data(), sizeof(call));
-        return describe(call);
-      },
-      py::arg("packed"));
-
   py::class_<Options>(module, "NcclOptions")
       .def(py::init([](Address stream, bool async_op, double timeout_s, int max_ctas) {
              return Options{stream_of(stream), async_op, timeout_s, max_ctas};

@@ -26,18 +26,13 @@ struct WithoutGil {
 using CommunicatorHolder = std::unique_ptr<host::Communicator, WithoutGil>;
 using CommunicatorClass = pybind11::class_<host::Communicator, CommunicatorHolder>;
 
-/// `async_op` and `timeout_s` as a caller passes them; no seconds, None: the communicator's.
-host::CallOptions options_of(const host::Communicator& communicator, pybind11::handle async_op,
-                             pybind11::handle timeout_s);
-
 void bind_errors(pybind11::module_& module);
 void bind_reduce(pybind11::module_& module);
 void bind_gradient_step(pybind11::module_& module);
 void bind_arguments(pybind11::module_& module);
 void bind_communicator(pybind11::module_& module);
-void bind_collectives(CommunicatorClass& communicator);
-void bind_messages(CommunicatorClass& communicator);
-void bind_completions(pybind11::module_& module);
+void bind_collectives(pybind11::module_& module);
+void bind_work(pybind11::module_& module);
 void bind_nccl(pybind11::module_& module);
 void bind_rank_group(pybind11::module_& module);
 void bind_overlapped_matmul(pybind11::module_& module);

@@ -13,8 +13,9 @@ PYBIND11_MODULE(_C, module) {
   pycomm::bindings::bind_errors(module);
   pycomm::bindings::bind_reduce(module);
   pycomm::bindings::bind_arguments(module);
+  pycomm::bindings::bind_work(module);
   pycomm::bindings::bind_communicator(module);
-  pycomm::bindings::bind_completions(module);
+  pycomm::bindings::bind_collectives(module);
   pycomm::bindings::bind_gradient_step(module);
   pycomm::bindings::bind_nccl(module);
   pycomm::bindings::bind_rank_group(module);

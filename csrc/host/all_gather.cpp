@@ -8,10 +8,9 @@
 //
 // Ordering. Nobody but rank r writes part r of any output, so inputs in place stay what they are. Push: outputs are
 // written between the entry and phase 1, which everyone waits for before returning.
-#include "host/all_gather.hpp"
-
 #include <algorithm>
 
+#include "host/collectives.hpp"
 #include "host/copy.hpp"
 #include "host/rounds.hpp"
 
@@ -29,24 +28,27 @@ Shown parts_of_ranks(const Parts& parts, int reader) {
   return shown;
 }
 
-/// `reader`: the only rank with an output, or Group::kEveryRank.
-void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, const Call& call, int reader) {
+}  // namespace
+
+void all_gather(Group& group, const Call& call, const Operands& operands) {
+  const Parts& parts = operands.output_parts;
+  const int reader = call.kind == OpKind::kGather ? call.root : Group::kEveryRank;  // the only rank with an output
   const int rank = group.rank();
   const auto reads = [&](int r) { return reader == Group::kEveryRank || reader == r; };
-  const std::size_t element_bytes = size_of(tensors.dtype);
+  const std::size_t element_bytes = size_of(call.dtype);
   const std::size_t output_bytes = parts.total() * element_bytes;
   const std::size_t own_bytes = parts.count(rank) * element_bytes;
   const std::size_t num_readers = reader == Group::kEveryRank ? static_cast<std::size_t>(group.world_size()) : 1;
   const bool around_caches = group.around_caches((num_readers + 1) * output_bytes);
-  auto* const output = static_cast<std::byte*>(tensors.output);
+  auto* const output = static_cast<std::byte*>(operands.output);
   const auto part_of = [&](std::byte* whole, int r) { return whole + parts.start(r) * element_bytes; };
   const auto copy_own_to = [&](std::byte* whole) {
     std::byte* const part = part_of(whole, rank);
-    if (part != tensors.input) copy(part, tensors.input, own_bytes, around_caches);
+    if (part != operands.input) copy(part, operands.input, own_bytes, around_caches);
   };
 
   const bool is_small = output_bytes <= group.tuning().one_shot_bytes;
-  Rounds rounds(group, tensors.input, tensors.dtype, parts_of_ranks(parts, reader), is_small);
+  Rounds rounds(group, operands.input, call.dtype, parts_of_ranks(parts, reader), is_small);
   const Location target = reads(rank) && !is_small ? group.segments().locate(output, output_bytes) : Location{};
   const Entry entry(group, call, {rounds.location(), target}, [&] { rounds.show(0); });
 
@@ -68,18 +70,6 @@ void gather_parts(Group& group, const Tensors& tensors, const Parts& parts, cons
       rounds.copy(r, k, part_of(output, r), around_caches);
     }
   });
-}
-
-}  // namespace
-
-void all_gather(Group& group, const Tensors& tensors, const Parts& parts) {
-  const Call call{.kind = OpKind::kAllGather, .dtype = tensors.dtype, .count = parts.total(), .splits = parts.hash()};
-  gather_parts(group, tensors, parts, call, Group::kEveryRank);
-}
-
-void gather(Group& group, const Tensors& tensors, const Parts& parts, int root) {
-  const Call call{.kind = OpKind::kGather, .dtype = tensors.dtype, .root = root, .count = parts.total()};
-  gather_parts(group, tensors, parts, call, root);
 }
 
 }  // namespace pycomm::host

@@ -15,11 +15,10 @@
 // place is safe. Staging buffer (k+1) % 2 was last used by slice k - 1: its readers and writers were done at phase
 // 2(k-1) + 1 of every rank, which this rank has waited for before it copies slice k + 1 in. Nobody writes to a peer
 // after its own phase 2(K-1) + 1, which everybody waits for before returning.
-#include "host/all_reduce.hpp"
-
 #include <algorithm>
 #include <array>
 
+#include "host/collectives.hpp"
 #include "host/reduce.hpp"
 
 namespace pycomm::host {
@@ -128,7 +127,10 @@ void one_shot(Group& group, void* data, const Call& call) {
   reduce_kernel(call.dtype, call.reduce_op)(sources.data(), group.world_size(), &data, 1, call.count);
 }
 
-void reduce_parts(Group& group, void* data, const Call& call) {
+}  // namespace
+
+void all_reduce(Group& group, const Call& call, const Operands& operands) {
+  void* const data = operands.output;
   if (call.bytes() * static_cast<std::size_t>(group.world_size()) <= group.tuning().one_shot_bytes) {
     return one_shot(group, data, call);
   }
@@ -148,16 +150,6 @@ void reduce_parts(Group& group, void* data, const Call& call) {
     group.wait(2 * k + 1);
     two_shot.copy_out(k);
   }
-}
-
-}  // namespace
-
-void all_reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op) {
-  reduce_parts(group, data, {.kind = OpKind::kAllReduce, .dtype = dtype, .reduce_op = op, .count = count});
-}
-
-void reduce(Group& group, void* data, std::size_t count, DType dtype, ReduceOp op, int root) {
-  reduce_parts(group, data, {.kind = OpKind::kReduce, .dtype = dtype, .reduce_op = op, .root = root, .count = count});
 }
 
 }  // namespace pycomm::host

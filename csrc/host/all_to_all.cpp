@@ -5,11 +5,10 @@
 // 2(n-1)/n·S where an ordinary input is copied through staging.
 //
 // Ordering. Input and output are different memory, so all is said in rounds.hpp.
-#include "host/all_to_all.hpp"
-
 #include <algorithm>
 
 #include "host/agree.hpp"
+#include "host/collectives.hpp"
 #include "host/rounds.hpp"
 
 namespace pycomm::host {
@@ -46,10 +45,30 @@ void check_pairs(const std::vector<Parts>& inputs, const std::vector<Parts>& out
   if (!what.empty()) throw_mismatch(inputs, outputs, what);
 }
 
-/// `output`: this rank's parts; `inputs`: one layout for all, or one a rank.
-void copy_parts(Group& group, const Tensors& tensors, const Parts& output, std::vector<Parts> inputs,
-                const Call& call) {
-  const std::size_t element_bytes = size_of(tensors.dtype);
+/// All ranks learn all splits: the layouts of every rank's input, which all outputs fit.
+std::vector<Parts> learn_inputs(Group& group, const Call& call, const Operands& operands) {
+  std::vector<std::uint64_t> mine;
+  for (const Parts* const parts : {&operands.input_parts, &operands.output_parts}) {
+    for (int p = 0; p < parts->num_parts(); ++p) mine.push_back(parts->count(p));
+  }
+  const std::vector<std::uint64_t> all = agree(group, call, mine.data(), mine.size());
+  const auto n = static_cast<std::ptrdiff_t>(group.world_size());
+  std::vector<Parts> inputs;
+  std::vector<Parts> outputs;
+  for (auto counts = all.begin(); counts != all.end(); counts += 2 * n) {
+    inputs.emplace_back(std::vector<std::uint64_t>(counts, counts + n));
+    outputs.emplace_back(std::vector<std::uint64_t>(counts + n, counts + 2 * n));
+  }
+  check_pairs(inputs, outputs);
+  return inputs;
+}
+
+}  // namespace
+
+void all_to_all(Group& group, const Call& call, const Operands& operands) {
+  const bool by_splits = call.splits != 0;
+  const std::size_t element_bytes = size_of(call.dtype);
+  auto inputs = by_splits ? learn_inputs(group, call, operands) : std::vector<Parts>{operands.input_parts};
   Shown shown{std::move(inputs), Readers::kOneAPart};
   std::uint64_t most = 0;
   std::uint64_t all = 0;
@@ -59,42 +78,16 @@ void copy_parts(Group& group, const Tensors& tensors, const Parts& output, std::
   }
   const std::size_t n = static_cast<std::size_t>(group.world_size());
   const bool is_small = most * element_bytes * n <= group.tuning().one_shot_bytes;
-  Rounds rounds(group, tensors.input, tensors.dtype, std::move(shown), is_small);
+  Rounds rounds(group, operands.input, call.dtype, std::move(shown), is_small);
   const Entry entry(group, call, {rounds.location(), {}}, [&] { rounds.show(0); });
   const bool around_caches = group.around_caches(2 * all * element_bytes);
   rounds.run([&](std::uint64_t k) {
     for (int i = 0; i < group.world_size(); ++i) {
       const int r = (group.rank() + i) % group.world_size();
-      rounds.copy(r, k, static_cast<std::byte*>(tensors.output) + output.start(r) * element_bytes, around_caches);
+      rounds.copy(r, k, static_cast<std::byte*>(operands.output) + operands.output_parts.start(r) * element_bytes,
+                  around_caches);
     }
   });
-}
-
-}  // namespace
-
-void all_to_all(Group& group, const Tensors& tensors, const Parts& parts) {
-  const Call call{.kind = OpKind::kAllToAll, .dtype = tensors.dtype, .count = parts.total()};
-  copy_parts(group, tensors, parts, {parts}, call);
-}
-
-void all_to_all_by_splits(Group& group, const Tensors& tensors, const Parts& output, const Parts& input) {
-  const Call call{.kind = OpKind::kAllToAll, .dtype = tensors.dtype, .splits = 1};
-  std::vector<Parts> inputs;
-  std::vector<Parts> outputs;
-  {
-    std::vector<std::uint64_t> mine;
-    for (const Parts* const parts : {&input, &output}) {
-      for (int p = 0; p < parts->num_parts(); ++p) mine.push_back(parts->count(p));
-    }
-    const std::vector<std::uint64_t> all = agree(group, call, mine.data(), mine.size());
-    const auto n = static_cast<std::ptrdiff_t>(group.world_size());
-    for (auto counts = all.begin(); counts != all.end(); counts += 2 * n) {
-      inputs.emplace_back(std::vector<std::uint64_t>(counts, counts + n));
-      outputs.emplace_back(std::vector<std::uint64_t>(counts + n, counts + 2 * n));
-    }
-  }
-  check_pairs(inputs, outputs);
-  copy_parts(group, tensors, output, std::move(inputs), call);
 }
 
 }  // namespace pycomm::host

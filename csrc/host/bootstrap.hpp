@@ -21,9 +21,6 @@ namespace pycomm::host {
 
 inline constexpr std::uint32_t kProtocolVersion = 2;
 
-/// Called about every 50 ms by every wait; throws to end it (Ctrl-C). May be nullptr.
-using InterruptCheck = void (*)();
-
 /// Identifies the sources that this binary was built from: two builds that differ must not share memory.
 std::uint64_t build_id();
 

@@ -13,10 +13,9 @@
 // Ordering. In place, nobody but its own rank and the root writes to a tensor, and these two to separate bytes;
 // everyone who is written to waits for the root's phase, and the root for everyone's. In slices, the root overwrites
 // staging (k+1) % 2, and returns to its caller, only after everyone's phase for the slice that lay there.
-#include "host/broadcast.hpp"
-
 #include <algorithm>
 
+#include "host/collectives.hpp"
 #include "host/copy.hpp"
 
 namespace pycomm::host {
@@ -85,14 +84,14 @@ void others_in_slices(Group& group, std::byte* data, const Call& call) {
 
 }  // namespace
 
-void broadcast(Group& group, void* data, std::size_t count, DType dtype, int root) {
-  const Call call{.kind = OpKind::kBroadcast, .dtype = dtype, .root = root, .count = count};
+void broadcast(Group& group, const Call& call, const Operands& operands) {
+  const int root = call.root;
   if (call.bytes() * static_cast<std::size_t>(group.world_size()) <= group.tuning().one_shot_bytes) {
-    return through_slot(group, data, call);
+    return through_slot(group, operands.output, call);
   }
-  auto* const tensor = static_cast<std::byte*>(data);
+  auto* const tensor = static_cast<std::byte*>(operands.output);
   const bool is_root = group.rank() == root;
-  const Location location = group.segments().locate(data, call.bytes());
+  const Location location = group.segments().locate(tensor, call.bytes());
   const Entry entry(group, call, {location, location}, [&] {
     if (is_root && !location.symmetric()) copy_in(group, tensor, call, 0);
   });

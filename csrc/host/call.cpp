@@ -21,6 +21,36 @@ std::string by_route(const Call& call) {
   return ", unknown route";
 }
 
+/// What a letter of OpText::arguments stands for.
+std::string argument(char letter, const Call& call) {
+  const std::string dtype = name_of(call.dtype);
+  const std::string elements = dtype + "[" + std::to_string(call.count) + "]";
+  switch (letter) {
+    case 'o':
+      return name_of(call.reduce_op);
+    case 'e':
+      return elements;
+    case 'r':
+      return "root=" + std::to_string(call.root);
+    case 's':
+      return call.splits == 0 ? "" : ", uneven splits with hash " + std::to_string(call.splits);
+    case 'p':
+      return call.root < 0 ? "any" : std::to_string(call.root);
+    case 't':
+      return std::to_string(static_cast<std::int64_t>(call.splits));
+    case 'n':
+      return std::to_string(call.count);
+    case 'k':
+      return by_route(call);
+    case 'v':  // splits that each rank chooses
+      return call.splits == 0 ? elements : dtype + " by splits";
+    case 'd':  // where averages go
+      return call.root < 0 ? "to all" : "to owners";
+    default:  // 'u': what an update does besides
+      return call.root != 0 ? "reducing gradients, " : "";
+  }
+}
+
 [[noreturn]] void refuse(DType dtype, ReduceOp op, const char* why) {
   throw std::invalid_argument(std::string(name_of(op)) + " of " + name_of(dtype) + " is not defined" + why);
 }
@@ -35,51 +65,19 @@ Arithmetic of_complex(DType dtype, ReduceOp op) {
 
 }  // namespace
 
+bool is_known(const Call& call) {
+  return static_cast<int>(call.kind) < kNumOpKinds && static_cast<int>(call.dtype) < kNumDTypes &&
+         static_cast<int>(call.reduce_op) < kNumReduceOps && static_cast<int>(call.route) < kNumRoutes;
+}
+
 std::string describe(const Call& call) {
-  const std::string elements = std::string(name_of(call.dtype)) + "[" + std::to_string(call.count) + "]";
-  const std::string root = "root=" + std::to_string(call.root);
-  const std::string op = name_of(call.reduce_op);
-  const std::string splits = call.splits == 0 ? "" : ", uneven splits with hash " + std::to_string(call.splits);
-  const std::string tag = std::to_string(static_cast<std::int64_t>(call.splits));
-  switch (call.kind) {
-    case OpKind::kNone:
-      return "nothing yet";
-    case OpKind::kBarrier:
-      return "barrier()";
-    case OpKind::kAllReduce:
-      return "all_reduce(" + op + ", " + elements + by_route(call) + ")";
-    case OpKind::kBroadcast:
-      return "broadcast(" + root + ", " + elements + ")";
-    case OpKind::kReduceScatter:
-      return "reduce_scatter(" + op + ", " + elements + splits + ")";
-    case OpKind::kAllGather:
-      return "all_gather(" + elements + splits + ")";
-    case OpKind::kAllToAll:
-      return "all_to_all(" + (call.splits == 0 ? elements : std::string(name_of(call.dtype)) + " by splits") + ")";
-    case OpKind::kReduce:
-      return "reduce(" + root + ", " + op + ", " + elements + ")";
-    case OpKind::kGather:
-      return "gather(" + root + ", " + elements + " in all)";
-    case OpKind::kScatter:
-      return "scatter(" + root + ", " + elements + " in all)";
-    case OpKind::kSend:
-      return "send(dst=" + std::to_string(call.root) + ", tag=" + tag + ", " + elements + ")";
-    case OpKind::kRecv:
-      return "recv(src=" + (call.root < 0 ? "any" : std::to_string(call.root)) + ", tag=" + tag + ", " + elements + ")";
-    case OpKind::kReduceGradients:
-      return std::string("reduce_gradients(") + (call.root < 0 ? "to all, " : "to owners, ") + elements + ")";
-    case OpKind::kUpdateParameters:
-      return std::string("update_parameters(") + (call.root != 0 ? "reducing gradients, " : "") + elements + ")";
-    case OpKind::kAwait:
-      return "wait_posted(" + std::to_string(call.count) + ")";
-    case OpKind::kAllocate:
-      return "empty(" + std::to_string(call.count) + " bytes)";
-    case OpKind::kSplit:
-      return "split()";
-    case OpKind::kAgree:
-      return "agree(row[" + std::to_string(call.count) + "])";
+  if (!is_known(call)) return "unknown operation " + std::to_string(static_cast<int>(call.kind));
+  if (call.kind == OpKind::kNone) return "nothing yet";
+  std::string text = std::string(name_of(call.kind)) + "(";
+  for (const char* at = kOpTexts[static_cast<int>(call.kind)].arguments; *at != '\0'; ++at) {
+    text += *at == '%' ? argument(*++at, call) : std::string(1, *at);
   }
-  return "unknown operation " + std::to_string(static_cast<int>(call.kind));
+  return text + ")";
 }
 
 Arithmetic arithmetic_of(DType dtype, ReduceOp op) {

@@ -7,14 +7,8 @@
 #include <limits>
 
 #include "host/agree.hpp"
-#include "host/all_gather.hpp"
-#include "host/all_reduce.hpp"
-#include "host/all_to_all.hpp"
-#include "host/barrier.hpp"
-#include "host/broadcast.hpp"
+#include "host/collectives.hpp"
 #include "host/issue_order.hpp"
-#include "host/reduce_scatter.hpp"
-#include "host/scatter.hpp"
 
 namespace pycomm::host {
 
@@ -85,14 +79,8 @@ void Communicator::check_open() const {
   }
 }
 
-/// A signal handler inside a collective would wait for it here, and it for the handler.
 void Communicator::check_outside() const {
-  if (!turn_.is_taken()) return;
-  const Inside* const inside = Inside::find(&group_->members(), Inside::Kind::kCollective);
-  if (inside == nullptr) return;
-  throw Error(ErrorKind::kGeneral, "rank " + std::to_string(rank()) + " is inside " + inside->what() +
-                                       ": a signal handler cannot make another call of that communicator there. Let it "
-                                       "set a flag for after the call, or call close() or abort(), which end the call");
+  if (turn_.is_taken()) Inside::check_outside(&group_->members(), rank());
 }
 
 void Communicator::take_turn(const CallOptions& options) {
@@ -111,18 +99,6 @@ void Communicator::take_turn(const CallOptions& options) {
                                        group_->running() + ", and was not done within " + seconds(options.timeout_s));
   error.group = group_->name();
   throw error;
-}
-
-void Communicator::check_root(int root) const {
-  if (root >= 0 && root < world_size()) return;
-  throw std::invalid_argument("root is " + std::to_string(root) + ", it must be 0 to " +
-                              std::to_string(world_size() - 1));
-}
-
-void Communicator::check_parts(const Parts& parts) const {
-  if (parts.num_parts() == world_size()) return;
-  throw std::invalid_argument(std::to_string(parts.num_parts()) + " parts for " + std::to_string(world_size()) +
-                              " ranks");
 }
 
 template <class Body>
@@ -152,65 +128,10 @@ std::shared_ptr<Work> Communicator::run(const CallOptions& options, Body body) {
   return nullptr;
 }
 
-std::shared_ptr<Work> Communicator::all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op,
-                                               const CallOptions& options) {
-  static_cast<void>(arithmetic_of(dtype, op));
-  return run(options, [=](Group& group) { host::all_reduce(group, data, count, dtype, op); });
-}
-
-std::shared_ptr<Work> Communicator::broadcast(void* data, std::size_t count, DType dtype, int root,
-                                              const CallOptions& options) {
-  check_root(root);
-  return run(options, [=](Group& group) { host::broadcast(group, data, count, dtype, root); });
-}
-
-std::shared_ptr<Work> Communicator::reduce(void* data, std::size_t count, DType dtype, ReduceOp op, int root,
-                                           const CallOptions& options) {
-  static_cast<void>(arithmetic_of(dtype, op));
-  check_root(root);
-  return run(options, [=](Group& group) { host::reduce(group, data, count, dtype, op, root); });
-}
-
-std::shared_ptr<Work> Communicator::reduce_scatter(const Tensors& tensors, Parts parts, ReduceOp op,
-                                                   const CallOptions& options) {
-  static_cast<void>(arithmetic_of(tensors.dtype, op));
-  check_parts(parts);
-  return run(options, [=, parts = std::move(parts)](Group& group) { host::reduce_scatter(group, tensors, parts, op); });
-}
-
-std::shared_ptr<Work> Communicator::all_gather(const Tensors& tensors, Parts parts, const CallOptions& options) {
-  check_parts(parts);
-  return run(options, [=, parts = std::move(parts)](Group& group) { host::all_gather(group, tensors, parts); });
-}
-
-std::shared_ptr<Work> Communicator::gather(const Tensors& tensors, Parts parts, int root, const CallOptions& options) {
-  check_root(root);
-  check_parts(parts);
-  return run(options, [=, parts = std::move(parts)](Group& group) { host::gather(group, tensors, parts, root); });
-}
-
-std::shared_ptr<Work> Communicator::scatter(const Tensors& tensors, Parts parts, int root, const CallOptions& options) {
-  check_root(root);
-  check_parts(parts);
-  return run(options, [=, parts = std::move(parts)](Group& group) { host::scatter(group, tensors, parts, root); });
-}
-
-std::shared_ptr<Work> Communicator::all_to_all(const Tensors& tensors, Parts parts, const CallOptions& options) {
-  check_parts(parts);
-  return run(options, [=, parts = std::move(parts)](Group& group) { host::all_to_all(group, tensors, parts); });
-}
-
-std::shared_ptr<Work> Communicator::all_to_all_by_splits(const Tensors& tensors, Parts output, Parts input,
-                                                         const CallOptions& options) {
-  check_parts(output);
-  check_parts(input);
-  return run(options, [=, output = std::move(output), input = std::move(input)](Group& group) {
-    host::all_to_all_by_splits(group, tensors, output, input);
-  });
-}
-
-std::shared_ptr<Work> Communicator::barrier(const CallOptions& options) {
-  return run(options, [](Group& group) { host::barrier(group); });
+std::shared_ptr<Work> Communicator::submit(const Call& call, Operands&& operands, const CallOptions& options) {
+  if (!options.async_op) return run(options, [&](Group& group) { host::collective(group, call, operands); });
+  return run(options,
+             [call, operands = std::move(operands)](Group& group) { host::collective(group, call, operands); });
 }
 
 std::shared_ptr<Work> Communicator::collective(std::function<void(Group&)> body, const CallOptions& options) {

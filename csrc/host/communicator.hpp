@@ -12,63 +12,41 @@
 #include "host/fork_guard.hpp"
 #include "host/group.hpp"
 #include "host/messenger.hpp"
-#include "host/parts.hpp"
 #include "host/progress.hpp"
 #include "host/turn.hpp"
+#include "pycomm/backend.hpp"
 
 namespace pycomm::host {
 
-struct CallOptions {
-  double timeout_s = 600;
-  bool async_op = false;
-};
-
-class Communicator {
+class Communicator final : public Backend {
  public:
   /// `timeout_s`: of calls that are not given one; here only remembered. `graph`: strict, and split from another.
   Communicator(std::string name, Membership members, double timeout_s, InterruptCheck interrupt,
                std::shared_ptr<WaitGraph> graph = nullptr);
   Communicator(const Communicator&) = delete;  // its thread holds its address
   Communicator& operator=(const Communicator&) = delete;
-  ~Communicator();
+  ~Communicator() override;
 
-  int rank() const { return group_->rank(); }
-  int world_size() const { return group_->world_size(); }
+  int rank() const override { return group_->rank(); }
+  int world_size() const override { return group_->world_size(); }
   const std::string& name() const { return group_->name(); }
   /// The processes of the ranks, each the same in all its communicators.
   const std::vector<std::uint64_t>& tokens() const { return group_->members().tokens; }
-  double timeout_s() const { return timeout_s_; }
+  double timeout_s() const override { return timeout_s_; }
   const Tuning& tuning() const { return group_->tuning(); }
 
-  // Each returns a Work if asynchronous, nullptr otherwise, and throws std::invalid_argument before anything is sent.
-  std::shared_ptr<Work> all_reduce(void* data, std::size_t count, DType dtype, ReduceOp op, const CallOptions& options);
-  std::shared_ptr<Work> broadcast(void* data, std::size_t count, DType dtype, int root, const CallOptions& options);
-  std::shared_ptr<Work> reduce(void* data, std::size_t count, DType dtype, ReduceOp op, int root,
-                               const CallOptions& options);
-  // Parts are one a rank. Those of the input, of the output, and of the tensor of the root.
-  std::shared_ptr<Work> reduce_scatter(const Tensors& tensors, Parts parts, ReduceOp op, const CallOptions& options);
-  std::shared_ptr<Work> all_gather(const Tensors& tensors, Parts parts, const CallOptions& options);
-  std::shared_ptr<Work> gather(const Tensors& tensors, Parts parts, int root, const CallOptions& options);
-  std::shared_ptr<Work> scatter(const Tensors& tensors, Parts parts, int root, const CallOptions& options);
-  std::shared_ptr<Work> all_to_all(const Tensors& tensors, Parts parts, const CallOptions& options);
-  std::shared_ptr<Work> all_to_all_by_splits(const Tensors& tensors, Parts output, Parts input,
-                                             const CallOptions& options);
-  std::shared_ptr<Work> barrier(const CallOptions& options);
-  /// A collective that has no method here: `body` enters its call and moves the data (group.hpp).
+  std::shared_ptr<Work> submit(const Call& call, Operands&& operands, const CallOptions& options) override;
+  /// A collective that no other back end has: `body` enters its call and moves the data (group.hpp).
   std::shared_ptr<Work> collective(std::function<void(Group&)> body, const CallOptions& options);
 
   /// Collective: a descriptor of every rank's, by rank, for other kinds of memory than ours; each takes this rank's
   /// `fd`, which stays the caller's.
   std::vector<UniqueFd> exchange_fds(int fd, double timeout_s);
 
-  // Messages are independent of collectives; peers are ranks of the group, or kAnySource of a receive.
-  void send(const MessageSpec& spec, double timeout_s);
-  /// Returns the source.
-  int recv(const MessageSpec& spec, double timeout_s);
-  /// Messages that progress together. Returns their sources (a send's: its destination).
-  std::vector<int> run_messages(const std::vector<MessageSpec>& specs, double timeout_s);
-  std::shared_ptr<Work> start_messages(const std::vector<MessageSpec>& specs, double timeout_s);
-
+  void send(const MessageSpec& spec, double timeout_s) override;
+  int recv(const MessageSpec& spec, double timeout_s) override;
+  std::vector<int> run_messages(const std::vector<MessageSpec>& specs, double timeout_s) override;
+  std::shared_ptr<Work> start_messages(const std::vector<MessageSpec>& specs, double timeout_s) override;
   /// Receive from whoever has sent a message with this tag already; nullptr if nobody has.
   std::shared_ptr<Work> receive_arrived(const MessageSpec& spec, double timeout_s);
   /// Group::post and Group::wait_posted, on a flag of this rank's symmetric memory.
@@ -97,8 +75,6 @@ class Communicator {
   void check_open() const;
   void check_outside() const;
   void take_turn(const CallOptions& options);
-  void check_root(int root) const;
-  void check_parts(const Parts& parts) const;
   void leave(double drain_s, InterruptCheck interrupt);
   bool drain(double drain_s, InterruptCheck interrupt);
   void finish(bool has_turn);

@@ -20,6 +20,7 @@
 #include "host/channel.hpp"
 #include "host/segment.hpp"
 #include "pycomm/call.hpp"
+#include "pycomm/shown_wait.hpp"
 #include "pycomm/signal.hpp"
 
 namespace pycomm::host {
@@ -71,12 +72,6 @@ struct alignas(kCacheLine) Verdict {
   std::uint64_t number;              // written last
   std::uint64_t version[kMaxRanks];  // of the wait that will never end, by rank; 0: none
   char cycle[1024];
-};
-
-/// A process that others wait for and that waits for nobody, as far as another one can see.
-struct RootProcess {
-  std::uint64_t token;  // Membership::tokens
-  std::uint64_t hops;   // processes between, each of which waits for the next
 };
 
 /// Whether a process waits, and for whom in the end; the same in all its groups (groups.hpp).

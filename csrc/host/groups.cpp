@@ -115,42 +115,10 @@ std::uint64_t monotonic_ns() {
   return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(now).count());
 }
 
-void Roots::add(const RootProcess& process, const std::string& what) {
-  if (process.token == process_token() || process.hops > roll().most_ranks) return;
-  const auto known = std::ranges::find(processes, process.token, &RootProcess::token);
-  if (known != processes.end()) {
-    known->hops = std::min(known->hops, process.hops);
-  } else {
-    processes.push_back(process);
-  }
-  if (text.empty()) text = what;
-}
-
-void Roots::add_behind(const Waits& waits) {
+void add_behind(Roots& roots, const Waits& waits) {
   for (std::uint32_t i = 0; i < waits.num_roots; ++i) {
-    add({waits.roots[i].token, waits.roots[i].hops + 1}, i == 0 ? text_in(waits.text) : "");
+    roots.add({waits.roots[i].token, waits.roots[i].hops + 1}, i == 0 ? text_in(waits.text) : "");
   }
-}
-
-ShownWait::ShownWait(Kind kind, const void* owner) : kind_(kind), owner_(owner) {
-  Roll& mine = roll();
-  const std::lock_guard lock(mine.mutex);
-  mine.waits.push_back(this);
-  mine.show_waits();
-}
-
-ShownWait::~ShownWait() {
-  Roll& mine = roll();
-  const std::lock_guard lock(mine.mutex);
-  std::erase(mine.waits, this);
-  mine.show_waits();
-}
-
-void ShownWait::show(Roots roots) {
-  Roll& mine = roll();
-  const std::lock_guard lock(mine.mutex);
-  roots_ = std::move(roots);
-  mine.show_waits();
 }
 
 Waits shown_waits() {
@@ -184,3 +152,43 @@ Activity::~Activity() {
 }
 
 }  // namespace pycomm::host
+
+namespace pycomm {
+
+using host::process_token;
+using host::Roll;
+using host::roll;
+
+void Roots::add(const RootProcess& process, const std::string& what) {
+  if (process.token == process_token() || process.hops > roll().most_ranks) return;
+  const auto known = std::ranges::find(processes, process.token, &RootProcess::token);
+  if (known != processes.end()) {
+    known->hops = std::min(known->hops, process.hops);
+  } else {
+    processes.push_back(process);
+  }
+  if (text.empty()) text = what;
+}
+
+ShownWait::ShownWait(Kind kind, const void* owner) : kind_(kind), owner_(owner) {
+  Roll& mine = roll();
+  const std::lock_guard lock(mine.mutex);
+  mine.waits.push_back(this);
+  mine.show_waits();
+}
+
+ShownWait::~ShownWait() {
+  Roll& mine = roll();
+  const std::lock_guard lock(mine.mutex);
+  std::erase(mine.waits, this);
+  mine.show_waits();
+}
+
+void ShownWait::show(Roots roots) {
+  Roll& mine = roll();
+  const std::lock_guard lock(mine.mutex);
+  roots_ = std::move(roots);
+  mine.show_waits();
+}
+
+}  // namespace pycomm

@@ -12,10 +12,10 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "host/control.hpp"
 #include "pycomm/error.hpp"
+#include "pycomm/shown_wait.hpp"
 
 namespace pycomm::host {
 
@@ -31,41 +31,8 @@ void tell_of(const Root& root);
 std::uint64_t num_heard();
 Root last_heard();
 
-/// For whom a wait is in the end.
-struct Roots {
-  std::vector<RootProcess> processes;
-  std::string text;  // what the first of them is in
-
-  /// Not this process itself, and none that goes round in a cycle.
-  void add(const RootProcess& process, const std::string& what);
-  /// By way of one more process.
-  void add_behind(const Waits& waits);
-};
-
-/// A wait of this process that has become a long one; while it lives, the process shows that it waits.
-class ShownWait {
- public:
-  enum class Kind {
-    kForRanks,    // of a caller's thread
-    kForWork,     // of a caller's thread, for asynchronous operations of `owner` (as Inside's; nullptr: of any)
-    kInsideWork,  // of such an operation, for ranks: counts while a caller waits for it
-  };
-  ShownWait(Kind kind, const void* owner);
-  ShownWait(const ShownWait&) = delete;  // registered by address
-  ShownWait& operator=(const ShownWait&) = delete;
-  ~ShownWait();
-
-  Kind kind() const { return kind_; }
-  const void* owner() const { return owner_; }
-  const Roots& roots() const { return roots_; }
-  /// Again, and again: whoever does not is taken to be stopped.
-  void show(Roots roots = {});
-
- private:
-  Kind kind_;
-  const void* owner_;
-  Roots roots_;
-};
+/// Add the roots of another process's wait, by way of that process.
+void add_behind(Roots& roots, const Waits& waits);
 
 /// As in Waits::written_ns.
 std::uint64_t monotonic_ns();

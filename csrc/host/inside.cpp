@@ -1,6 +1,8 @@
-#include "host/inside.hpp"
+#include "pycomm/inside.hpp"
 
-namespace pycomm::host {
+#include "pycomm/error.hpp"
+
+namespace pycomm {
 
 namespace {
 
@@ -29,4 +31,12 @@ const Inside* Inside::find(const void* owner, Kind kind) {
   return inside;
 }
 
-}  // namespace pycomm::host
+void Inside::check_outside(const void* owner, int rank) {
+  const Inside* const inside = find(owner, Kind::kCollective);
+  if (inside == nullptr) return;
+  throw Error(ErrorKind::kGeneral, "rank " + std::to_string(rank) + " is inside " + inside->what() +
+                                       ": a signal handler cannot make another call of that communicator there. Let it "
+                                       "set a flag for after the call, or call close() or abort(), which end the call");
+}
+
+}  // namespace pycomm

@@ -24,22 +24,9 @@
 #include "host/channel.hpp"
 #include "host/group.hpp"
 #include "host/progress.hpp"
+#include "pycomm/backend.hpp"
 
 namespace pycomm::host {
-
-inline constexpr int kAnySource = -1;
-
-/// What the caller asks for. `peer`: destination, or source (kAnySource: any).
-struct MessageSpec {
-  bool is_send = false;
-  int peer = 0;
-  std::int64_t tag = 0;
-  void* data = nullptr;
-  std::size_t count = 0;
-  DType dtype = DType::kUInt8;
-
-  std::size_t bytes() const { return count * size_of(dtype); }
-};
 
 class Messenger {
  public:

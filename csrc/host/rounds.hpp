@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "host/group.hpp"
-#include "host/parts.hpp"
+#include "pycomm/parts.hpp"
 
 namespace pycomm::host {
 

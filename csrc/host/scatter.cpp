@@ -5,22 +5,21 @@
 // through staging.
 //
 // Ordering. In place, the root's output is a part of its input that no other rank reads, and it is not copied.
-#include "host/scatter.hpp"
-
+#include "host/collectives.hpp"
 #include "host/rounds.hpp"
 
 namespace pycomm::host {
 
-void scatter(Group& group, const Tensors& tensors, const Parts& parts, int root) {
-  const Call call{.kind = OpKind::kScatter, .dtype = tensors.dtype, .root = root, .count = parts.total()};
+void scatter(Group& group, const Call& call, const Operands& operands) {
   const bool is_small = call.bytes() <= group.tuning().one_shot_bytes;
   const Parts nothing = Parts::even(0, group.world_size());
   Shown shown{std::vector<Parts>(static_cast<std::size_t>(group.world_size()), nothing), Readers::kOneAPart};
-  shown.layouts[static_cast<std::size_t>(root)] = parts;
-  Rounds rounds(group, tensors.input, tensors.dtype, std::move(shown), is_small);
+  shown.layouts[static_cast<std::size_t>(call.root)] = operands.input_parts;
+  Rounds rounds(group, operands.input, call.dtype, std::move(shown), is_small);
   const Entry entry(group, call, {rounds.location(), {}}, [&] { rounds.show(0); });
   const bool around_caches = group.around_caches(2 * call.bytes());
-  rounds.run([&](std::uint64_t k) { rounds.copy(root, k, static_cast<std::byte*>(tensors.output), around_caches); });
+  rounds.run(
+      [&](std::uint64_t k) { rounds.copy(call.root, k, static_cast<std::byte*>(operands.output), around_caches); });
 }
 
 }  // namespace pycomm::host

@@ -268,7 +268,7 @@ Roots Waiter::roots_of(const std::vector<int>& ranks) const {
     Waits waits;
     const std::size_t num_heard = std::min<std::size_t>(load_flag(flags.num_roots), kMaxRanks);
     if (flags.waits.read(waits) && still_waits(r, waits)) {
-      roots.add_behind(waits);
+      add_behind(roots, waits);
     } else if (num_heard != 0) {  // and has not gone on since
       for (std::size_t i = 0; i < num_heard; ++i) roots.add({flags.roots[i], 1}, text_in(flags.reason));
     } else {

@@ -21,9 +21,9 @@
 
 #include "host/bootstrap.hpp"
 #include "host/groups.hpp"
-#include "host/inside.hpp"
 #include "host/wait_graph.hpp"
 #include "pycomm/error.hpp"
+#include "pycomm/inside.hpp"
 
 namespace pycomm::host {
 

@@ -38,12 +38,6 @@ Elements reduced(DType dtype, ReduceOp op) {
 /// The first result that stops a group from growing.
 bool stops(abi::Result result) { return result != abi::kSuccess && result != abi::kInProgress; }
 
-std::uint64_t total(const Parts& parts) {
-  std::uint64_t sum = 0;
-  for (const std::uint64_t count : parts.counts) sum += count;
-  return sum;
-}
-
 const std::byte* at(const void* data, std::uint64_t element, DType dtype) {
   return static_cast<const std::byte*>(data) + element * size_of(dtype);
 }
@@ -51,212 +45,147 @@ std::byte* at(void* data, std::uint64_t element, DType dtype) {
   return static_cast<std::byte*>(data) + element * size_of(dtype);
 }
 
-abi::CollConfig config_of(const CallOptions& options) {
+/// One collective of NCCL's: with a configuration of its own where the call has a budget.
+template <class Plain, class Configured, class... Arguments>
+abi::Result with_budget(int max_ctas, Plain plain, Configured configured, Arguments... arguments) {
+  if (max_ctas == 0) return plain(arguments...);
   abi::CollConfig config;
-  config.max_ctas = options.max_ctas;
-  return config;
+  config.max_ctas = max_ctas;
+  return configured(arguments..., &config);
 }
 
-/// `plain`, or `configured` where the call has a budget of its own.
-template <class Plain, class Configured, class... Arguments>
-abi::Result with_budget(const CallOptions& options, Plain plain, Configured configured, Arguments... arguments) {
-  if (options.max_ctas == 0) return plain(arguments...);
-  const abi::CollConfig config = config_of(options);
-  return configured(arguments..., &config);
+/// `move(part, element, count)` of every part that has elements, until a result stops the group.
+template <class Move>
+abi::Result for_each_part(const Parts& parts, const Move& move) {
+  abi::Result result = abi::kSuccess;
+  for (int part = 0; part < parts.num_parts() && !stops(result); ++part) {
+    if (parts.count(part) != 0) result = move(part, parts.start(part), parts.count(part));
+  }
+  return result;
+}
+
+bool reduces(OpKind kind) {
+  return kind == OpKind::kAllReduce || kind == OpKind::kReduce || kind == OpKind::kReduceScatter;
 }
 
 }  // namespace
 
-OperationPtr Communicator::all_reduce(const Buffers& buffers, std::uint64_t count, ReduceOp op,
-                                      const CallOptions& options) {
-  const Elements elements = reduced(buffers.dtype, op);
-  const Call call{.kind = OpKind::kAllReduce, .dtype = buffers.dtype, .reduce_op = op, .count = count};
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return with_budget(options, library_->all_reduce, library_->all_reduce_config, buffers.input, buffers.output,
-                       count * elements.per_element, elements.type, elements.op, comm, stream);
+OperationPtr Communicator::submit(const Call& call, const Operands& operands, const CallOptions& options) {
+  const std::lock_guard issuing(issuing_);
+  check_not_aborted(call);
+  return enqueue(call, log_.add(call), options, [&](abi::Comm* comm, abi::Stream stream) {
+    return put(call, operands, options.max_ctas, comm, stream);
   });
 }
 
-OperationPtr Communicator::all_reduce_by_kernel(Route route, Location place, DType dtype, std::uint64_t count,
-                                                ReduceOp op, const CallOptions& options, const Launch& launch) {
-  static_cast<void>(arithmetic_of(dtype, op));
-  const Call call{.kind = OpKind::kAllReduce,
-                  .dtype = dtype,
-                  .reduce_op = op,
-                  .route = route,
-                  .count = count,
-                  .splits = place.bits()};
-  return by_kernel(call, options, launch);
-}
-
-OperationPtr Communicator::barrier(void* byte, const CallOptions& options) {
-  return enqueue(Call{.kind = OpKind::kBarrier}, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return library_->all_reduce(byte, byte, 1, abi::kUint8, abi::kSum, comm, stream);
-  });
-}
-
-OperationPtr Communicator::broadcast(const Buffers& buffers, std::uint64_t count, int root,
-                                     const CallOptions& options) {
-  const Call call{.kind = OpKind::kBroadcast, .dtype = buffers.dtype, .root = root, .count = count};
-  const Elements elements = moved(buffers.dtype);
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return with_budget(options, library_->broadcast, library_->broadcast_config, buffers.input, buffers.output,
-                       count * elements.per_element, elements.type, root, comm, stream);
-  });
-}
-
-OperationPtr Communicator::reduce(const Buffers& buffers, std::uint64_t count, int root, ReduceOp op,
-                                  const CallOptions& options) {
-  const Elements elements = reduced(buffers.dtype, op);
-  const Call call{.kind = OpKind::kReduce, .dtype = buffers.dtype, .reduce_op = op, .root = root, .count = count};
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return with_budget(options, library_->reduce, library_->reduce_config, buffers.input, buffers.output,
-                       count * elements.per_element, elements.type, elements.op, root, comm, stream);
-  });
-}
-
-OperationPtr Communicator::reduce_scatter(const Buffers& buffers, const Parts& parts, ReduceOp op,
-                                          const CallOptions& options) {
-  const Elements elements = reduced(buffers.dtype, op);
-  const Call call{.kind = OpKind::kReduceScatter,
-                  .dtype = buffers.dtype,
-                  .reduce_op = op,
-                  .count = total(parts),
-                  .splits = parts.splits};
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    if (parts.splits == 0) {
-      return with_budget(options, library_->reduce_scatter, library_->reduce_scatter_config, buffers.input,
-                         buffers.output, parts.counts.front() * elements.per_element, elements.type, elements.op, comm,
-                         stream);
+abi::Result Communicator::put(const Call& call, const Operands& operands, int max_ctas, abi::Comm* comm,
+                              abi::Stream stream) const {
+  const Library& nccl = *library_;
+  const Elements elements = reduces(call.kind) ? reduced(call.dtype, call.reduce_op) : moved(call.dtype);
+  const void* const input = operands.input;
+  void* const output = operands.output;
+  const auto numbers = [&](std::uint64_t count) { return count * elements.per_element; };
+  const auto send = [&](const void* data, std::uint64_t count, int peer) {
+    return nccl.send(data, numbers(count), elements.type, peer, comm, stream);
+  };
+  const auto recv = [&](void* data, std::uint64_t count, int peer) {
+    return nccl.recv(data, numbers(count), elements.type, peer, comm, stream);
+  };
+  const auto reduce = [&](const void* from, void* to, std::uint64_t count, int root) {
+    return with_budget(max_ctas, nccl.reduce, nccl.reduce_config, from, to, numbers(count), elements.type, elements.op,
+                       root, comm, stream);
+  };
+  const auto broadcast = [&](const void* from, void* to, std::uint64_t count, int root) {
+    return with_budget(max_ctas, nccl.broadcast, nccl.broadcast_config, from, to, numbers(count), elements.type, root,
+                       comm, stream);
+  };
+  switch (call.kind) {
+    case OpKind::kBarrier:
+      return nccl.all_reduce(input, output, 1, abi::kUint8, abi::kSum, comm, stream);
+    case OpKind::kAllReduce:
+      return with_budget(max_ctas, nccl.all_reduce, nccl.all_reduce_config, input, output, numbers(call.count),
+                         elements.type, elements.op, comm, stream);
+    case OpKind::kBroadcast:
+      return broadcast(input, output, call.count, call.root);
+    case OpKind::kReduce:
+      return reduce(input, output, call.count, call.root);
+    case OpKind::kReduceScatter: {
+      const Parts& parts = operands.input_parts;
+      if (call.splits == 0) {
+        return with_budget(max_ctas, nccl.reduce_scatter, nccl.reduce_scatter_config, input, output,
+                           numbers(parts.count(0)), elements.type, elements.op, comm, stream);
+      }
+      return grouped([&] {
+        return for_each_part(parts, [&](int owner, std::uint64_t start, std::uint64_t count) {
+          return reduce(at(input, start, call.dtype), owner == rank_ ? output : nullptr, count, owner);
+        });
+      });
     }
-    return grouped([&] {
-      abi::Result result = abi::kSuccess;
-      std::uint64_t start = 0;
-      for (int owner = 0; owner < world_size_ && !stops(result); ++owner) {
-        const std::uint64_t count = parts.counts[static_cast<std::size_t>(owner)];
-        void* const output = owner == rank_ ? buffers.output : nullptr;
-        if (count != 0) {
-          const void* const input = at(buffers.input, start, buffers.dtype);
-          result = with_budget(options, library_->reduce, library_->reduce_config, input, output,
-                               count * elements.per_element, elements.type, elements.op, owner, comm, stream);
-        }
-        start += count;
+    case OpKind::kAllGather: {
+      const Parts& parts = operands.output_parts;
+      if (call.splits == 0) {
+        return with_budget(max_ctas, nccl.all_gather, nccl.all_gather_config, input, output, numbers(parts.count(0)),
+                           elements.type, comm, stream);
       }
-      return result;
-    });
-  });
-}
-
-OperationPtr Communicator::all_gather(const Buffers& buffers, const Parts& parts, const CallOptions& options) {
-  const Elements elements = moved(buffers.dtype);
-  const Call call{.kind = OpKind::kAllGather, .dtype = buffers.dtype, .count = total(parts), .splits = parts.splits};
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    if (parts.splits == 0) {
-      return with_budget(options, library_->all_gather, library_->all_gather_config, buffers.input, buffers.output,
-                         parts.counts.front() * elements.per_element, elements.type, comm, stream);
+      return grouped([&] {
+        return for_each_part(parts, [&](int owner, std::uint64_t start, std::uint64_t count) {
+          void* const to = at(output, start, call.dtype);
+          return broadcast(owner == rank_ ? input : to, to, count, owner);
+        });
+      });
     }
-    return grouped([&] {
-      abi::Result result = abi::kSuccess;
-      std::uint64_t start = 0;
-      for (int owner = 0; owner < world_size_ && !stops(result); ++owner) {
-        const std::uint64_t count = parts.counts[static_cast<std::size_t>(owner)];
-        void* const output = at(buffers.output, start, buffers.dtype);
-        const void* const input = owner == rank_ ? buffers.input : output;
-        if (count != 0) {
-          result = with_budget(options, library_->broadcast, library_->broadcast_config, input, output,
-                               count * elements.per_element, elements.type, owner, comm, stream);
-        }
-        start += count;
-      }
-      return result;
-    });
-  });
-}
-
-OperationPtr Communicator::all_to_all(const Buffers& buffers, const Parts& output, const Parts& input,
-                                      const CallOptions& options) {
-  const Elements elements = moved(buffers.dtype);
-  Call call{.kind = OpKind::kAllToAll, .dtype = buffers.dtype, .splits = output.splits};
-  if (output.splits == 0) call.count = total(input);
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    return grouped([&] {
-      abi::Result result = abi::kSuccess;
-      std::uint64_t from = 0;
-      std::uint64_t to = 0;
-      for (int peer = 0; peer < world_size_ && !stops(result); ++peer) {
-        const std::uint64_t sent = input.counts[static_cast<std::size_t>(peer)];
-        const std::uint64_t received = output.counts[static_cast<std::size_t>(peer)];
-        if (sent != 0) {
-          result = library_->send(at(buffers.input, from, buffers.dtype), sent * elements.per_element, elements.type,
-                                  peer, comm, stream);
-        }
-        if (received != 0 && !stops(result)) {
-          result = library_->recv(at(buffers.output, to, buffers.dtype), received * elements.per_element, elements.type,
-                                  peer, comm, stream);
-        }
-        from += sent;
-        to += received;
-      }
-      return result;
-    });
-  });
-}
-
-OperationPtr Communicator::gather(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options) {
-  return with_root(OpKind::kGather, buffers.input, buffers.output, buffers.dtype, count, root, options);
-}
-
-OperationPtr Communicator::scatter(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options) {
-  return with_root(OpKind::kScatter, buffers.output, buffers.input, buffers.dtype, count, root, options);
-}
-
-OperationPtr Communicator::with_root(OpKind kind, const void* part, const void* all, DType dtype, std::uint64_t count,
-                                     int root, const CallOptions& options) {
-  const Elements elements = moved(dtype);
-  const Call call{.kind = kind, .dtype = dtype, .root = root, .count = count * static_cast<std::uint64_t>(world_size_)};
-  return enqueue(call, options, [&](abi::Comm* comm, abi::Stream stream) {
-    const auto move = [&](bool is_send, const void* data, int peer) {
-      const std::uint64_t numbers = count * elements.per_element;
-      return is_send ? library_->send(data, numbers, elements.type, peer, comm, stream)
-                     : library_->recv(const_cast<void*>(data), numbers, elements.type, peer, comm, stream);
-    };
-    const auto place = [&](int rank) { return at(all, count * static_cast<std::uint64_t>(rank), dtype); };
-    const bool to_root = kind == OpKind::kGather;
-    return grouped([&] {
-      if (count == 0) return abi::kSuccess;
-      abi::Result result = abi::kSuccess;
-      const bool in_place = rank_ == root && part == place(root);
-      if (!in_place) result = move(to_root, part, root);
-      if (rank_ != root) return result;
-      for (int peer = 0; peer < world_size_ && !stops(result); ++peer) {
-        if (peer != root || !in_place) result = move(!to_root, place(peer), peer);
-      }
-      return result;
-    });
-  });
+    case OpKind::kAllToAll:
+      return grouped([&] {
+        const auto out = [&](int peer, std::uint64_t start, std::uint64_t count) {
+          return send(at(input, start, call.dtype), count, peer);
+        };
+        const auto in = [&](int peer, std::uint64_t start, std::uint64_t count) {
+          return recv(at(output, start, call.dtype), count, peer);
+        };
+        const abi::Result sent = for_each_part(operands.input_parts, out);
+        return stops(sent) ? sent : for_each_part(operands.output_parts, in);
+      });
+    case OpKind::kGather:
+    case OpKind::kScatter: {  // every rank's part, and all of them at the root
+      const bool to_root = call.kind == OpKind::kGather;
+      const Parts& parts = to_root ? operands.output_parts : operands.input_parts;
+      const auto place = [&](int rank) {
+        return at(to_root ? output : const_cast<void*>(input), parts.start(rank), call.dtype);
+      };
+      void* const part = to_root ? const_cast<void*>(input) : output;
+      const bool in_place = rank_ == call.root && part == place(rank_);
+      const auto move = [&](bool sends, void* data, int peer) {
+        return sends ? send(data, parts.count(peer), peer) : recv(data, parts.count(peer), peer);
+      };
+      return grouped([&] {
+        if (call.count == 0) return abi::kSuccess;
+        const abi::Result mine = in_place ? abi::kSuccess : move(to_root, part, call.root);
+        if (rank_ != call.root || stops(mine)) return mine;
+        return for_each_part(parts, [&](int peer, std::uint64_t, std::uint64_t) {
+          return peer == rank_ && in_place ? abi::kSuccess : move(!to_root, place(peer), peer);
+        });
+      });
+    }
+    default:
+      throw Error(ErrorKind::kGeneral, describe(call) + " is no collective of NCCL's");
+  }
 }
 
 OperationPtr Communicator::exchange(std::span<const Message> messages, const CallOptions& options) {
   const std::lock_guard issuing(issuing_);
-  Call first;
   for (const Message& message : messages) {
-    const Call call{.kind = message.is_send ? OpKind::kSend : OpKind::kRecv,
-                    .dtype = message.dtype,
-                    .root = message.peer,
-                    .count = message.count,
-                    .splits = static_cast<std::uint64_t>(message.tag)};
-    check_not_aborted(call);
-    if (first.kind == OpKind::kNone) first = call;
-    log_.add_message(call);
+    check_not_aborted(message.call);
+    log_.add_message(message.call);
   }
-  return enqueue_logged(first, 0, options, [&](abi::Comm* comm, abi::Stream stream) {
+  const Call first = messages.empty() ? Call{} : messages.front().call;
+  return enqueue(first, 0, options, [&](abi::Comm* comm, abi::Stream stream) {
     return grouped([&] {
       abi::Result result = abi::kSuccess;
-      for (const Message& message : messages) {
-        const Elements elements = moved(message.dtype);
-        const std::uint64_t count = message.count * elements.per_element;
-        result = message.is_send ? library_->send(message.data, count, elements.type, message.peer, comm, stream)
-                                 : library_->recv(message.data, count, elements.type, message.peer, comm, stream);
+      for (const auto& [call, data] : messages) {
+        const Elements elements = moved(call.dtype);
+        const std::uint64_t count = call.count * elements.per_element;
+        result = call.kind == OpKind::kSend ? library_->send(data, count, elements.type, call.root, comm, stream)
+                                            : library_->recv(data, count, elements.type, call.root, comm, stream);
         if (stops(result)) break;
       }
       return result;

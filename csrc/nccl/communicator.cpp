@@ -15,11 +15,11 @@ bool is_fine(abi::Result result) { return result == abi::kSuccess || result == a
 
 }  // namespace
 
-bool Operation::wait(double timeout_s, InterruptCheck interrupt) const {
+bool Operation::reach(double timeout_s, InterruptCheck interrupt) const {
   const Deadline deadline = Deadline::after(timeout_s);
   auto looked = Deadline::Clock::now();
   Backoff backoff;
-  while (!over()) {
+  while (!done()) {
     const auto now = Deadline::Clock::now();
     if (deadline.expired(now)) return false;
     if (interrupt != nullptr && now - looked > kInterruptEvery) {
@@ -84,20 +84,13 @@ std::unique_ptr<Communicator> Communicator::split(std::optional<int> color, int 
   return part;
 }
 
-OperationPtr Communicator::enqueue(const Call& call, const CallOptions& options, const Body& body) {
-  const std::lock_guard issuing(issuing_);
-  check_not_aborted(call);
-  return enqueue_logged(call, log_.add(call), options, body);
-}
-
-OperationPtr Communicator::enqueue_logged(const Call& call, std::uint64_t seq, const CallOptions& options,
-                                          const Body& body) {
+OperationPtr Communicator::enqueue(const Call& call, std::uint64_t seq, const CallOptions& options, const Body& body) {
   return enqueue_on_stream(call, seq, options, [&](const Operation& operation, driver::abi::Stream stream) {
     invoke(describe(call), operation.deadline(), [&](abi::Comm* comm) { return body(comm, stream); });
   });
 }
 
-OperationPtr Communicator::by_kernel(const Call& call, const CallOptions& options, const Launch& launch) {
+OperationPtr Communicator::submit_kernel(const Call& call, const CallOptions& options, const Launch& launch) {
   const std::lock_guard issuing(issuing_);
   check_not_aborted(call);
   return enqueue_on_stream(call, log_.add(call), options,
@@ -126,6 +119,8 @@ OperationPtr Communicator::enqueue_on_stream(const Call& call, std::uint64_t seq
   if (capture == 0) {
     const std::lock_guard flying(flying_);
     in_flight_.push_back(operation);
+  } else {
+    operation->finish(nullptr);
   }
   return operation;
 }
@@ -192,10 +187,16 @@ std::string Communicator::error() {
 }
 
 std::vector<OperationPtr> Communicator::unfinished() {
-  const driver::Context::Current current(device_->context);
-  const std::lock_guard flying(flying_);
-  std::erase_if(in_flight_, [](const OperationPtr& operation) { return operation->passed(); });
-  return {in_flight_.begin(), in_flight_.end()};
+  std::vector<OperationPtr> passed;
+  std::vector<OperationPtr> left;
+  {
+    const driver::Context::Current current(device_->context);
+    const std::lock_guard flying(flying_);
+    for (const OperationPtr& operation : in_flight_) (operation->passed() ? passed : left).push_back(operation);
+    in_flight_.assign(left.begin(), left.end());
+  }
+  for (const OperationPtr& operation : passed) operation->finish(nullptr);
+  return left;
 }
 
 void Communicator::abort() {
@@ -210,6 +211,12 @@ void Communicator::abort() {
   const driver::Context::Current current(device_->context);
   if (abi::Comm* const comm = std::exchange(comm_, nullptr)) library_->comm_abort(comm);
   if (abi::Comm* const child = std::exchange(child_, nullptr)) library_->comm_abort(child);
+  std::vector<OperationPtr> ended;
+  {
+    const std::lock_guard flying(flying_);
+    ended.assign(in_flight_.begin(), in_flight_.end());
+  }
+  for (const OperationPtr& operation : ended) operation->finish(nullptr);
 }
 
 bool Communicator::close(double timeout_s) {
@@ -218,11 +225,12 @@ bool Communicator::close(double timeout_s) {
   try {
     for (const OperationPtr& operation : unfinished()) {
       const double left_s = std::chrono::duration<double>(deadline.left()).count();
-      if (!operation->wait(left_s, interrupt_)) {
+      if (!operation->reach(left_s, interrupt_)) {
         abort();
         return false;
       }
     }
+    static_cast<void>(unfinished());
     const std::lock_guard issuing(issuing_);
     const driver::Context::Current current(device_->context);
     const Deadline farewell = Deadline::after(kPatienceS);

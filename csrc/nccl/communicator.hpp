@@ -26,6 +26,7 @@
 #include "nccl/kernel_groups.hpp"
 #include "nccl/library.hpp"
 #include "nccl/operation.hpp"
+#include "pycomm/backend.hpp"
 #include "pycomm/error.hpp"
 
 namespace pycomm::nccl {
@@ -46,30 +47,14 @@ struct CallOptions {
   int max_ctas = 0;  // of this call; 0: NCCL's choice
 };
 
-/// `count` elements at an address; a side that this rank does not have is nullptr.
-struct Buffers {
-  const void* input = nullptr;
-  void* output = nullptr;
-  DType dtype = DType::kUInt8;
-};
-
-/// Elements of each rank's part of a tensor; `splits`: Call::splits, 0 if all are equal.
-struct Parts {
-  std::vector<std::uint64_t> counts;
-  std::uint64_t splits = 0;
-};
-
-struct Message {
-  bool is_send;
-  void* data;
-  std::uint64_t count;
-  DType dtype;
-  int peer;
-  std::int64_t tag;
-};
-
-using OperationPtr = std::shared_ptr<const Operation>;
+using OperationPtr = std::shared_ptr<Operation>;
 using Launch = std::function<void(driver::abi::Stream)>;
+
+/// A send or a receive, and the memory of its tensor.
+struct Message {
+  Call call;
+  void* data;
+};
 
 class Communicator {
  public:
@@ -91,21 +76,10 @@ class Communicator {
   /// `world_size` ranks, in the order of `rank`.
   std::unique_ptr<Communicator> split(std::optional<int> color, int rank, int world_size, double timeout_s);
 
-  OperationPtr all_reduce(const Buffers& buffers, std::uint64_t count, ReduceOp op, const CallOptions& options);
-  /// By one of pycomm's own kernels, which `launch` puts on the stream that it is given. `place`: of a tensor in
-  /// symmetric memory, for kTwoShot.
-  OperationPtr all_reduce_by_kernel(Route route, Location place, DType dtype, std::uint64_t count, ReduceOp op,
-                                    const CallOptions& options, const Launch& launch);
-  OperationPtr broadcast(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options);
-  OperationPtr reduce(const Buffers& buffers, std::uint64_t count, int root, ReduceOp op, const CallOptions& options);
-  OperationPtr reduce_scatter(const Buffers& buffers, const Parts& parts, ReduceOp op, const CallOptions& options);
-  OperationPtr all_gather(const Buffers& buffers, const Parts& parts, const CallOptions& options);
-  /// Of the output and of the input; `output.splits`: 1 if the caller gave splits.
-  OperationPtr all_to_all(const Buffers& buffers, const Parts& output, const Parts& input, const CallOptions& options);
-  OperationPtr gather(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options);
-  OperationPtr scatter(const Buffers& buffers, std::uint64_t count, int root, const CallOptions& options);
-  /// An all_reduce of one byte of device memory under another name.
-  OperationPtr barrier(void* byte, const CallOptions& options);
+  /// A collective; of a barrier one byte of device memory is reduced in place.
+  OperationPtr submit(const Call& call, const Operands& operands, const CallOptions& options);
+  /// By one of pycomm's own kernels (call.route), which `launch` puts on the stream that it is given.
+  OperationPtr submit_kernel(const Call& call, const CallOptions& options, const Launch& launch);
   /// Messages that progress together.
   OperationPtr exchange(std::span<const Message> messages, const CallOptions& options);
 
@@ -141,13 +115,11 @@ class Communicator {
     bool by_kernel = false;
   };
 
-  /// Log a collective, then enqueue it.
-  OperationPtr enqueue(const Call& call, const CallOptions& options, const Body& body);
-  OperationPtr enqueue_logged(const Call& call, std::uint64_t seq, const CallOptions& options, const Body& body);
+  /// A call that has been logged, with what the log calls it.
+  OperationPtr enqueue(const Call& call, std::uint64_t seq, const CallOptions& options, const Body& body);
   /// `put` the operation on the stream where `options` want it.
   OperationPtr enqueue_on_stream(const Call& call, std::uint64_t seq, const CallOptions& options,
                                  const std::function<void(const Operation&, driver::abi::Stream)>& put);
-  OperationPtr by_kernel(const Call& call, const CallOptions& options, const Launch& launch);
   void check_not_aborted(const Call& call) const;
   /// Run `call` on the communicator and wait until NCCL has done its part. Throws if that fails, or takes too long, or
   /// the communicator has been aborted.
@@ -156,9 +128,9 @@ class Communicator {
   void settle(const std::string& name, abi::Result result, const Deadline& deadline, abi::Comm* const& comm);
   /// Give back what was retired. While nothing else is called here.
   void drop_retired_windows();
-  /// A gather, or a scatter: every rank's `part`, and `all` of them at the root.
-  OperationPtr with_root(OpKind kind, const void* part, const void* all, DType dtype, std::uint64_t count, int root,
-                         const CallOptions& options);
+  /// `call` in NCCL's terms.
+  abi::Result put(const Call& call, const Operands& operands, int max_ctas, abi::Comm* comm,
+                  driver::abi::Stream stream) const;
   /// What `add` enqueues, as one group. The first result that is bad, or in progress.
   abi::Result grouped(const std::function<abi::Result()>& add) const;
 

@@ -9,12 +9,9 @@
 
 #include "nccl/driver.hpp"
 #include "pycomm/call.hpp"
-#include "pycomm/deadline.hpp"
+#include "pycomm/work.hpp"
 
 namespace pycomm::nccl {
-
-/// Runs Python's signal handlers; throws what they raise. nullptr: none.
-using InterruptCheck = void (*)();
 
 /// Waits that get longer: the first few give up the core only, the last ones sleep a millisecond.
 class Backoff {
@@ -34,7 +31,8 @@ class Backoff {
   int num_ = 0;
 };
 
-class Operation {
+/// Its Work's end is told by whoever looks at the device: Communicator::unfinished, which the watchdog calls.
+class Operation final : public Work {
  public:
   /// `ended`: set when the communicator has failed; its operations count as over then.
   Operation(const driver::Context& context, const Call& call, std::uint64_t seq, double timeout_s,
@@ -61,9 +59,13 @@ class Operation {
     if (!passed_.load(std::memory_order_acquire) && event_.passed()) passed_.store(true, std::memory_order_release);
     return passed_.load(std::memory_order_acquire);
   }
-  bool over() const { return ended_->load(std::memory_order_acquire) || passed(); }
+  /// Passed, or the communicator has failed.
+  bool done() const override { return ended_->load(std::memory_order_acquire) || passed(); }
+  /// Of a message: the other rank.
+  int source() const override { return is_message() ? call_.root : -1; }
+  bool is_message() const { return call_.kind == OpKind::kSend || call_.kind == OpKind::kRecv; }
   /// Block this thread until it is over; false if `timeout_s` passes before.
-  bool wait(double timeout_s, InterruptCheck interrupt) const;
+  bool reach(double timeout_s, InterruptCheck interrupt) const;
 
  private:
   Call call_;

@@ -6,77 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from pycomm import _C
-from pycomm.arguments import Message
 from pycomm.backends.agreement import by_reason
 from pycomm.errors import BackendUnavailableError
 
 if TYPE_CHECKING:
     from pycomm.backends.shm import Flag
 
-__all__ = ["Backend", "Calls", "Capabilities", "Choice", "choose"]
+__all__ = ["Backend", "Capabilities", "Choice", "choose"]
 
 NAMES = ("auto", "host", "shm", "nccl", "gloo")
-
-
-class Calls(Protocol):
-    """What all ranks of a group call, with the arguments of :class:`pycomm.communicator.Communicator`'s methods.
-
-    Whoever implements it checks them, so that the common call passes from its caller to the extension at once; back
-    ends in Python leave that to :class:`pycomm.arguments.Checked`. Calls return a Work when ``async_op``, else None.
-    ``timeout_s`` None: the communicator's.
-    """
-
-    def all_reduce(self, tensor: Any, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
-    def broadcast(self, tensor: Any, root: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
-    def reduce(self, tensor: Any, root: int, op: str, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
-    def reduce_scatter(
-        self,
-        output: Any,
-        input: Any,
-        op: str,
-        input_splits: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        /,
-    ) -> _C.Work | None: ...
-    def all_gather(
-        self,
-        output: Any,
-        input: Any,
-        output_splits: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        /,
-    ) -> _C.Work | None: ...
-    def all_to_all(
-        self,
-        output: Any,
-        input: Any,
-        output_splits: Sequence[int] | None,
-        input_splits: Sequence[int] | None,
-        async_op: bool,
-        timeout_s: float | None,
-        /,
-    ) -> _C.Work | None: ...
-    def gather(
-        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /
-    ) -> _C.Work | None: ...
-    def scatter(
-        self, output: Any, input: Any, root: int, async_op: bool, timeout_s: float | None, /
-    ) -> _C.Work | None: ...
-    def barrier(self, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
-    def send(self, tensor: Any, dst: int, tag: int, async_op: bool, timeout_s: float | None, /) -> _C.Work | None: ...
-    def recv(
-        self, tensor: Any, src: int | None, tag: int, async_op: bool, timeout_s: float | None, /
-    ) -> _C.Work | int: ...
-    def exchange(
-        self, messages: Sequence[Message], async_op: bool, timeout_s: float | None, /
-    ) -> _C.Work | list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +41,9 @@ class Capabilities:
 class Backend(ABC):
     """What a Communicator needs: the calls of its group, and the group's memory and life.
 
+    Back ends in Python have :meth:`submit` and :meth:`exchange`. The extension checks the arguments of every back end's
+    calls (:class:`pycomm._C.Calls`): tensors are contiguous, on ``device``, and stay until their Work is over.
+
     Attributes:
         tokens: the processes of the ranks, each the same number in all its groups; of nobody else.
     """
@@ -108,7 +54,7 @@ class Backend(ABC):
     world_size: int
     group: str
     tokens: list[int]
-    calls: Calls
+    _timeout_s: float  # of calls that are given none
     capabilities: Capabilities
 
     @abstractmethod
@@ -136,6 +82,35 @@ class Backend(ABC):
     def abort(self, reason: str) -> None: ...
     @abstractmethod
     def close(self, drain_s: float) -> None: ...
+
+    def calls(self) -> _C.Calls:
+        """The calls of the group, with the arguments of the Communicator's."""
+        return _C.Calls(self, self._timeout_s)
+
+    def submit(
+        self,
+        call: _C.Call,
+        output: torch.Tensor | None,
+        input: torch.Tensor | None,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        """Do a collective; return its Work if ``async_op``.
+
+        Args:
+            output, input: None: this rank has none; the same tensor where the call works in place.
+        """
+        raise NotImplementedError
+
+    def exchange(
+        self, messages: Sequence[tuple[_C.Call, torch.Tensor]], async_op: bool, timeout_s: float
+    ) -> _C.Work | list[int]:
+        """Do messages that progress together; return their Work if ``async_op``, else their sources.
+
+        Args:
+            messages: calls of kind "send" and "recv"; ``root`` is the peer, -1 any source.
+        """
+        raise NotImplementedError
 
     # What not every back end has.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from pycomm import _C, env
-from pycomm.backends import Backend, Calls, Capabilities
+from pycomm.backends import Backend, Capabilities
 from pycomm.rendezvous import Rendezvous
 
 __all__ = ["Flag", "ShmBackend", "meet_on_this_host", "tuning_here"]
@@ -53,7 +53,6 @@ class ShmBackend(Backend):
     device = torch.device("cpu")
 
     def __init__(self, core: _C.HostCommunicator) -> None:
-        self.calls: Calls = core
         self._core = core
         self.rank = core.rank
         self.world_size = core.world_size
@@ -76,6 +75,9 @@ class ShmBackend(Backend):
 
     def agree(self, row: bytes, timeout_s: float, kind: str = "agree", count: int | None = None) -> list[bytes]:
         return self._core.agree(row, kind, len(row) if count is None else count, timeout_s)
+
+    def calls(self) -> _C.Calls:
+        return _C.Calls(self._core)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
         num_elements = 1

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import ReduceOp
 
-from pycomm import calls
+from pycomm import _C
 from pycomm.communicator import Communicator
 from pycomm.torch_backend import seconds_of
 from pycomm.torch_backend.communicators import Communicators
@@ -245,7 +245,7 @@ class Collectives(dist.ProcessGroup):
         seconds = seconds_of(opts.timeout)
         return seconds if seconds > 0 else self._timeout_s  # torch's "unset" is negative
 
-    def _work(self, comm: Communicator, started: calls.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
+    def _work(self, comm: Communicator, started: _C.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
         """The Work of a call of ``comm`` that has started, or of a synchronous one (None)."""
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 
-from pycomm.calls import Work
+from pycomm._C import Work
 from pycomm.errors import PycommError
 from pycomm.torch_backend.tensors import Finish
 from pycomm.torch_backend.work import NO_TIMEOUT, PycommWork

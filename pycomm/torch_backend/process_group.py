@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pycomm import calls
+from pycomm import _C
 from pycomm.communicator import Communicator
 from pycomm.torch_backend import NAME, seconds_of
 from pycomm.torch_backend.collectives import Collectives, Tensors
@@ -116,7 +116,7 @@ class PycommProcessGroup(Collectives):
                 DeviceWork(works, [tensor], finish, CudaStreams(comm.device), -1 if src is None else src)
             )
         started = comm.recv(wire, src, tag, async_op=True, timeout_s=self._timeout_s)
-        assert isinstance(started, calls.Work)
+        assert isinstance(started, _C.Work)
         return self._work(comm, started, [tensor], finish)
 
     def recv_anysource(self, tensors: Tensors, tag: int) -> PycommWork:
@@ -133,7 +133,7 @@ class PycommProcessGroup(Collectives):
         works, self._collected = self._collected or [], None
         return self._joined(works)
 
-    def _work(self, comm: Communicator, started: calls.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
+    def _work(self, comm: Communicator, started: _C.Work | None, outputs: Tensors, finish: Finish) -> PycommWork:
         if started is None and finish is not None:
             finish()
         if comm.capabilities.orders_on_device:
@@ -141,9 +141,7 @@ class PycommProcessGroup(Collectives):
         work = PycommWork([], outputs) if started is None else PycommWork([started], outputs, finish)
         return work if self._collected is None else self._collect(work)
 
-    def _device_work(
-        self, comm: Communicator, started: calls.Work | None, outputs: Tensors, finish: Finish
-    ) -> DeviceWork:
+    def _device_work(self, comm: Communicator, started: _C.Work | None, outputs: Tensors, finish: Finish) -> DeviceWork:
         streams = CudaStreams(comm.device)
         if started is None:
             return DeviceWork.of_current_stream(outputs, streams)

@@ -16,11 +16,12 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from pycomm.arguments import Message
-from pycomm.calls import Work
+from pycomm._C import Work
 from pycomm.communicator import Communicator
 
 __all__ = ["MessagesTogether"]
+
+Message = tuple[bool, torch.Tensor, int | None, int]  # is it a send, tensor, peer, tag
 
 _BATCH = inspect.unwrap(dist.batch_isend_irecv).__code__
 _ITS_LIST = inspect.getfullargspec(inspect.unwrap(dist.batch_isend_irecv)).args[0]

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C
+from pycomm._C import Work
 from pycomm.backends.causes import listeners
-from pycomm.calls import Work
 from pycomm.torch_backend import seconds_of
 from pycomm.torch_backend.tensors import Finish
 

@@ -19,7 +19,6 @@ import torch
 
 import pycomm
 from pycomm import _C, Communicator
-from pycomm.arguments import Checked
 from pycomm.backends.nccl import NcclBackend, Offer
 from tests.hosts.helpers import connect_rank
 from tests.nccl.kernels import KernelMemory
@@ -57,11 +56,10 @@ class StandInGpu:
     def new_stream(self) -> int:
         return int(self.library.standin_stream())
 
-    def hold(self, tensor: torch.Tensor) -> torch.Tensor:
+    def hold(self, tensor: torch.Tensor | None) -> None:
         """On a GPU the memory of a tensor that is dropped is used again in the order of its stream; here never."""
-        if self.holds:
+        if self.holds and tensor is not None:
             self._held.append(tensor)
-        return tensor
 
     def current_stream(self) -> int:
         return self.stream
@@ -85,7 +83,7 @@ def read_by_the_host() -> Iterator[None]:
 
     def enqueue_and_wait(*args: Any) -> _C.NcclOperation:
         operation = enqueue(*args)
-        operation.wait(TIMEOUT_S)
+        operation.reach(TIMEOUT_S)
         return operation
 
     with patch.object(NcclBackend, "_enqueue", enqueue_and_wait):
@@ -118,13 +116,24 @@ def gpu_of(comm: Communicator) -> StandInGpu:
 def standing_in(path: str, folder: str) -> Iterator[StandInGpu]:
     """``init("nccl")`` of this process takes the stand-in at ``path``, whose ranks meet in ``folder``."""
     gpu = StandInGpu(path)
-    read, written = Checked._read, Checked._written
+    submit, exchange = NcclBackend.submit, NcclBackend.exchange
+
+    def submit_and_hold(self: NcclBackend, call: _C.Call, *args: Any) -> _C.Work | None:
+        for tensor in args[:2]:
+            gpu.hold(tensor)
+        return submit(self, call, *args)
+
+    def exchange_and_hold(self: NcclBackend, messages: Any, *args: Any) -> _C.Work | list[int]:
+        for _, tensor in messages:
+            gpu.hold(tensor)
+        return exchange(self, messages, *args)
+
     with (
         patch.dict(os.environ, {"PYCOMM_NCCL_SO": path, "STANDIN_FOLDER": folder}),
         patch("pycomm.backends.nccl.gpu.Gpu.of_this_rank", lambda device=None: gpu),
         patch("pycomm.communicator.offer", lambda asked_for: Offer("2.32.3", "", gpu.driver.device_uuid(0))),
-        patch.object(Checked, "_read", lambda *args: gpu.hold(read(*args))),
-        patch.object(Checked, "_written", lambda *args: gpu.hold(written(*args))),
+        patch.object(NcclBackend, "submit", submit_and_hold),
+        patch.object(NcclBackend, "exchange", exchange_and_hold),
     ):
         yield gpu
 

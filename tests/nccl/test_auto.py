@@ -146,6 +146,6 @@ def test_who_asks_for_nccl_gets_it_or_an_error(pool: Pool, standin: Path, tmp_pa
 
 def test_tensors_of_another_device_are_told_where_to_go() -> None:
     with pytest.raises(ValueError, match=r"on cpu, this communicator works on cuda:1: .*init\(backend='host'\)"):
-        _C.checked_tensor(torch.ones(2), "the tensor", 1, False)
+        _C.checked_tensor(torch.ones(2), "the tensor", 1)
     with pytest.raises(ValueError, match=r"on meta, this communicator works on cpu: pass tensor.to\(comm.device\)"):
-        _C.checked_tensor(torch.ones(2, device="meta"), "the tensor", -1, False)
+        _C.checked_tensor(torch.ones(2, device="meta"), "the tensor", -1)

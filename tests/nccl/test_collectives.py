@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from pycomm import _C, Communicator
+from pycomm import Communicator
 from pycomm.arguments import MOVED, REDUCED
 from pycomm.backends.nccl.library import load_nccl
 from pycomm.errors import BackendUnavailableError, MismatchError, StrictOrderError
@@ -118,7 +118,7 @@ def in_place_and_bool(comm: Communicator) -> None:
     comm.all_gather(whole, whole[2 * rank : 2 * rank + 2])
     comm.synchronize()
     assert torch.equal(whole, torch.tensor([True, False] * n))
-    assert _C.describe_call(comm._backend._core.packed_latest()) == f"all_gather(bool[{2 * n}])"  # type: ignore[attr-defined]
+    assert str(comm._backend._core.latest()) == f"all_gather(bool[{2 * n}])"  # type: ignore[attr-defined]
     for dtype in MOVED:
         mine = torch.full((16,), rank, dtype=torch.uint8).view(dtype)
         everyone = torch.zeros(16 * n, dtype=torch.uint8).view(dtype)
@@ -131,7 +131,7 @@ def in_place_and_bool(comm: Communicator) -> None:
     comm.synchronize()
     assert flags.tolist() == [n == 1, True, False]
     assert pairs.tolist() == [complex((n - 1) / 2, 1)] * 3
-    assert _C.describe_call(comm._backend._core.packed_latest()) == "all_reduce(avg, complex64[3])"  # type: ignore[attr-defined]
+    assert str(comm._backend._core.latest()) == "all_reduce(avg, complex64[3])"  # type: ignore[attr-defined]
     whole = torch.full((2 * n,), rank)
     comm.gather(whole if rank == 0 else None, whole[2 * rank : 2 * rank + 2])
     comm.synchronize()

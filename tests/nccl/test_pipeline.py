@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycomm import Communicator
-from pycomm.arguments import Checked
+from pycomm.backends.nccl import NcclBackend
 from pycomm.errors import PeerLostError
 from pycomm.pipeline import Pipeline, PipelineStage, build
 from tests.nccl.helpers import read_by_the_host, run
@@ -47,13 +47,13 @@ def steps_like_one_process(comm: Communicator, name: str, rows: int) -> None:
     with read_by_the_host():
         pipe, mine = pipeline(comm, name)
         messages: list[torch.dtype] = []
-        exchange = Checked.exchange
+        exchange = NcclBackend.exchange
 
         def seen(self, pending, *args):
-            messages.extend(tensor.dtype for _, tensor, _, _ in pending)
+            messages.extend(tensor.dtype for _, tensor in pending)
             return exchange(self, pending, *args)
 
-        with patch.object(Checked, "exchange", seen):
+        with patch.object(NcclBackend, "exchange", seen):
             pipe.step(*given(pipe, mine, x, y))
             had_tokens = messages.count(torch.int64)
             assert had_tokens == messages.count(torch.float64) > 0

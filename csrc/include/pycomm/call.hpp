@@ -30,8 +30,40 @@ enum class OpKind : std::uint8_t {
   kAwait = 17,  // no matched call: a wait for what peers have posted, `count` the epoch
 };
 
+/// What Python calls a kind, and how messages describe its calls: %o operator, %e elements with their dtype, %r root,
+/// %s uneven splits, %p peer, %t tag, %n count; %k, %d, %u, %v as in call.cpp.
+struct OpText {
+  const char* name;
+  const char* arguments;
+};
+inline constexpr OpText kOpTexts[] = {
+    {"none", ""},
+    {"barrier", ""},
+    {"all_reduce", "%o, %e%k"},
+    {"broadcast", "%r, %e"},
+    {"empty", "%n bytes"},
+    {"split", ""},
+    {"agree", "row[%n]"},
+    {"reduce_scatter", "%o, %e%s"},
+    {"all_gather", "%e%s"},
+    {"all_to_all", "%v"},
+    {"reduce", "%r, %o, %e"},
+    {"gather", "%r, %e in all"},
+    {"scatter", "%r, %e in all"},
+    {"send", "dst=%p, tag=%t, %e"},
+    {"recv", "src=%p, tag=%t, %e"},
+    {"reduce_gradients", "%d, %e"},
+    {"update_parameters", "%u%e"},
+    {"wait_posted", "%n"},
+};
+inline constexpr int kNumOpKinds = sizeof(kOpTexts) / sizeof(kOpTexts[0]);
+static_assert(kNumOpKinds == static_cast<int>(OpKind::kAwait) + 1);
+
+constexpr const char* name_of(OpKind kind) { return kOpTexts[static_cast<int>(kind)].name; }
+
 /// Who does a collective on GPUs, where ranks choose by what each knows and compare afterwards.
 enum class Route : std::uint8_t { kBackend = 0, kOneShot = 1, kTwoShot = 2 };
+inline constexpr int kNumRoutes = 3;
 
 struct Call {
   OpKind kind = OpKind::kNone;
@@ -78,6 +110,9 @@ struct Locations {
 
 /// "all_reduce(sum, float32[1024])", "broadcast(root=1, int64[3])", "barrier()".
 std::string describe(const Call& call);
+
+/// Whether its enumerators have names: of a call that came from another process.
+bool is_known(const Call& call);
 
 /// How elements are reduced: as numbers that have arithmetic, one or more of them an element.
 struct Arithmetic {

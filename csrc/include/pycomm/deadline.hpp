@@ -5,6 +5,9 @@
 
 namespace pycomm {
 
+/// Runs Python's signal handlers during a wait; throws what they raise. nullptr: none.
+using InterruptCheck = void (*)();
+
 class Deadline {
  public:
   using Clock = std::chrono::steady_clock;

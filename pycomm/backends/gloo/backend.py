@@ -16,18 +16,15 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C, env
-from pycomm.arguments import Checked, Message
-from pycomm.backends import Backend, Calls, Capabilities
+from pycomm.backends import Backend, Capabilities
 from pycomm.backends.agreement import all_or_none
 from pycomm.backends.causes import Cause, Heard, listeners, raised
-from pycomm.backends.gloo.calls import Call
-from pycomm.backends.gloo.collectives import Body, HostsCollectives
 from pycomm.backends.gloo.failure import Failure
 from pycomm.backends.gloo.frames import Frame, Frames, Kind
 from pycomm.backends.gloo.inquiry import Inquiry
 from pycomm.backends.gloo.local import LocalGroup
 from pycomm.backends.gloo.mail import Mail
-from pycomm.backends.gloo.operations import CallQueue, LocalOperation, Operation, Together, Waits
+from pycomm.backends.gloo.operations import CallQueue, together, weakly
 from pycomm.backends.gloo.steps import Limit, Steps
 from pycomm.backends.gloo.topology import Topology
 from pycomm.backends.gloo.wire import Wire, WireError, open_device
@@ -38,9 +35,12 @@ __all__ = ["HostsBackend"]
 
 _FAREWELL_S = 1.0  # for the last frames of a rank that leaves
 _SPLIT = struct.Struct("<?qq")
+_ROW = struct.Struct("<Q24s")  # what a rank shows of a call before it takes part: its number, and all of it
+
+Body = Callable[[Steps, Limit], None]
 
 
-class HostsBackend(HostsCollectives, Backend):
+class HostsBackend(Backend):
     """One rank's end; see :class:`pycomm.backends.Backend`.
 
     Args:
@@ -65,7 +65,6 @@ class HostsBackend(HostsCollectives, Backend):
         check: Callable[[], None],
         tokens: Sequence[int],
     ) -> None:
-        self.calls: Calls = Checked(self, timeout_s)
         self.name = name
         self.group = group
         self.rank = topology.rank
@@ -82,7 +81,7 @@ class HostsBackend(HostsCollectives, Backend):
         self._closed = False
         self._queue = CallQueue("pycomm-hosts")
         self._connecting: tuple[int, ...] = ()  # ranks of other hosts, to a part of this group
-        self._waits = Waits(self.rank, group, self.look, self.rest)
+        self._waits = _C.Waits(self.rank, group, weakly(self.look), weakly(self.rest))
         self.tokens = list(tokens)
         self._heard = Heard(self.rank, self.tokens)
         self._has_told = False  # peers have been sent a HEARD that holds
@@ -126,19 +125,23 @@ class HostsBackend(HostsCollectives, Backend):
         rendezvous.wait_for_all("connected")  # else one that dies before is seen by some as a closed connection alone
         return backend
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
-        operation = self._post((True, tensor, dst, tag), timeout_s)
-        return self._outcome(operation, async_op)
+    def submit(
+        self,
+        call: _C.Call,
+        output: torch.Tensor | None,
+        input: torch.Tensor | None,
+        async_op: bool,
+        timeout_s: float,
+    ) -> _C.Work | None:
+        into, source = (None if tensor is None else tensor.detach().view(-1) for tensor in (output, input))
+        return self._run(call, lambda steps, limit: steps.run(call, into, source, limit), async_op, timeout_s)
 
-    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, async_op: bool, timeout_s: float) -> _C.Work | int:
-        operation = self._post((False, tensor, src, tag), timeout_s)
-        return self._outcome(operation, async_op) or operation.source()
-
-    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
-        operations = [self._post(message, timeout_s) for message in messages]
-        return self._outcome(Together(operations, self._waits), async_op) or [
-            operation.source() for operation in operations
-        ]
+    def exchange(
+        self, messages: Sequence[tuple[_C.Call, torch.Tensor]], async_op: bool, timeout_s: float
+    ) -> _C.Work | list[int]:
+        works = [self._post(call, tensor, timeout_s) for call, tensor in messages]
+        whole = works[0] if len(works) == 1 else together(works, self._waits)
+        return self._outcome(whole, async_op) or [work.source for work in works]
 
     def agree(self, row: bytes, timeout_s: float, kind: str = "agree", count: int | None = None) -> list[bytes]:
         found: list[bytes] = []
@@ -146,7 +149,7 @@ class HostsBackend(HostsCollectives, Backend):
         def body(steps: Steps, limit: Limit) -> None:
             found.extend(steps.table(row, limit) if row else [row] * self.world_size)  # as they entered the call
 
-        call = Call(0, kind, count=len(row) if count is None else count, splits=len(row))
+        call = _C.Call(kind, count=len(row) if count is None else count, splits=len(row))
         self._run(call, body, False, timeout_s)
         return found
 
@@ -163,7 +166,7 @@ class HostsBackend(HostsCollectives, Backend):
         def body(steps: Steps, limit: Limit) -> None:
             found.append(all_or_none(lambda: allocate(limit), lambda row: steps.table(row, limit)))
 
-        call = Call(0, "empty", count=torch.Size(shape).numel() * dtype.itemsize)
+        call = _C.Call("empty", count=torch.Size(shape).numel() * dtype.itemsize)
         self._run(call, body, False, timeout_s)
         return found[0]
 
@@ -190,7 +193,7 @@ class HostsBackend(HostsCollectives, Backend):
             if local is not None:
                 found.append(self._part(local, ranks, f"{self.group}.{self._num_splits - 1}[{color}]"))
 
-        self._run(Call(0, "split"), body, False, timeout_s)
+        self._run(_C.Call("split"), body, False, timeout_s)
         return found[0] if found else None
 
     def synchronize(self, timeout_s: float) -> None:
@@ -241,33 +244,29 @@ class HostsBackend(HostsCollectives, Backend):
         if self._frames is not None:
             self._frames.close()
 
-    def _run(self, call: Call, body: Body, async_op: bool, timeout_s: float) -> _C.Work | None:
+    def _run(self, call: _C.Call, body: Body, async_op: bool, timeout_s: float) -> _C.Work | None:
         """Queue a collective; wait for it unless asynchronous."""
         self._begin()
         self._waits.check_outside()
-        operation = Operation(str(call), self._waits)
-        self._queue.submit(operation, lambda: self._execute(call, body, Limit(timeout_s)))
-        if async_op:
-            return self._outcome(operation, True)
-        with self._waits.inside(operation.call, collective=True):
-            return self._outcome(operation, False)
+        work = _C.Work(self._waits, str(call), is_collective=not async_op)
+        self._queue.submit(work, lambda: self._execute(call, body, Limit(timeout_s)))
+        return self._outcome(work, async_op)
 
-    def _outcome(self, operation: _C.Work, async_op: bool) -> _C.Work | None:
+    def _outcome(self, work: _C.Work, async_op: bool) -> _C.Work | None:
         if async_op:
-            return operation
+            return work
         try:
-            operation.wait()
+            work.wait()
         except KeyboardInterrupt:
             self.abort("interrupted while it waited")
             raise
         return None
 
-    def _execute(self, call: Call, body: Body, limit: Limit) -> None:
+    def _execute(self, call: _C.Call, body: Body, limit: Limit) -> None:
         """On the queue's thread: enter the call with all ranks, then do it."""
         if self._failure.cause is not None:
             raise self._failure.cause.error(str(call), self._seq, self.group, later=True)
         self._seq += 1
-        call = call.numbered(self._seq)
         try:
             limit.restart()
             self._enter(call, limit)
@@ -278,40 +277,34 @@ class HostsBackend(HostsCollectives, Backend):
             cause = self._cause_of(error, limit.timeout_s)
         else:
             return
-        raise cause.error(f"{call}, call {call.seq} of {self.group!r}", call.seq, self.group)
+        raise cause.error(f"{call}, call {self._seq} of {self.group!r}", self._seq, self.group)
 
-    def _enter(self, call: Call, limit: Limit) -> None:
-        rows = self._steps.table(call.pack(), limit)
+    def _enter(self, call: _C.Call, limit: Limit) -> None:
+        rows = self._steps.table(_ROW.pack(self._seq, call.pack()), limit)
         if all(row == rows[self.rank] for row in rows):
             return
-        calls = {rank: str(Call.unpack(row)) for rank, row in enumerate(rows)}
+        shown = [_ROW.unpack(row) for row in rows]
+        calls = {rank: str(_C.Call.unpack(packed)) for rank, (_, packed) in enumerate(shown)}
         if len(set(calls.values())) == 1:
-            calls = {rank: f"{text}, its call {Call.unpack(rows[rank]).seq}" for rank, text in calls.items()}
+            calls = {rank: f"{text}, its call {shown[rank][0]}" for rank, text in calls.items()}
         text = ", ".join(f"rank {rank} called {text}" for rank, text in calls.items())
-        raise MismatchError(f"call {call.seq} of group {self.group!r}: {text}", calls=calls)
+        raise MismatchError(f"call {self._seq} of group {self.group!r}: {text}", calls=calls)
 
-    def _post(self, message: Message, timeout_s: float) -> Operation | LocalOperation:
+    def _post(self, call: _C.Call, tensor: torch.Tensor, timeout_s: float) -> _C.Work:
         """Start a message: inside the host by the host transport, else by mail."""
         self._begin()
-        is_send, tensor, peer, tag = message
         if self._failure.cause is not None:
-            call = "send" if is_send else "recv"
-            raise raised(self._failure.cause.error(call, self._seq, self.group, later=True))
+            raise raised(self._failure.cause.error(call.kind, self._seq, self.group, later=True))
+        peer = None if call.root < 0 else call.root
         if self._mail is None or (peer is not None and self._topology.is_here(peer)):
             place = None if peer is None else self._topology.local_of[peer]
             try:
-                if is_send:
-                    assert place is not None
-                    return self._here(self._local.send(tensor, place, tag, timeout_s))
-                return self._here(self._local.receive(tensor, place, tag, timeout_s))
+                return self._here(self._local.start(call.kind == "send", tensor, place, call.tag, timeout_s))
             except PycommError as error:  # the host knows of a failure before this rank does
                 raise raised(self._of_host(error)) from None
-        if is_send:
-            assert peer is not None
-            return self._mail.send(tensor, peer, tag, timeout_s)
-        return self._mail.receive(tensor, peer, tag, timeout_s)
+        return (self._mail.send if call.kind == "send" else self._mail.receive)(call, tensor, timeout_s)
 
-    def _receive_here(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> LocalOperation | None:
+    def _receive_here(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> _C.Work | None:
         try:
             work = self._local.receive_arrived(tensor, tag, timeout_s)
         except PycommError as error:
@@ -319,8 +312,17 @@ class HostsBackend(HostsCollectives, Backend):
             return None
         return None if work is None else self._here(work)
 
-    def _here(self, work: _C.Work) -> LocalOperation:
-        return LocalOperation(work, self._topology.neighbours, self._of_host, self._waits)
+    def _here(self, work: _C.Work) -> _C.Work:
+        """A message inside this host, with ranks of the whole group in source and errors."""
+
+        def wait(timeout_s: float | None) -> None:
+            try:
+                work.wait(timeout_s)
+            except PycommError as error:
+                raise raised(self._of_host(error)) from None
+
+        ranks = self._topology.neighbours
+        return _C.Work.relayed(self._waits, "a message inside the host", [work], wait, ranks)
 
     def _of_host(self, error: BaseException) -> BaseException:
         """An error of a message inside this host, with the group's ranks; it ends the group unless it is a mismatch."""

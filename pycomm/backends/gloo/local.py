@@ -13,8 +13,6 @@ from pycomm.rendezvous import Rendezvous
 
 __all__ = ["LocalGroup"]
 
-_TAG = -(2**63)  # of messages that are steps of a collective; callers may not use it
-
 
 class LocalGroup:
     """Ranks are places in ``topology.neighbours``. Every call raises what the host transport raises."""
@@ -24,6 +22,7 @@ class LocalGroup:
         self.size = core.world_size
         self.tokens = core.tokens
         self._core = core
+        self._calls = self.shm.calls()
 
     @classmethod
     def connect(cls, rendezvous: Rendezvous, topology: Topology, name: str) -> LocalGroup:
@@ -35,35 +34,30 @@ class LocalGroup:
     def reduce_scatter(
         self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], op: str, timeout_s: float
     ) -> None:
-        self._core.reduce_scatter(output, input, op, counts, False, timeout_s)
+        self._calls.reduce_scatter(output, input, op, counts, False, timeout_s)
 
     def all_gather(self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], timeout_s: float) -> None:
-        self._core.all_gather(output, input, counts, False, timeout_s)
+        self._calls.all_gather(output, input, counts, False, timeout_s)
 
     def broadcast(self, tensor: torch.Tensor, root: int, timeout_s: float) -> None:
-        self._core.broadcast(tensor, root, False, timeout_s)
+        self._calls.broadcast(tensor, root, False, timeout_s)
 
     def exchange(
         self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]], timeout_s: float
     ) -> None:
         """(tensor, peer) each; a step of a collective."""
-        messages = [(False, tensor, peer, _TAG) for tensor, peer in receives]
-        messages += [(True, tensor, peer, _TAG) for tensor, peer in sends]
-        self._core.exchange(messages, False, timeout_s)
+        messages = [(False, tensor, peer, _C.Calls.STEP_TAG) for tensor, peer in receives]
+        messages += [(True, tensor, peer, _C.Calls.STEP_TAG) for tensor, peer in sends]
+        self._calls.exchange(messages, False, timeout_s)
 
-    def send(self, tensor: torch.Tensor, peer: int, tag: int, timeout_s: float) -> _C.Work:
-        work = self._core.send(tensor, peer, tag, True, timeout_s)
-        assert work is not None
-        return work
-
-    def receive(self, tensor: torch.Tensor, peer: int | None, tag: int, timeout_s: float) -> _C.Work:
-        work = self._core.recv(tensor, peer, tag, True, timeout_s)
-        assert not isinstance(work, int)
+    def start(self, is_send: bool, tensor: torch.Tensor, peer: int | None, tag: int, timeout_s: float) -> _C.Work:
+        work = self._calls.exchange([(is_send, tensor, peer, tag)], True, timeout_s)
+        assert not isinstance(work, list)
         return work
 
     def receive_arrived(self, tensor: torch.Tensor, tag: int, timeout_s: float) -> _C.Work | None:
         """Receive from whoever has sent already; None if nobody has."""
-        return self._core.receive_arrived(tensor, tag, timeout_s)
+        return self._calls.receive_arrived(tensor, tag, timeout_s)
 
     def split(self, color: int | None, key: int, timeout_s: float) -> LocalGroup | None:
         core = self._core.split(color, key, timeout_s)

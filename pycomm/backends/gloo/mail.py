@@ -16,11 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pycomm.arguments import dtype_name
+from pycomm import _C
 from pycomm.backends.causes import Cause
-from pycomm.backends.gloo.calls import DTYPES, describe_message
 from pycomm.backends.gloo.frames import BODY_BYTES, Frame, FrameError, Frames, Kind
-from pycomm.backends.gloo.operations import LocalOperation, Operation, Waits
 from pycomm.backends.gloo.wire import Wire, WireError
 from pycomm.errors import MismatchError, PycommError
 
@@ -33,30 +31,32 @@ _CHECK_S = 0.1  # for deadlines
 _FRAME_S = 30.0  # for what has already come, or gone
 
 # Starts to receive a message with a tag that has come from inside this host; None: none has.
-LocalReceive = Callable[[torch.Tensor, int, float], "LocalOperation | None"]
+LocalReceive = Callable[[torch.Tensor, int, float], _C.Work | None]
 
 
 @dataclass(eq=False)
 class _Message:
     """A send or receive under way. ``data``: what gloo sends or receives; ``local``: matched inside the host."""
 
-    operation: Operation
-    is_send: bool
+    work: _C.Work
+    call: _C.Call
     tensor: torch.Tensor
-    peer: int | None
-    tag: int
     deadline: float
     timeout_s: float
     id: int = 0
     data: dist.Work | None = None
-    local: LocalOperation | None = None
+    local: _C.Work | None = None
+
+    @property
+    def peer(self) -> int | None:
+        return None if self.call.root < 0 else self.call.root
 
     @property
     def dtype(self) -> int:
-        return DTYPES.index(dtype_name(self.tensor.dtype))
+        return _C.DTYPES.index(self.call.dtype)
 
     def fits(self, frame: Frame) -> bool:
-        return (self.dtype, self.tensor.numel()) == (frame.dtype, frame.count)
+        return (self.dtype, self.call.count) == (frame.dtype, frame.count)
 
 
 class Mail:
@@ -78,7 +78,7 @@ class Mail:
         fail: Callable[[Cause], object],
         expire: Callable[[int | None, str, float], object],
         local_receive: LocalReceive | None,
-        waits: Waits,
+        waits: _C.Waits,
     ) -> None:
         self._rank = rank
         self._strict = strict
@@ -100,11 +100,11 @@ class Mail:
         self._stopping = False
         self._watch_thread: threading.Thread | None = None
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, timeout_s: float) -> Operation:
-        message = self._message(True, tensor, dst, tag, timeout_s)
+    def send(self, call: _C.Call, tensor: torch.Tensor, timeout_s: float) -> _C.Work:
+        message, dst = self._message(call, tensor, timeout_s), call.root
         with self._changed:
             if self._refused(message):
-                return message.operation
+                return message.work
             message.id, self._next_id = self._next_id, self._next_id + 1
             waiting = sum(other.peer == dst for other in self._sends.values())
             self._sends[message.id] = message
@@ -112,25 +112,26 @@ class Mail:
             if tensor.nbytes <= BODY_BYTES:
                 body = _bytes_of(tensor).numpy().tobytes()
                 if not self._strict and waiting < _MOST_EAGER:
-                    message.operation.finish(dst)
+                    message.work.finish(dst)
             self._reply(dst, Kind.OFFER, message, body)
             self._watch(dst)
-        return message.operation
+        return message.work
 
-    def receive(self, tensor: torch.Tensor, src: int | None, tag: int, timeout_s: float) -> Operation:
-        message = self._message(False, tensor, src, tag, timeout_s)
+    def receive(self, call: _C.Call, tensor: torch.Tensor, timeout_s: float) -> _C.Work:
+        message = self._message(call, tensor, timeout_s)
+        src = message.peer
         with self._changed:
             if self._refused(message):
-                return message.operation
+                return message.work
             for peer, frames in self._arrived.items():
-                found = next((frame for frame in frames if src in (None, peer) and frame.tag == tag), None)
+                found = next((frame for frame in frames if src in (None, peer) and frame.tag == call.tag), None)
                 if found is not None:
                     frames.remove(found)
                     self._match(message, found)
-                    return message.operation
+                    return message.work
             self._receives.append(message)
             self._watch(src)
-        return message.operation
+        return message.work
 
     def on_frame(self, frame: Frame) -> None:
         """On the thread that reads frames; :class:`FrameError` for one that makes no sense."""
@@ -139,7 +140,9 @@ class Mail:
                 return
             if frame.kind == Kind.OFFER:
                 _check_offer(frame)
-                found = next((m for m in self._receives if m.peer in (None, frame.rank) and m.tag == frame.tag), None)
+                found = next(
+                    (m for m in self._receives if m.peer in (None, frame.rank) and m.call.tag == frame.tag), None
+                )
                 if found is None:
                     self._arrived.setdefault(frame.rank, []).append(frame)
                 else:
@@ -157,8 +160,8 @@ class Mail:
                 self._settle(self._sends.pop(self._sent(frame).id), frame.rank)
             elif frame.kind == Kind.REFUSE:
                 message = self._sends.pop(self._sent(frame).id)
-                theirs = describe_message(False, self._rank, frame.tag, _dtype_of(frame), frame.count)
-                message.operation.fail(_mismatch({self._rank: message.operation.call, frame.rank: theirs}))
+                theirs = self._described("recv", frame)
+                message.work.fail(_mismatch({self._rank: str(message.call), frame.rank: theirs}))
 
     def on_gone(self, rank: int, cause: Cause) -> None:
         """A rank has left or died, after all of its frames; ends the group if messages wait for it."""
@@ -171,14 +174,14 @@ class Mail:
     def missing(self) -> set[int | None]:
         """Peers of messages that somebody waits for; None: any."""
         with self._changed:
-            return {m.peer for m in self._active() if m.local is None and m.operation.is_awaited()}
+            return {m.peer for m in self._active() if m.local is None and m.work.is_awaited()}
 
     def end(self, error: Callable[[str], PycommError]) -> None:
         """The group cannot go on: fail all messages, now and later, with ``error`` of their description."""
         with self._changed:
             self._error = error
             for message in self._active():
-                message.operation.fail(error(message.operation.call))
+                message.work.fail(error(str(message.call)))
             self._sends.clear()
             self._receives.clear()
             self._incoming.clear()
@@ -199,15 +202,18 @@ class Mail:
 
     # All of these are called with the lock held.
 
-    def _message(self, is_send: bool, tensor: torch.Tensor, peer: int | None, tag: int, timeout_s: float) -> _Message:
-        call = describe_message(is_send, peer, tag, dtype_name(tensor.dtype), tensor.numel())
-        return _Message(
-            Operation(call, self._waits), is_send, tensor.detach(), peer, tag, time.monotonic() + timeout_s, timeout_s
-        )
+    def _message(self, call: _C.Call, tensor: torch.Tensor, timeout_s: float) -> _Message:
+        work = _C.Work(self._waits, str(call))
+        return _Message(work, call, tensor.detach(), time.monotonic() + timeout_s, timeout_s)
+
+    def _described(self, kind: str, frame: Frame) -> str:
+        """The other side of a message of this rank."""
+        call = _C.Call(kind, dtype=_dtype_of(frame), root=self._rank, count=frame.count, splits=frame.tag)
+        return str(call)
 
     def _refused(self, message: _Message) -> bool:
         if self._error is not None:
-            message.operation.fail(self._error(message.operation.call))
+            message.work.fail(self._error(str(message.call)))
         return self._error is not None
 
     def _sent(self, answer: Frame) -> _Message:
@@ -218,11 +224,11 @@ class Mail:
 
     def _active(self) -> list[_Message]:
         """What somebody waits for: not small sends, which are done before they are taken."""
-        unanswered = [message for message in self._sends.values() if not message.operation.done()]
+        unanswered = [message for message in self._sends.values() if not message.work.done()]
         return [*unanswered, *self._receives, *self._incoming.values(), *self._locals]
 
     def _reply(self, rank: int, kind: Kind, message: _Message, body: bytes = b"") -> None:
-        frame = Frame(kind, self._rank, message.id, message.tag, message.dtype, message.tensor.numel(), body)
+        frame = Frame(kind, self._rank, message.id, message.call.tag, message.dtype, message.call.count, body)
         self._frames.send(rank, frame)
 
     def _answer(self, offer: Frame, kind: Kind) -> None:
@@ -231,13 +237,12 @@ class Mail:
     def _match(self, message: _Message, offer: Frame) -> None:
         message.id = offer.id
         if not message.fits(offer):
-            theirs = describe_message(True, self._rank, offer.tag, DTYPES[offer.dtype], offer.count)
             self._reply(offer.rank, Kind.REFUSE, message)
-            message.operation.fail(_mismatch({offer.rank: theirs, self._rank: message.operation.call}))
+            message.work.fail(_mismatch({offer.rank: self._described("send", offer), self._rank: str(message.call)}))
         elif message.tensor.nbytes <= BODY_BYTES:
             if offer.body:
                 _bytes_of(message.tensor).copy_(torch.frombuffer(bytearray(offer.body), dtype=torch.uint8))
-            message.operation.finish(offer.rank)
+            message.work.finish(offer.rank)
             self._answer(offer, Kind.TAKEN)
         else:
             self._incoming[offer.rank, offer.id] = message
@@ -260,8 +265,8 @@ class Mail:
             if message.data is not None:
                 self._wire.wait(message.data, rank, time.monotonic() + _FRAME_S)
         except WireError as error:
-            message.operation.fail(PycommError(f"{message.operation.call}: {error}"))
-        message.operation.finish(rank)
+            message.work.fail(PycommError(f"{message.call}: {error}"))
+        message.work.finish(rank)
         self._changed.notify_all()
 
     def _watch(self, peer: int | None) -> None:
@@ -283,13 +288,13 @@ class Mail:
                 self._changed.wait(_POLL_S if looks_here or self._locals else _CHECK_S)
                 expired = self._poll()
             if expired is not None:  # without the lock: it calls end()
-                self._expire(expired.peer, expired.operation.call, expired.timeout_s)
+                self._expire(expired.peer, str(expired.call), expired.timeout_s)
 
     def _poll(self) -> _Message | None:
         """Look inside the host and at deadlines; a message that has not come in time, which ends the group."""
         for message in [m for m in self._receives if m.peer is None and self._local_receive is not None]:
             assert self._local_receive is not None
-            message.local = self._local_receive(message.tensor, message.tag, message.timeout_s)
+            message.local = self._local_receive(message.tensor, message.call.tag, message.timeout_s)
             if message.local is not None:
                 self._receives.remove(message)
                 self._locals.append(message)
@@ -298,9 +303,9 @@ class Mail:
             self._locals.remove(message)
             try:
                 message.local.wait()
-                message.operation.finish(message.local.source())
+                message.work.finish(message.local.source)
             except PycommError as error:
-                message.operation.fail(error)
+                message.work.fail(error)
         now = time.monotonic()
         for message in self._active():
             if now > message.deadline and message.local is None:
@@ -309,9 +314,9 @@ class Mail:
 
 
 def _dtype_of(frame: Frame) -> str:
-    if frame.dtype >= len(DTYPES):
+    if frame.dtype >= len(_C.DTYPES):
         raise FrameError(f"dtype {frame.dtype}")
-    return DTYPES[frame.dtype]
+    return _C.DTYPES[frame.dtype]
 
 
 def _check_offer(offer: Frame) -> None:

@@ -26,7 +26,7 @@ import torch
 from pycomm import _C
 from pycomm.arguments import dtype_name
 from pycomm.backends.gloo.local import LocalGroup
-from pycomm.backends.gloo.topology import Part, Topology, even_parts, in_agents_order
+from pycomm.backends.gloo.topology import Part, Topology, even_parts, in_agents_order, parts_of
 from pycomm.backends.gloo.wire import Wire, WireError
 from pycomm.errors import MismatchError, PycommError
 
@@ -69,6 +69,36 @@ class Steps:
         self._local = local
         self._wire = wire
         self.missing: tuple[int, ...] = ()  # the rank of another host that a step waits for
+
+    def run(self, call: _C.Call, output: torch.Tensor | None, input: torch.Tensor | None, limit: Limit) -> None:
+        """Do ``call``, which all ranks have entered."""
+        root, op = call.root, call.op
+        if call.kind == "gather":
+            assert input is not None
+            self.gather(output, input, root, limit)
+        elif call.kind == "scatter":
+            assert output is not None
+            self.scatter(output, input, root, limit)
+        elif output is not None and input is not None:  # all but a barrier, which is over
+            if call.kind == "all_reduce":
+                self.all_reduce(_numbers(output), op, limit)
+            elif call.kind == "reduce":
+                self.reduce(_numbers(output), root, op, limit)
+            elif call.kind == "broadcast":
+                self.broadcast(output, root, limit)
+            elif call.kind == "reduce_scatter":
+                numbers = 2 if input.is_complex() else 1
+                parts = parts_of([count * numbers for count in call.input_counts])
+                mine = self.reduce_parts(_numbers(input), parts, op, limit)
+                assert mine is not None  # every rank owns one
+                _numbers(output).copy_(mine)
+            elif call.kind == "all_gather":
+                self.gather_parts(output, parts_of(call.output_counts), input, limit)
+            else:
+                assert call.kind == "all_to_all"
+                if call.by_splits:
+                    self.check_pairs(call.input_counts, call.output_counts, limit)
+                self.all_to_all(output, input, call.output_counts, call.input_counts, limit)
 
     def table(self, row: bytes, limit: Limit) -> list[bytes]:
         """Every rank's ``row``, by rank; rows are equally long. The first ranks of the hosts exchange their hosts'."""
@@ -289,6 +319,11 @@ class Steps:
     def _remote(self) -> Wire:
         assert self._wire is not None  # there are other hosts
         return self._wire
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """What is reduced: complex numbers are pairs of real ones, whose sums have the rules of real ones."""
+    return torch.view_as_real(tensor).view(-1) if tensor.is_complex() else tensor
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

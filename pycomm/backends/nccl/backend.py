@@ -13,15 +13,14 @@ import os
 import struct
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from functools import partial
 
 import torch
 
 from pycomm import _C
-from pycomm.arguments import REDUCED, Checked, Message, dtype_name
-from pycomm.backends import Backend, Calls, Capabilities
+from pycomm.arguments import REDUCED
+from pycomm.backends import Backend, Capabilities
 from pycomm.backends.causes import Cause
-from pycomm.backends.gloo.operations import Waits
 from pycomm.backends.nccl.control import groups_on_the_host
 from pycomm.backends.nccl.gpu import Gpu
 from pycomm.backends.nccl.library import load_nccl
@@ -29,7 +28,6 @@ from pycomm.backends.nccl.mapping import Mapper
 from pycomm.backends.nccl.symmetric import Symmetric
 from pycomm.backends.nccl.thresholds import Thresholds
 from pycomm.backends.nccl.watchdog import Watchdog
-from pycomm.backends.nccl.work import NcclWork
 from pycomm.backends.shm import ShmBackend
 from pycomm.errors import BackendUnavailableError, MismatchError, PycommError, StrictOrderError
 from pycomm.rendezvous import Rendezvous
@@ -40,7 +38,7 @@ _log = logging.getLogger("pycomm")
 _SPLIT = struct.Struct("<?qq")
 _ID_BYTES = 128  # of NCCL's unique id
 _NO_BOUND_S = 1e8  # an operation's own deadline ends it
-Call = Callable[[_C.NcclOptions], _C.NcclOperation]
+Enqueue = Callable[[_C.NcclOptions], _C.NcclOperation]
 
 
 class NcclBackend(Backend):
@@ -69,7 +67,6 @@ class NcclBackend(Backend):
         world_size: int,
         timeout_s: float,
     ) -> None:
-        self.calls: Calls = Checked(self, timeout_s)
         self.device = gpu.device
         self.rank = rank
         self.world_size = world_size
@@ -83,7 +80,7 @@ class NcclBackend(Backend):
         self._num_splits = 0
         self._max_ctas = 0
         self._closed = False
-        self._waits = Waits(rank, group)
+        self._waits = _C.Waits(rank, group)
         self._process = os.getpid()
         self.thresholds = Thresholds.agreed(desk, world_size, timeout_s)
         self._byte = torch.zeros(1, dtype=torch.uint8, device=gpu.device)  # what barriers reduce
@@ -124,110 +121,46 @@ class NcclBackend(Backend):
         core.connect(unique_id, timeout_s)
         return cls(core, library, gpu, control, desk, group, rank, world_size, timeout_s)
 
-    def all_reduce(self, tensor: torch.Tensor, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
-        where, count, dtype = _parts(tensor)
-        kernel = None
-        # A budget is for NCCL to keep, and the kernels know numbers only.
-        if self._symmetric is not None and self._max_ctas == 0 and tensor.dtype in REDUCED:
-            kernel = self._symmetric.all_reduce(where, count, tensor.element_size(), dtype, op)
-        if kernel is None:
-            return self._collective(lambda o: self._core.all_reduce(where, count, dtype, op, o), async_op, timeout_s)
-        one_shot, memory, offset, launch = kernel
-        return self._collective(
-            lambda o: self._core.all_reduce_by_kernel(one_shot, memory, offset, count, dtype, op, launch, o),
-            async_op,
-            timeout_s,
-        )
-
-    def broadcast(self, tensor: torch.Tensor, root: int, async_op: bool, timeout_s: float) -> _C.Work | None:
-        where, count, dtype = _parts(tensor)
-        return self._collective(lambda o: self._core.broadcast(where, count, dtype, root, o), async_op, timeout_s)
-
-    def reduce(self, tensor: torch.Tensor, root: int, op: str, async_op: bool, timeout_s: float) -> _C.Work | None:
-        where, count, dtype = _parts(tensor)
-        return self._collective(lambda o: self._core.reduce(where, count, dtype, root, op, o), async_op, timeout_s)
-
-    def reduce_scatter(
+    def submit(
         self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        counts: Sequence[int],
-        op: str,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        into, (where, _, dtype) = output.data_ptr(), _parts(input)
-        return self._collective(
-            lambda o: self._core.reduce_scatter(into, where, counts, dtype, op, o), async_op, timeout_s
-        )
-
-    def all_gather(
-        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
-    ) -> _C.Work | None:
-        into, (where, _, dtype) = output.data_ptr(), _parts(input)
-        return self._collective(lambda o: self._core.all_gather(into, where, counts, dtype, o), async_op, timeout_s)
-
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, counts: Sequence[int], async_op: bool, timeout_s: float
-    ) -> _C.Work | None:
-        return self._all_to_all(output, input, counts, counts, False, async_op, timeout_s)
-
-    def all_to_all_by_splits(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_counts: Sequence[int],
-        input_counts: Sequence[int],
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        return self._all_to_all(output, input, output_counts, input_counts, True, async_op, timeout_s)
-
-    def gather(
-        self,
+        call: _C.Call,
         output: torch.Tensor | None,
-        input: torch.Tensor,
-        counts: Sequence[int],
-        root: int,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        into, (where, count, dtype) = 0 if output is None else output.data_ptr(), _parts(input)
-        return self._collective(lambda o: self._core.gather(into, where, count, dtype, root, o), async_op, timeout_s)
-
-    def scatter(
-        self,
-        output: torch.Tensor,
         input: torch.Tensor | None,
-        counts: Sequence[int],
-        root: int,
         async_op: bool,
         timeout_s: float,
     ) -> _C.Work | None:
-        (into, count, dtype), where = _parts(output), 0 if input is None else input.data_ptr()
-        return self._collective(lambda o: self._core.scatter(into, where, count, dtype, root, o), async_op, timeout_s)
+        """By pycomm's own kernels where they are faster, else by NCCL.
 
-    def barrier(self, async_op: bool, timeout_s: float) -> _C.Work | None:
-        """Blocks the host, unlike the other calls: code after it may rely on files that other ranks have written."""
-        operation = self._enqueue(lambda o: self._core.barrier(self._byte.data_ptr(), o), async_op, timeout_s, True)
-        work = self._work(operation, blocks=True)
-        if async_op:
-            return work
-        self._host_wait(work)
-        return None
+        A barrier blocks the host, unlike other calls: code after it may rely on files that other ranks have written.
+        """
+        is_barrier = call.kind == "barrier"
+        if is_barrier:
+            call = call.at(self._byte.data_ptr(), self._byte.data_ptr())
+        enqueue = partial(self._core.submit, call)
+        # A budget is for NCCL to keep, and the kernels know numbers only.
+        if call.kind == "all_reduce" and self._symmetric is not None and self._max_ctas == 0:
+            assert output is not None
+            kernel = self._symmetric.all_reduce(call, output.nbytes) if output.dtype in REDUCED else None
+            if kernel is not None:
+                enqueue = partial(self._core.submit_kernel, *kernel)
+        operation = self._enqueue(enqueue, async_op, timeout_s, True)
+        if is_barrier and not async_op:
+            self._host_wait(operation)
+        return self._work(operation, blocks=is_barrier) if async_op else None
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int, async_op: bool, timeout_s: float) -> _C.Work | None:
-        operation = self._exchange([(True, tensor, dst, tag)], async_op, timeout_s)
-        return self._work(operation, dst) if async_op else None
-
-    def recv(self, tensor: torch.Tensor, src: int | None, tag: int, async_op: bool, timeout_s: float) -> _C.Work | int:
-        operation = self._exchange([(False, tensor, src, tag)], async_op, timeout_s)
-        assert src is not None  # checked there
-        return self._work(operation, src) if async_op else src
-
-    def exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.Work | list[int]:
-        operation = self._exchange(messages, async_op, timeout_s)
-        return self._work(operation) if async_op else [cast(int, peer) for _, _, peer, _ in messages]
+    def exchange(
+        self, messages: Sequence[tuple[_C.Call, torch.Tensor]], async_op: bool, timeout_s: float
+    ) -> _C.Work | list[int]:
+        calls = [call for call, _ in messages]
+        to_itself = 0
+        for call in calls:
+            if call.root < 0:
+                raise ValueError("src=None: NCCL cannot receive from any source; name the rank that sends")
+            to_itself += (1 if call.kind == "send" else -1) if call.root == self.rank else 0
+        if to_itself != 0:
+            raise StrictOrderError("a message to oneself: NCCL hangs unless its send and receive are in one batch()")
+        operation = self._enqueue(partial(self._core.exchange, calls), async_op, timeout_s, False)
+        return self._work(operation) if async_op else [call.root for call in calls]
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, timeout_s: float) -> torch.Tensor:
         """Memory of this GPU, which peers map where all can; then it is zero."""
@@ -292,7 +225,7 @@ class NcclBackend(Backend):
     def synchronize(self, timeout_s: float) -> None:
         """Wait on the host for all that was enqueued, and raise what went wrong."""
         for operation in self._core.unfinished():
-            self._host_wait(self._work(operation, blocks=True))
+            self._host_wait(operation)
         self._watchdog.check("synchronize()", self._core.num_calls())
 
     def abort(self, reason: str) -> None:
@@ -314,62 +247,36 @@ class NcclBackend(Backend):
             if group is not None:
                 group.close(0.0)
 
-    def _collective(self, call: Call, async_op: bool, timeout_s: float) -> _C.Work | None:
-        operation = self._enqueue(call, async_op, timeout_s, True)
-        return self._work(operation) if async_op else None
-
-    def _all_to_all(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_counts: Sequence[int],
-        input_counts: Sequence[int],
-        by_splits: bool,
-        async_op: bool,
-        timeout_s: float,
-    ) -> _C.Work | None:
-        into, (where, _, dtype) = output.data_ptr(), _parts(input)
-        return self._collective(
-            lambda o: self._core.all_to_all(into, where, output_counts, input_counts, by_splits, dtype, o),
-            async_op,
-            timeout_s,
-        )
-
-    def _exchange(self, messages: Sequence[Message], async_op: bool, timeout_s: float) -> _C.NcclOperation:
-        rows = []
-        to_itself = 0
-        for is_send, tensor, peer, tag in messages:
-            if peer is None:
-                raise ValueError("src=None: NCCL cannot receive from any source; name the rank that sends")
-            where, count, dtype = _parts(tensor)
-            rows.append((is_send, where, count, dtype, peer, tag))
-            to_itself += (1 if is_send else -1) if peer == self.rank else 0
-        if to_itself != 0:
-            raise StrictOrderError("a message to oneself: NCCL hangs unless its send and receive are in one batch()")
-        return self._enqueue(lambda o: self._core.exchange(rows, o), async_op, timeout_s, False)
-
-    def _enqueue(self, call: Call, async_op: bool, timeout_s: float, of_all: bool) -> _C.NcclOperation:
+    def _enqueue(self, enqueue: Enqueue, async_op: bool, timeout_s: float, of_all: bool) -> _C.NcclOperation:
         self._begin()
         self._watchdog.check("this call", self._core.num_calls() + 1)
         if of_all:
             self._watchdog.check_all_here("this call")
         options = _C.NcclOptions(self._gpu.current_stream(), async_op, timeout_s, self._max_ctas)
         try:
-            return call(options)
+            return enqueue(options)
         except PycommError as error:
             raise self._watchdog.failed_call(error, timeout_s) from None
         except KeyboardInterrupt:
             self.abort("interrupted while it enqueued a call")
             raise
 
-    def _work(self, operation: _C.NcclOperation, source: int = -1, *, blocks: bool = False) -> _C.Work:
-        # It has what a Communicator uses of one: wait, done, source.
-        check, current_stream = self._watchdog.check, self._gpu.current_stream
-        return cast(_C.Work, NcclWork(operation, check, current_stream, self._waits, source, blocks))
+    def _work(self, operation: _C.NcclOperation, *, blocks: bool = False) -> _C.Work:
+        return _C.Work.relayed(self._waits, operation.call, [operation], partial(self._wait, operation, blocks))
 
-    def _host_wait(self, work: _C.Work) -> None:
+    def _wait(self, operation: _C.NcclOperation, blocks: bool, timeout_s: float | None) -> None:
+        """Make the current stream wait for the operation; the host, too, with ``timeout_s`` and if it ``blocks``."""
+        self._watchdog.check(operation.call, operation.seq)
+        operation.make_wait(self._gpu.current_stream())
+        if timeout_s is None and not blocks:
+            return
+        if not operation.reach(_NO_BOUND_S if timeout_s is None else timeout_s):
+            raise TimeoutError(f"{operation.call}: not done after {timeout_s:g} s; it goes on")
+        self._watchdog.check(operation.call, operation.seq)
+
+    def _host_wait(self, operation: _C.NcclOperation) -> None:
         try:
-            work.wait(_NO_BOUND_S)
+            self._work(operation, blocks=True).wait()
         except KeyboardInterrupt:
             self.abort("interrupted while it waited")
             raise
@@ -400,8 +307,3 @@ class NcclBackend(Backend):
         self._check_process()
         if self._closed:
             raise PycommError(f"communicator {self.group!r} is closed")
-
-
-def _parts(tensor: torch.Tensor) -> tuple[int, int, str]:
-    """Address, elements and the core's name of the dtype."""
-    return tensor.data_ptr(), tensor.numel(), dtype_name(tensor.dtype)

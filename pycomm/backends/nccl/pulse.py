@@ -22,8 +22,6 @@ __all__ = ["Comparison", "Round", "Row"]
 # calls, hash, number of the hash, messages to show, latest call
 _ROW = struct.Struct("<QQQQ24s")
 _MESSAGE = struct.Struct("<Q24s")
-_CALL = struct.Struct("<BBBBiQQ")  # csrc/include/pycomm/call.hpp: kind, dtype, op, route, root, count, splits
-_SEND, _RECV = 13, 14
 MOST_MESSAGES = 64  # a rank shows in a round
 _MOST_CALLS = 1 << 16  # compared in a round
 
@@ -50,7 +48,7 @@ class Row:
 
     @classmethod
     def of(cls, core: _C.NcclCommunicator, hashed: int) -> Row:
-        return cls(core.num_calls(), core.hash(hashed), hashed, core.num_messages(), core.packed_latest())
+        return cls(core.num_calls(), core.hash(hashed), hashed, core.num_messages(), core.latest().pack())
 
     def pack(self) -> bytes:
         return _ROW.pack(self.num_calls, self.hash, self.hashed, self.num_messages, self.latest)
@@ -72,7 +70,7 @@ class Comparison:
         self._core = core
         self._group = group
         self._agreed = 0  # all ranks have called so many, or more
-        self._unmatched: dict[tuple[int, int, int, int], bytes] = {}  # source, destination, number, kind -> call
+        self._unmatched: dict[tuple[int, int, int, bool], _C.Call] = {}  # source, destination, number, is a send
 
     def round(self) -> Round:
         """One round; the verdict is None while all agree."""
@@ -96,26 +94,27 @@ class Comparison:
         table = yield mine
         hashes = [struct.unpack(f"<{last - first}Q", row) for row in table]
         number = next(first + 1 + i for i, found in enumerate(zip(*hashes, strict=True)) if len(set(found)) > 1)
-        table = yield self._core.packed_call(number)
-        calls = {rank: _C.describe_call(call) for rank, call in enumerate(table)}
+        table = yield self._core.call(number).pack()
+        calls = {rank: str(_C.Call.unpack(call)) for rank, call in enumerate(table)}
         text = ", ".join(f"rank {rank} called {call}" for rank, call in calls.items())
         return Cause("mismatch", (), f"call {number} of group {self._group!r}: {text}", calls)
 
     def _match(self, table: list[bytes]) -> Cause | None:
         for rank, row in enumerate(table):
-            for number, call in _MESSAGE.iter_unpack(row):
+            for number, packed in _MESSAGE.iter_unpack(row):
                 if number == 0:
                     continue
-                kind, *_, peer, _, _ = _CALL.unpack(call)
-                source, destination = (rank, peer) if kind == _SEND else (peer, rank)
-                other = self._unmatched.pop((source, destination, number, _SEND + _RECV - kind), None)
+                call = _C.Call.unpack(packed)
+                is_send = call.kind == "send"
+                source, destination = (rank, call.root) if is_send else (call.root, rank)
+                other = self._unmatched.pop((source, destination, number, not is_send), None)
                 if other is None:
-                    self._unmatched[source, destination, number, kind] = call
+                    self._unmatched[source, destination, number, is_send] = call
                 elif not _fits(other, call):
-                    send, receive = (call, other) if kind == _SEND else (other, call)
-                    calls = {source: _C.describe_call(send), destination: _C.describe_call(receive)}
+                    send, receive = (call, other) if is_send else (other, call)
+                    calls = {source: str(send), destination: str(receive)}
                     if source == destination:
-                        calls = {source: " and ".join((_C.describe_call(send), _C.describe_call(receive)))}
+                        calls = {source: f"{send} and {receive}"}
                     text = ", ".join(f"rank {r} called {call}" for r, call in calls.items())
                     note = "NCCL matches the messages of two ranks in order, whatever their tags"
                     which = f"message {number} from rank {source} to rank {destination} of group {self._group!r}"
@@ -123,8 +122,6 @@ class Comparison:
         return None
 
 
-def _fits(a: bytes, b: bytes) -> bool:
+def _fits(a: _C.Call, b: _C.Call) -> bool:
     """A send and a receive: one dtype, count and tag."""
-    _, dtype_a, _, _, _, count_a, tag_a = _CALL.unpack(a)
-    _, dtype_b, _, _, _, count_b, tag_b = _CALL.unpack(b)
-    return (dtype_a, count_a, tag_a) == (dtype_b, count_b, tag_b)
+    return (a.dtype, a.count, a.tag) == (b.dtype, b.count, b.tag)

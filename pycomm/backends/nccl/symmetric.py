@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from pycomm import _C
 from pycomm.backends.nccl.thresholds import Thresholds
 
-__all__ = ["AllReduceKernel", "KernelCall", "Symmetric"]
+__all__ = ["AllReduceKernel", "Symmetric"]
 
 
 class AllReduceKernel(Protocol):
@@ -28,15 +28,6 @@ class AllReduceKernel(Protocol):
 
     def one_shot(self, data: int, count: int, dtype: str, op: str, stream: int) -> None: ...
     def two_shot(self, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None: ...
-
-
-class KernelCall(NamedTuple):
-    """What :meth:`pycomm._C.NcclCommunicator.all_reduce_by_kernel` is to log, and to launch."""
-
-    one_shot: bool
-    memory: int
-    offset: int
-    launch: Callable[[int], None]
 
 
 class Symmetric:
@@ -79,19 +70,19 @@ class Symmetric:
         _, memory, offset = place
         return self._tensors(memory, tensor.shape, tensor.dtype, offset)
 
-    def all_reduce(self, data: int, count: int, element_bytes: int, dtype: str, op: str) -> KernelCall | None:
-        """By which kernel; None: NCCL."""
-        num_bytes = count * element_bytes
-        if count == 0 or self._thresholds.route(num_bytes, symmetric=True) == "nccl":
+    def all_reduce(self, call: _C.Call, num_bytes: int) -> tuple[_C.Call, Callable[[int], None]] | None:
+        """The call by a kernel, and what launches it on a stream; None: NCCL's."""
+        data, rest = call.output, (call.count, call.dtype, call.op)
+        if num_bytes == 0 or self._thresholds.route(num_bytes, symmetric=True) == "nccl":
             return None
         if self._thresholds.route(num_bytes, symmetric=False) == "one_shot":
-            return KernelCall(True, 0, 0, partial(self._kernels.one_shot, data, count, dtype, op))
+            return call.by_kernel(True, 0, 0), partial(self._kernels.one_shot, data, *rest)
         place = self._place(data, num_bytes)
         if place is None:
             return None
         number, memory, offset = place
         parts = [memory.part(rank) + offset for rank in range(memory.world_size)]
-        return KernelCall(False, number, offset, partial(self._kernels.two_shot, parts, count, dtype, op))
+        return call.by_kernel(False, number, offset), partial(self._kernels.two_shot, parts, *rest)
 
     def _place(self, data: int, num_bytes: int) -> tuple[int, _C.GpuMemory, int] | None:
         """Number and memory of an allocation that has these bytes, and how far into it they begin."""

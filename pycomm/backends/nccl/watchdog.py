@@ -47,6 +47,7 @@ class Watchdog:
         self.callbacks: list[Callable[[], None]] = []  # when there is a cause
         self._core = core
         self._control = control
+        self._calls = None if control is None else control.calls()
         self._driver = driver
         self._group = group
         self._lock = threading.RLock()  # a signal handler may come while this thread holds it
@@ -113,7 +114,7 @@ class Watchdog:
     def failed_call(self, error: PycommError, timeout_s: float) -> PycommError:
         """What to raise for an error of the NCCL communicator that was met in enqueuing a call."""
         seq = self._core.num_calls()
-        call = _C.describe_call(self._core.packed_latest())
+        call = str(self._core.latest())
         if isinstance(error, PeerTimeoutError):
             cause = self.settle(self._expired(call, seq, None, timeout_s))
         else:
@@ -152,7 +153,8 @@ class Watchdog:
         unfinished = self._core.unfinished()
         for operation in unfinished:
             if operation.expired():
-                self.settle(self._expired(operation.call, operation.seq, operation.peer, operation.timeout_s))
+                peer = operation.source if operation.is_message else None
+                self.settle(self._expired(operation.call, operation.seq, peer, operation.timeout_s))
                 return
         if unfinished and self._gone is not None:
             self._await_end(unfinished)
@@ -183,9 +185,10 @@ class Watchdog:
                 self.settle(end.value, announce=False)  # all find it out
 
     def _send(self, control: Backend, row: bytes) -> None:
+        assert self._calls is not None
         mine = torch.frombuffer(bytearray(row), dtype=torch.uint8)
         table = torch.empty(len(row) * control.world_size, dtype=torch.uint8, device="cpu")
-        self._exchange = control.calls.all_gather(table, mine, None, True, _ROUND_S), table, mine
+        self._exchange = self._calls.all_gather(table, mine, None, True, _ROUND_S), table, mine
 
     def _lost(self, error: PycommError) -> None:
         """The control group has failed."""
@@ -200,7 +203,7 @@ class Watchdog:
         assert self._gone is not None
         end = time.monotonic() + _GRACE_S
         for operation in unfinished:
-            if not operation.wait(max(end - time.monotonic(), 0.0)):
+            if not operation.reach(max(end - time.monotonic(), 0.0)):
                 self.settle(self._gone)
                 return
 
@@ -224,8 +227,8 @@ class Watchdog:
         """How many collectives each rank has called, and its latest call, as far as it is known here."""
         if self._board:
             rows = [_BOARD.unpack(board.numpy().tobytes()) for board in self._board]
-            return [(num_calls, _C.describe_call(latest)) for num_calls, latest in rows]
-        return [(row.num_calls, _C.describe_call(row.latest)) for row in self._comparison.rows]
+            return [(num_calls, str(_C.Call.unpack(latest))) for num_calls, latest in rows]
+        return [(row.num_calls, str(_C.Call.unpack(row.latest))) for row in self._comparison.rows]
 
     def _shared_board(self, timeout_s: float) -> list[torch.Tensor]:
         """Every rank's line, where the ranks share memory: readable also while a rank is stopped. Collective."""
@@ -238,5 +241,5 @@ class Watchdog:
     def _show(self) -> None:
         """For people: a line that another rank reads while it is written misnames a call at worst."""
         if self._board and self._control is not None:
-            line = bytearray(_BOARD.pack(self._core.num_calls(), self._core.packed_latest()))
+            line = bytearray(_BOARD.pack(self._core.num_calls(), self._core.latest().pack()))
             self._board[self._control.rank].copy_(torch.frombuffer(line, dtype=torch.uint8))

@@ -5,7 +5,7 @@
 
 #include <string>
 
-namespace pycomm::host {
+namespace pycomm {
 
 class Inside {
  public:
@@ -25,6 +25,9 @@ class Inside {
   static const void* innermost_owner();
   Kind kind() const { return kind_; }
   std::string what() const { return describe_(object_); }
+  /// Throws if this thread is inside a collective of `owner`: a signal handler there would wait for the call below, and
+  /// it for the handler. `rank`: for the message.
+  static void check_outside(const void* owner, int rank);
 
  private:
   const void* owner_;
@@ -34,4 +37,4 @@ class Inside {
   const Inside* outer_;
 };
 
-}  // namespace pycomm::host
+}  // namespace pycomm

@@ -7,9 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "pycomm/types.hpp"
-
-namespace pycomm::host {
+namespace pycomm {
 
 /// Parts that lie one after the other; counts and starts in elements.
 class Parts {
@@ -59,11 +57,4 @@ class Parts {
   std::vector<std::uint64_t> starts_;
 };
 
-/// The memory of one rank in a call that is not in place; a side that this rank does not have is nullptr.
-struct Tensors {
-  const void* input = nullptr;
-  void* output = nullptr;
-  DType dtype = DType::kUInt8;
-};
-
-}  // namespace pycomm::host
+}  // namespace pycomm
