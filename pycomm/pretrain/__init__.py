@@ -2,7 +2,7 @@
 
 A run passes these files from top to bottom: ``launch`` (starts the workers) → ``worker`` (what each of them does) →
 ``text``, ``data`` and ``sampler`` (text to tokens, tokens to batches) → ``loop`` (the training itself) → ``run`` with
-``checkpoint``, ``metrics`` and ``display`` (what is left behind and shown). ``config`` holds every setting.
+``checkpoint`` and ``display`` (what is left behind and shown). ``config`` holds every setting.
 """
 
 from pycomm.pretrain.config import (

@@ -13,7 +13,7 @@ from rich.console import Console
 from pycomm.pretrain import ConfigError
 from pycomm.pretrain.display import Display, plot_loss
 from pycomm.pretrain.loop import StepRecord
-from pycomm.pretrain.metrics import MetricsFile, claim_run_dir, read_metrics
+from pycomm.pretrain.run import MetricsFile, claim_run_dir, read_metrics
 
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "exposed_comm_ms"]
 
