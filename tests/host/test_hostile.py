@@ -28,7 +28,9 @@ import torch
 import torch.distributed as dist
 
 from pycomm import _C
+from pycomm.backends.causes import Heard
 from pycomm.backends.gloo.frames import Frame, FrameError, Kind
+from pycomm.backends.gloo.inquiry import Inquiry
 from pycomm.backends.gloo.mail import Mail
 from pycomm.errors import PycommError
 from pycomm.process import Process
@@ -258,7 +260,8 @@ class Deaf:
 
 
 def a_frame(rng: random.Random) -> str:
-    mail = Mail(0, False, Deaf(), Deaf(), lambda _: None, None, Deaf())
+    mail = Mail(0, False, Deaf(), Deaf(), lambda _: None, lambda *_: None, None, Deaf())
+    inquiry = Inquiry(0, "world", [1, 2], lambda *_: None, lambda: {1}, Heard(0, [1, 2]))
     mail.send(torch.ones(1), 1, 7, 1.0)
     operation = mail.receive(torch.ones(5), 1, 7, 1.0)
     float32 = 0
@@ -268,15 +271,20 @@ def a_frame(rng: random.Random) -> str:
         Frame(Kind.ACCEPT, 1, 0),
         Frame(Kind.SENT, 1, 0),
         Frame(Kind.REFUSE, 1, 0, 7, float32, 5),
+        Frame(Kind.ASK, 1),
+        Frame(Kind.ANSWER, 1, tag=1, count=2, body=struct.pack("<QIQI", 2, 0, 3, 1) + b"rank 1 is in barrier() #5"),
     ]
     whole = rng.choice(frames).pack()
     data = (mutated(whole[:60], rng).ljust(60, b"\0") + whole[60:])[: len(whole)]
     try:
-        mail.on_frame(Frame.unpack(data, 1))
+        frame = Frame.unpack(data, 1)
+        (inquiry if frame.kind in (Kind.ASK, Kind.ANSWER) else mail).on_frame(frame)
+        inquiry.look()
         return "taken"
     except FrameError:
         return "refused"
     finally:
+        inquiry.rest()
         mail.stop()
         del operation
 
