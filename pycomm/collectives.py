@@ -69,6 +69,21 @@ class Collectives:
         """
         return self._calls.reduce(tensor, root, op, async_op, timeout_s)
 
+    def scan(
+        self, tensor: Any, op: str = "sum", *, async_op: bool = False, timeout_s: float | None = None
+    ) -> Work | None:
+        """Reduce ``tensor`` over the ranks up to this one, in place and in rank order: an inclusive prefix.
+
+        With "sum" of each rank's number of tokens, rank r learns where its own end among those of all ranks. The bits
+        of the last rank are those of :meth:`all_reduce` where that adds in rank order. On NCCL, which adds in an order
+        of its own, it takes memory of n times the tensor.
+
+        Args:
+            tensor: same dtype and number of elements on every rank.
+            op: "sum", "min", "max" or "prod".
+        """
+        return self._calls.scan(tensor, op, async_op, timeout_s)
+
     def reduce_scatter(
         self,
         output: Any,

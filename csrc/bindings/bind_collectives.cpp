@@ -41,6 +41,16 @@ MaybeWork all_reduce(Calls& self, py::handle argument, py::handle op, py::handle
   return in_place(self, call, tensor, self.options(async_op, timeout_s));
 }
 
+MaybeWork scan(Calls& self, py::handle argument, py::handle op, py::handle async_op, py::handle timeout_s) {
+  const Tensor tensor = self.written(argument, "the tensor");
+  const ReduceOp reduce_op = reduce_op_of(op, tensor.dtype());
+  if (reduce_op == ReduceOp::kAvg) {
+    throw py::value_error("scan: op avg is not supported; scan the sum, and divide by the rank's number plus one");
+  }
+  const Call call{.kind = OpKind::kScan, .dtype = tensor.dtype(), .reduce_op = reduce_op, .count = tensor.count()};
+  return in_place(self, call, tensor, self.options(async_op, timeout_s));
+}
+
 MaybeWork broadcast(Calls& self, py::handle argument, py::handle root, py::handle async_op, py::handle timeout_s) {
   const Tensor tensor = self.written(argument, "the tensor");
   const Call call{.kind = OpKind::kBroadcast,
@@ -269,6 +279,7 @@ void bind_collectives(py::module_& module) {
   calls.def(py::init<host::Communicator&>(), py::arg("host"), py::keep_alive<1, 2>())
       .def(py::init<py::object, double>(), py::arg("backend"), py::arg("timeout_s"))
       .def("all_reduce", &all_reduce)
+      .def("scan", &scan)
       .def("broadcast", &broadcast)
       .def("reduce", &reduce)
       .def("reduce_scatter", &reduce_scatter)

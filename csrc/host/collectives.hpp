@@ -15,6 +15,7 @@ void reduce_scatter(Group& group, const Call& call, const Operands& operands);
 /// Also gather, which is the same with one reader.
 void all_gather(Group& group, const Call& call, const Operands& operands);
 void scatter(Group& group, const Call& call, const Operands& operands);
+void scan(Group& group, const Call& call, const Operands& operands);
 /// Equal parts, or parts that each rank chooses: throws kMismatch then, on every rank, unless part d of rank s's input
 /// is as long as part s of rank d's output.
 void all_to_all(Group& group, const Call& call, const Operands& operands);
@@ -23,8 +24,7 @@ void all_to_all(Group& group, const Call& call, const Operands& operands);
 inline void collective(Group& group, const Call& call, const Operands& operands) {
   switch (call.kind) {
     case OpKind::kBarrier: {
-      const Entry entry(group,
-                        call);  // the matched entry of a call is one: each rank writes its slot, reads the others'
+      const Entry entry(group, call);  // each rank writes its slot and reads the others': that is one
       return;
     }
     case OpKind::kAllReduce:
@@ -39,6 +39,8 @@ inline void collective(Group& group, const Call& call, const Operands& operands)
       return all_gather(group, call, operands);
     case OpKind::kScatter:
       return scatter(group, call, operands);
+    case OpKind::kScan:
+      return scan(group, call, operands);
     case OpKind::kAllToAll:
       return all_to_all(group, call, operands);
     default:

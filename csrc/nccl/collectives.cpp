@@ -65,7 +65,8 @@ abi::Result for_each_part(const Parts& parts, const Move& move) {
 }
 
 bool reduces(OpKind kind) {
-  return kind == OpKind::kAllReduce || kind == OpKind::kReduce || kind == OpKind::kReduceScatter;
+  return kind == OpKind::kAllReduce || kind == OpKind::kReduce || kind == OpKind::kReduceScatter ||
+         kind == OpKind::kScan;
 }
 
 }  // namespace
@@ -105,6 +106,8 @@ abi::Result Communicator::put(const Call& call, const Operands& operands, int ma
     case OpKind::kAllReduce:
       return with_budget(max_ctas, nccl.all_reduce, nccl.all_reduce_config, input, output, numbers(call.count),
                          elements.type, elements.op, comm, stream);
+    case OpKind::kScan:  // input: what each rank gives to each rank's prefix, one after the other
+      return nccl.reduce_scatter(input, output, numbers(call.count), elements.type, elements.op, comm, stream);
     case OpKind::kBroadcast:
       return broadcast(input, output, call.count, call.root);
     case OpKind::kReduce:

@@ -12,10 +12,10 @@ from pycomm import Communicator, Work
 from tests.host.blocks import FLOATS, INTS, Arena, Block, values
 from tests.host.reduce_reference import Raw, narrow, reference, widen
 
-REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter")
+REDUCTIONS = ("all_reduce", "reduce", "reduce_scatter", "scan")
 CALLS = (*REDUCTIONS, "all_gather", "all_to_all", "gather", "scatter", "broadcast")
 IN_PLACE = ("reduce_scatter", "all_gather", "gather", "scatter")  # calls of two tensors that may share memory
-ONE_TENSOR = ("all_reduce", "reduce", "broadcast")
+ONE_TENSOR = ("all_reduce", "reduce", "broadcast", "scan")
 # Bytes of a rank's largest tensor: none or one element, in a slot, one-shot and staged, one slice and several.
 MOST_BYTES = (0, 8, 60, 1000, 5000, 40_000, 400_000)
 
@@ -57,7 +57,7 @@ def random_case(rng: random.Random, seed: int, world_size: int) -> Case:
     """Any case."""
     call = rng.choice(CALLS)
     dtype = rng.choice(FLOATS + INTS + (() if call in REDUCTIONS else ("bool",)))
-    op = rng.choice(("sum", "min", "max", "prod") + (("avg",) if dtype in FLOATS else ()))
+    op = rng.choice(("sum", "min", "max", "prod") + (("avg",) if dtype in FLOATS and call != "scan" else ()))
     itemsize = 1 if dtype == "bool" else len(values(dtype, 1, 0).tobytes())
     most = rng.choice(MOST_BYTES) // itemsize
     by_splits = call in ("reduce_scatter", "all_gather", "all_to_all") and rng.random() < 0.5
@@ -113,6 +113,8 @@ def expected_of(case: Case, inputs: list[Raw], rank: int) -> Raw:
     """The output of ``rank``, of a call of one tensor: its tensor afterwards."""
     if case.call == "broadcast":
         return inputs[case.root]
+    if case.call == "scan":  # in rank order, on several hosts, too
+        return reference(case.dtype, case.op, inputs[: rank + 1])
     if case.call in ("all_reduce", "reduce"):
         takes_part = case.call == "all_reduce" or rank == case.root
         return reduced(case, inputs) if takes_part else inputs[rank]
@@ -197,6 +199,8 @@ class Caller:
     def _one_tensor(self, case: Case, tensor: Any) -> Work | None:
         if case.call == "broadcast":
             return self.comm.broadcast(tensor, case.root, async_op=case.async_op)
+        if case.call == "scan":
+            return self.comm.scan(tensor, case.op, async_op=case.async_op)
         if case.call == "reduce":
             return self.comm.reduce(tensor, case.root, case.op, async_op=case.async_op)
         return self.comm.all_reduce(tensor, case.op, async_op=case.async_op)

@@ -55,6 +55,7 @@ def calls(comm: Communicator, whole: torch.Tensor, part: torch.Tensor) -> dict[s
     if whole.dtype in REDUCED:
         found |= {
             f"all_reduce(sum, {dtype}[{n}])": lambda: comm.all_reduce(whole),
+            f"scan(sum, {dtype}[{n}])": lambda: comm.scan(whole),
             f"reduce(root=0, sum, {dtype}[{n}])": lambda: comm.reduce(whole),
             f"reduce_scatter(sum, {dtype}[{n}])": lambda: comm.reduce_scatter(part, whole),
         }

@@ -1,4 +1,4 @@
-"""reduce_scatter, all_gather, all_to_all, reduce, gather and scatter: bits on every path, in every kind of memory."""
+"""The collectives beside all_reduce and broadcast: bits on every path, in every kind of memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from pycomm import Communicator
 from tests.host.blocks import FLOATS, INTS, Arena, bits
-from tests.host.collective_cases import IN_PLACE, REDUCTIONS, Caller, Case
+from tests.host.collective_cases import IN_PLACE, ONE_TENSOR, REDUCTIONS, Caller, Case
 from tests.pool import Pool
 
-CALLS = ("reduce_scatter", "all_gather", "all_to_all", "reduce", "gather", "scatter")
+CALLS = ("reduce_scatter", "all_gather", "all_to_all", "reduce", "gather", "scatter", "scan")
 # Elements of a part: none, in a slot, staged in one slice and in several, no multiple of anything.
 COUNTS = (0, 1, 5, 1000, 4099, 40_001, 100_003)
 MIXED = ("osossoso", "soosooss")  # memory of the inputs and outputs of four ranks
@@ -30,9 +30,9 @@ def even_cases(comm: Communicator, call: str, dtypes: tuple[str, ...], memories:
         case = Case(
             call,
             dtype,
-            counts=((count,) * (1 if call == "reduce" else n),),
+            counts=((count,) * (1 if call in ONE_TENSOR else n),),
             memory=(memory * 8)[: 2 * n],
-            op="avg" if dtype in FLOATS and count % 2 else "sum",
+            op="avg" if dtype in FLOATS and count % 2 and call != "scan" else "sum",
             root=count % n,
             seed=count,
             in_place=in_place,

@@ -149,9 +149,7 @@ class Meeting:
         comms = [outcome for outcome in self.outcomes.values() if isinstance(outcome, _C.HostCommunicator)]
         if len(comms) == 2:
             tensors = [torch.full((3,), float(comm.rank + 1)) for comm in comms]
-            works = [
-                _C.Calls(comm).all_reduce(t, "sum", True, SOON_S) for comm, t in zip(comms, tensors, strict=True)
-            ]
+            works = [_C.Calls(comm).all_reduce(t, "sum", True, SOON_S) for comm, t in zip(comms, tensors, strict=True)]
             for work in works:
                 assert work is not None
                 work.wait()

@@ -70,6 +70,10 @@ def all_collectives(comm: Communicator, seed: int) -> None:
         call("reduce", tensor, root, op)
         assert torch.equal(tensor, reduced(inputs, op) if rank == root else inputs[rank])
 
+        tensor, prefix_op = inputs[rank].clone(), "sum" if op == "avg" else op
+        call("scan", tensor, prefix_op)
+        assert torch.equal(tensor, reduced(inputs[: rank + 1], prefix_op))
+
         tensor = inputs[rank].clone()
         call("broadcast", tensor, root)
         assert torch.equal(tensor, inputs[root])

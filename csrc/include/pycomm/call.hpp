@@ -28,6 +28,7 @@ enum class OpKind : std::uint8_t {
   kReduceGradients = 15,
   kUpdateParameters = 16,
   kAwait = 17,  // no matched call: a wait for what peers have posted, `count` the epoch
+  kScan = 18,
 };
 
 /// What Python calls a kind, and how messages describe its calls: %o operator, %e elements with their dtype, %r root,
@@ -55,9 +56,10 @@ inline constexpr OpText kOpTexts[] = {
     {"reduce_gradients", "%d, %e"},
     {"update_parameters", "%u%e"},
     {"wait_posted", "%n"},
+    {"scan", "%o, %e"},
 };
 inline constexpr int kNumOpKinds = sizeof(kOpTexts) / sizeof(kOpTexts[0]);
-static_assert(kNumOpKinds == static_cast<int>(OpKind::kAwait) + 1);
+static_assert(kNumOpKinds == static_cast<int>(OpKind::kScan) + 1);
 
 constexpr const char* name_of(OpKind kind) { return kOpTexts[static_cast<int>(kind)].name; }
 

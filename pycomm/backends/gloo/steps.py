@@ -34,6 +34,7 @@ __all__ = ["Limit", "Steps"]
 
 # A step inside a host waits longer than one between hosts, so that the rank that misses another host says so first.
 _SLACK_S = 3.0
+_SCAN_BYTES = 1 << 20  # of every rank, gathered at once
 _HALF_NAN = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0}  # docs/determinism.md
 
 Transfer = tuple[torch.Tensor, int]  # a flat tensor, and the rank at its other end
@@ -84,6 +85,8 @@ class Steps:
                 self.all_reduce(_numbers(output), op, limit)
             elif call.kind == "reduce":
                 self.reduce(_numbers(output), root, op, limit)
+            elif call.kind == "scan":
+                self.scan(_numbers(output), op, limit)
             elif call.kind == "broadcast":
                 self.broadcast(output, root, limit)
             elif call.kind == "reduce_scatter":
@@ -260,6 +263,16 @@ class Steps:
         parts = even_parts(tensor.numel(), self._topology.rails())
         mine = self.reduce_parts(tensor, parts, op, limit)
         self._to_root(tensor, parts, mine, root, limit)
+
+    def scan(self, tensor: torch.Tensor, op: str, limit: Limit) -> None:
+        """Gather slices of all, and reduce those of the ranks up to this one, in rank order."""
+        size, rank = self._topology.world_size, self._topology.rank
+        for mine in tensor.split(_SCAN_BYTES // tensor.element_size()):
+            count = mine.numel()
+            gathered = mine.new_empty(size * count)
+            self.gather_parts(gathered, parts_of([count] * size), mine, limit)
+            pieces = [piece.data_ptr() for piece in gathered.split(count)[: rank + 1]]
+            _C.reduce(dtype_name(mine.dtype), op, pieces, [mine.data_ptr()], count)
 
     def broadcast(self, tensor: torch.Tensor, root: int, limit: Limit) -> None:
         """The root sends each part to its owner; then they are gathered."""

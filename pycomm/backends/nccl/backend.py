@@ -9,8 +9,10 @@ where ranks map each other's memory (``symmetric.py``). What goes wrong surfaces
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -78,6 +80,7 @@ class NcclBackend(Backend):
         self._desk = desk
         self._timeout_s = timeout_s
         self._num_splits = 0
+        self._memory: deque[tuple[_C.NcclOperation, torch.Tensor]] = deque()  # of calls that need some, until their end
         self._max_ctas = 0
         self._closed = False
         self._waits = _C.Waits(rank, group)
@@ -136,6 +139,11 @@ class NcclBackend(Backend):
         is_barrier = call.kind == "barrier"
         if is_barrier:
             call = call.at(self._byte.data_ptr(), self._byte.data_ptr())
+        prefixes = None
+        if call.kind == "scan":
+            assert output is not None
+            prefixes = _prefixes(output.detach().view(-1), call.op, self.rank, self.world_size)
+            call = call.at(output.data_ptr(), prefixes.data_ptr())
         enqueue = partial(self._core.submit, call)
         # A budget is for NCCL to keep, and the kernels know numbers only.
         if call.kind == "all_reduce" and self._symmetric is not None and self._max_ctas == 0:
@@ -146,6 +154,8 @@ class NcclBackend(Backend):
         operation = self._enqueue(enqueue, async_op, timeout_s, True)
         if is_barrier and not async_op:
             self._host_wait(operation)
+        if prefixes is not None:
+            self._memory.append((operation, prefixes))
         return self._work(operation, blocks=is_barrier) if async_op else None
 
     def exchange(
@@ -250,6 +260,8 @@ class NcclBackend(Backend):
     def _enqueue(self, enqueue: Enqueue, async_op: bool, timeout_s: float, of_all: bool) -> _C.NcclOperation:
         self._begin()
         self._watchdog.check("this call", self._core.num_calls() + 1)
+        while self._memory and self._memory[0][0].done():
+            self._memory.popleft()
         if of_all:
             self._watchdog.check_all_here("this call")
         options = _C.NcclOptions(self._gpu.current_stream(), async_op, timeout_s, self._max_ctas)
@@ -307,3 +319,21 @@ class NcclBackend(Backend):
         self._check_process()
         if self._closed:
             raise PycommError(f"communicator {self.group!r} is closed")
+
+
+def _prefixes(values: torch.Tensor, op: str, rank: int, world_size: int) -> torch.Tensor:
+    """[world_size, N], what this rank gives to each rank's prefix: the values, or what changes nothing."""
+    neutral: complex = 1 if op == "prod" else 0
+    if op == "sum" and (values.is_complex() or values.is_floating_point()):
+        neutral = complex(-0.0, -0.0) if values.is_complex() else -0.0  # 0.0 would change the sign of -0.0
+    elif op in ("min", "max"):
+        dtype = values.dtype
+        if dtype == torch.bool:
+            neutral = op == "min"
+        elif dtype.is_floating_point:
+            neutral = math.inf if op == "min" else -math.inf
+        else:
+            neutral = torch.iinfo(dtype).max if op == "min" else torch.iinfo(dtype).min
+    prefixes = values.new_full((world_size, values.numel()), neutral)
+    prefixes[rank:] = values
+    return prefixes
