@@ -26,20 +26,13 @@ import tensor_parallel_timeline as timeline
 import torch
 import torch.distributed as dist
 from host import describe_host, load_warning
-from tensor_parallel_blocks import block_of, count_wrong, dtensor_block, local_block, pycomm_block, same_bits, step
+from tensor_parallel_blocks import block_of, count_wrong, dtensor_block, local_block, pycomm_block, step
 from torch import nn
 
 import pycomm
 
 SHAPES = "256x1024x128,512x2048x512,1024x4096x1024"
-ON, OFF, GLOO, TORCH, BOUND = (
-    "pycomm",
-    "pycomm, overlap off",
-    "DTensor on gloo",
-    "DTensor on pycomm",
-    "products alone",
-)
-HIDDEN_SHARE = 0.01  # of the step: where communication takes less, there is nothing to tell about hiding it
+OWN, GLOO, TORCH, BOUND = "pycomm", "DTensor on gloo", "DTensor on pycomm", "products alone"
 BUDGET_S = 8.0  # of one shape, all contenders together
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 
@@ -99,15 +92,12 @@ def rows_of(comm: pycomm.Communicator, groups: dict[str, dist.ProcessGroup], opt
             return block_of(options.block, hidden, ffn)
 
         blocks = {
-            ON: pycomm_block(block(), comm, True),
-            OFF: pycomm_block(block(), comm, False),
+            OWN: pycomm_block(block(), comm),
             GLOO: dtensor_block(block(), groups["gloo"]),
             TORCH: dtensor_block(block(), groups["pycomm"]),
             BOUND: local_block(block(), comm),
         }
         wrong = {name: 0 if name == BOUND else count_wrong(blocks[name], block(), x, grad) for name in blocks}
-        if not same_bits(blocks[ON], blocks[OFF], x, grad):
-            raise RuntimeError(f"{hidden}x{ffn}x{tokens}: overlap on and off have different bits")
         runs = {name: partial(step, blocks[name], x, grad) for name in blocks}
         times = measure(comm, runs, options.budget_s)
         for name, own in times.items():
@@ -117,21 +107,18 @@ def rows_of(comm: pycomm.Communicator, groups: dict[str, dist.ProcessGroup], opt
                     middle, low, high, _ratio(times[GLOO], own), _ratio(times[BOUND], own), wrong[name])
             )  # fmt: skip
         if options.svg is not None and (hidden, ffn, tokens) == options.shapes[-1]:
-            draw_steps(comm, {name: runs[name] for name in (ON, OFF)}, options.svg)
+            draw_step(comm, OWN, runs[OWN], options.svg)
     return rows
 
 
-def draw_steps(comm: pycomm.Communicator, runs: dict[str, Callable[[], object]], path: Path) -> None:
-    """A picture of one step of each."""
-    steps: dict[str, list[list[timeline.Span]]] = {}
-    for name, run in runs.items():
-        timeline.record(run)  # the profiler's first step is slow
-        comm.barrier()
-        found: list[list[timeline.Span]] = [[] for _ in range(comm.world_size)]
-        dist.all_gather_object(found, timeline.record(run))
-        steps[name] = found
+def draw_step(comm: pycomm.Communicator, name: str, run: Callable[[], object], path: Path) -> None:
+    """A picture of one step."""
+    timeline.record(run)  # the profiler's first step is slow
+    comm.barrier()
+    found: list[list[timeline.Span]] = [[] for _ in range(comm.world_size)]
+    dist.all_gather_object(found, timeline.record(run))
     if comm.rank == 0:
-        timeline.draw(steps, path)
+        timeline.draw({name: found}, path)
 
 
 def _ratio(times: Sequence[float], own: Sequence[float]) -> float:
@@ -165,22 +152,10 @@ def report(rows: Sequence[Row], options: argparse.Namespace) -> None:
             f"{shape:>15} {row.contender:<20} {row.time_ms_p50:8.2f} {row.time_ms_p25:8.2f} {row.time_ms_p75:8.2f} "
             f"{row.speedup:9.2f}x {row.bound_share:8.1%} {row.wrong:6d}"
         )
-        if row.contender == BOUND:
-            same = {r.contender: r for r in rows if (r.hidden, r.ffn, r.tokens) == (row.hidden, row.ffn, row.tokens)}
-            print(f"{shape:>15} {overlap_line(same)}")
     if options.json is not None:
         with options.json.open("a") as file:
             for row in rows:
                 file.write(json.dumps({**asdict(row), "host": host}) + "\n")
-
-
-def overlap_line(rows: dict[str, Row]) -> str:
-    """Overlap efficiency, (sequential - fused) / (sequential - products alone), where there is something to hide."""
-    on, off, bound = (rows[name].time_ms_p50 for name in (ON, OFF, BOUND))
-    line = f"overlap on / off {on / off:.3f}, the same bits; "
-    if off - bound < HIDDEN_SHARE * off:
-        return line + f"less than {HIDDEN_SHARE:.0%} of the step to hide"
-    return line + f"overlap efficiency {(off - on) / (off - bound):.0%} of {off - bound:.2f} ms"
 
 
 def shapes_of(text: str) -> list[tuple[int, int, int]]:
@@ -204,7 +179,7 @@ def main() -> int:
     parser.add_argument("--shapes", type=shapes_of, default=shapes_of(SHAPES))
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds a shape")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append JSON lines, one a contender and shape")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one step of the last shape, overlap on and off")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one step of the last shape")
     options = parser.parse_args()
     if "RANK" in os.environ:
         worker(options)

@@ -48,11 +48,11 @@ def block_of(name: str, hidden: int, ffn: int) -> nn.Module:
     return MLP(hidden, ffn) if name == "mlp" else Attention(hidden)
 
 
-def pycomm_block(block: nn.Module, comm: pycomm.Communicator, overlap: bool) -> nn.Module:
+def pycomm_block(block: nn.Module, comm: pycomm.Communicator) -> nn.Module:
     """Cut by pycomm's layers."""
     for name, layer in list(block.named_children()):
         cut = ColumnParallelLinear if name in COLUMN else RowParallelLinear
-        setattr(block, name, cut.from_linear(layer, comm, overlap=overlap))
+        setattr(block, name, cut.from_linear(layer, comm))
     return block
 
 
@@ -100,8 +100,3 @@ def count_wrong(block: nn.Module, reference: nn.Module, x: Tensor, grad: Tensor)
     terms = max(p.numel() // p.shape[0] for p in reference.parameters() if p.dim() == 2) * 4
     pairs = list(zip(results(block, x, grad), results(reference, x, grad), strict=True))[:2]
     return sum(int(((a - b).abs() > terms * 2**-24 * b.abs().max()).sum()) for a, b in pairs)
-
-
-def same_bits(first: nn.Module, second: nn.Module, x: Tensor, grad: Tensor) -> bool:
-    """Outputs and all gradients of two blocks."""
-    return all(torch.equal(a, b) for a, b in zip(results(first, x, grad), results(second, x, grad), strict=True))

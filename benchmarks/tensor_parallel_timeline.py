@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 COLOURS = {"product": "#4c8bf5", "other": "#a9c7f7", "sum": "#2fa36b", "wait": "#d9483b"}
 _KINDS = {
     "aten::mm": "product", "aten::addmm": "product", "aten::bmm": "product", "aten::baddbmm": "product",
-    "pycomm::sum": "sum", "pycomm::wait": "wait",
+    "pycomm::sum": "sum", "pycomm::wait": "wait", "pycomm::gather": "other",
     "aten::gelu": "other", "aten::gelu_backward": "other", "aten::sum": "other", "aten::copy_": "other",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "other",
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "other",

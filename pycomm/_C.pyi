@@ -274,12 +274,12 @@ def shown_waits() -> tuple[bool, list[tuple[int, int]], str]:
     many others; what the first of them is in."""
 
 class ShownWait:
-    """Operations of this process wait for ranks of other hosts; as long as it lives, peers see the roots of that.
+    """A caller waits for ranks of other hosts; as long as it lives, peers see the roots of that.
 
-    ``of_caller``: somebody waits for operations; whose roots others show.
+    ``for_work``: the caller waits for operations, whose roots others show.
     """
 
-    def __init__(self, of_caller: bool = False) -> None: ...
+    def __init__(self, for_work: bool = False) -> None: ...
     def show(self, processes: Sequence[tuple[int, int]], text: str, /) -> None: ...
 
 class Activity:

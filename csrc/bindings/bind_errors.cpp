@@ -35,10 +35,10 @@ struct ActivityScope {
   std::optional<host::Activity> shown;
 };
 
-/// Of operations, with what other hosts have said of the roots; or of a caller, for operations.
+/// Of a caller: for ranks, with what other hosts have said of the roots; or for operations of any communicator.
 struct WaitFromPython {
-  explicit WaitFromPython(bool of_caller)
-      : shown(of_caller ? ShownWait::Kind::kForWork : ShownWait::Kind::kInsideWork, nullptr) {}
+  explicit WaitFromPython(bool for_work)
+      : shown(for_work ? ShownWait::Kind::kForWork : ShownWait::Kind::kForRanks, nullptr) {}
   ShownWait shown;
 };
 
@@ -110,7 +110,7 @@ void bind_errors(py::module_& module) {
     return py::make_tuple(waits.is_waiting != 0, roots, text_of(host::text_in(waits.text)));
   });
   py::class_<WaitFromPython>(module, "ShownWait")
-      .def(py::init<bool>(), py::arg("of_caller") = false)
+      .def(py::init<bool>(), py::arg("for_work") = false)
       .def("show", [](WaitFromPython& self, const std::vector<std::pair<std::uint64_t, std::uint64_t>>& processes,
                       const std::string& text) {
         Roots roots;

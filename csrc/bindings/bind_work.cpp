@@ -41,6 +41,7 @@ class Posted final : public Work {
       : Work(waits.get(), waits->of_group(call), is_collective), waits_(std::move(waits)) {}
 
  protected:
+  const void* ended_by() const override { return nullptr; }  // of any: of groups of its host, and of others
   void look() override {
     constexpr auto kPeriod = std::chrono::milliseconds(250);
     const auto now = Deadline::Clock::now();

@@ -89,7 +89,7 @@ void Work::wait(std::optional<double> timeout_s, InterruptCheck interrupt) {
     if (interrupt != nullptr) interrupt();
     awaited.look();
   };
-  if (!wait_in_slices(lock, finished_, deadline, check, [this] { return done_; })) {
+  if (!wait_in_slices(lock, finished_, deadline, check, [this] { return done_; }, ended_by())) {
     throw Error(ErrorKind::kWaitExpired,
                 "wait: the operation is not done after " + std::to_string(deadline.timeout_s()) + " s; it goes on");
   }

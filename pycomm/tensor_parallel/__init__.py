@@ -1,4 +1,4 @@
-"""Tensor and sequence parallel: one layer's weights cut over ranks, its communication hidden behind the products.
+"""Tensor and sequence parallel: one layer's weights cut over ranks, and products together with their communication.
 
 Layers to write models with, :func:`parallelize` for models that are there, and the operators that both are made of.
 docs/tensor_parallel.md explains them.

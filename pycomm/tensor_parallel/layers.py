@@ -149,7 +149,8 @@ class ColumnParallelLinear(ParallelLayer):
         comm: the ranks that share it.
         gather_output: give every rank all outputs.
         sequence_parallel: the input is cut along dim −2 and gathered in the product.
-        overlap: hide communication behind the products; changes no bit.
+        overlap: hide communication behind the products where ranks do not share a host's memory (there nothing can be
+            hidden: docs/tensor_parallel.md); changes no bit.
         unit: outputs are cut in multiples of it (a head's width).
         segments: outputs are so many parts one after the other, each cut for itself (3: query, key and value).
     """

@@ -176,7 +176,7 @@ class _CompletionThread:
         """Nothing has ended for a while: whoever waits for a future does not say so, and is taken to."""
         waits = bool(self._watched)
         if waits != (self._shown is not None):
-            self._shown = _C.ShownWait(of_caller=True) if waits else None
+            self._shown = _C.ShownWait(for_work=True) if waits else None
         for listener in list(listeners()):
             if waits:
                 listener.look()

@@ -174,16 +174,30 @@ def from_a_stranger(rng: random.Random) -> str:
     return outcome
 
 
+def whole_hello(data: bytes, address: str, rank: int) -> bool:
+    """Whether it says all that the hello of that rank has to: only pid, reserved field and token may be others."""
+    num_fields = 7 if rank else 6  # rank 0's number is not asked for
+    return (
+        len(data) == HELLO.size and HELLO.unpack(data)[:num_fields] == HELLO.unpack(hello(address, rank))[:num_fields]
+    )
+
+
 def from_a_rank(rng: random.Random) -> str:
-    """Somebody with the key, who says that it is rank 1; then comes rank 1."""
+    """Somebody with the key, who says that it is rank 1; then comes rank 1, whose place may have been taken."""
     meeting, pidfd = Meeting(), os.pidfd_open(os.getpid())
     address = meeting.lead()
     with connect(address) as impostor:
+        message, descriptors = mutated(hello(address, 1), rng), some_descriptors(rng, [pidfd])
         with contextlib.suppress(OSError):
-            socket.send_fds(impostor, [mutated(hello(address, 1), rng)], some_descriptors(rng, [pidfd]))
+            socket.send_fds(impostor, [message], descriptors)
         meeting.follow(address)
         outcome = meeting.end()
     os.close(pidfd)
+    if outcome == "one side":
+        assert whole_hello(message, address, 1), message.hex()
+        assert descriptors == [pidfd], descriptors
+        assert isinstance(meeting.outcomes[1], PycommError), meeting.outcomes
+        return "took rank 1's place"
     return outcome
 
 
@@ -206,12 +220,21 @@ def from_rank_0(rng: random.Random) -> str:
         connection, _ = server.accept()
         with connection:
             connection.recv(1000)
-            welcome = mutated(hello(address, 0) + numbers + pids + tokens, rng)
+            whole = hello(address, 0) + numbers + pids + tokens
+            welcome, usual = mutated(whole, rng), [memory, pidfd, pidfd]
+            descriptors = some_descriptors(rng, usual)
             with contextlib.suppress(OSError):
-                socket.send_fds(connection, [welcome], some_descriptors(rng, [memory, pidfd, pidfd]))
+                socket.send_fds(connection, [welcome], descriptors)
             outcome = meeting.end()
     os.close(memory)
     os.close(pidfd)
+    if outcome == "one side":  # rank 1 alone, since there is no rank 0
+        assert len(welcome) == len(whole)
+        assert whole_hello(welcome[: HELLO.size], address, 0), welcome[: HELLO.size].hex()
+        assert descriptors == usual, descriptors
+        end = HELLO.size + TUNING.size
+        same = welcome[HELLO.size : end] == numbers
+        return "other pids or tokens" if same else "other thresholds that can be used"
     return outcome
 
 
@@ -315,6 +338,7 @@ def test_mutated_messages() -> None:
     assert isinstance(found, Counter), found
     log.info("%d mutated messages in %.0f s: %s", NUM_MESSAGES, seconds, dict(sorted(found.items())))
     assert found.total() == NUM_MESSAGES
+    assert not [outcome for outcome in found if outcome.endswith("one side")], found
     assert found["from_a_stranger: met"] > 0
     assert found["from_a_rank: refused"] > 0
     assert found["from_rank_0: refused"] > 0

@@ -102,9 +102,13 @@ def flags(comm: Communicator, victim: int) -> Iterator[None]:
     flag.wait(1, rank=next_one(comm))
 
 
+def no_meeting() -> Communicator:
+    raise AssertionError("no layer makes a communicator by init")
+
+
 def layer(program: programs.Program, comm: Communicator, victim: int) -> Iterator[None]:
     """What the fault campaign runs."""
-    turns = program(programs.Job(comm, random.Random(3), Path()))
+    turns = program(programs.Job(comm, random.Random(3), Path(), no_meeting))
     next(turns)
     next(turns)
     yield

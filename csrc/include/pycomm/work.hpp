@@ -27,17 +27,17 @@
 namespace pycomm {
 
 /// Wait for `ready` until the deadline; false if it passed. Between slices `check` runs, without the lock, and may
-/// throw.
+/// throw. `owner`: whose operations end it, as ShownWait's.
 template <class Check, class Ready>
 bool wait_in_slices(std::unique_lock<std::mutex>& lock, std::condition_variable& changed, const Deadline& deadline,
-                    const Check& check, const Ready& ready) {
+                    const Check& check, const Ready& ready, const void* owner = Inside::innermost_owner()) {
   constexpr auto kSlice = std::chrono::milliseconds(50);
   std::optional<ShownWait> shown;
   while (!ready()) {
     if (changed.wait_for(lock, std::min<Deadline::Clock::duration>(kSlice, deadline.left()), ready)) break;
     if (deadline.expired()) return false;
     lock.unlock();  // an interrupt check takes the GIL
-    if (!shown) shown.emplace(ShownWait::Kind::kForWork, Inside::innermost_owner());
+    if (!shown) shown.emplace(ShownWait::Kind::kForWork, owner);
     shown->show();
     check();
     lock.lock();
@@ -114,6 +114,8 @@ class Work {
   class Awaited;
   const void* owner() const { return owner_; }
   static std::string describe(const void* work) { return static_cast<const Work*>(work)->text_; }
+  /// Whose operations end it, as ShownWait's owner.
+  virtual const void* ended_by() const { return owner_; }
   /// Called every 50 ms while a caller waits for it, and at the end of such a wait.
   virtual void look() {}
   virtual void rest() {}
