@@ -170,6 +170,7 @@ def test_the_stub_names_what_the_extension_has():
     assert functions | constants | classes.keys() == {name for name in dir(_C) if not name.startswith("_")}
     for name, node in classes.items():
         members = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+        members |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
         public = {member for member in members if not member.startswith("_")}
         assert public == {member for member in dir(getattr(_C, name)) if not member.startswith("_")}, name
 

@@ -120,7 +120,7 @@ void wait_for(Work& work, std::optional<double> timeout_s) {
     const GilRelease nogil;
     work.wait(timeout_s, &check_signals);
   }
-  work.release();
+  if (work.done()) work.release();  // else a stream waits for it, not this thread
 }
 
 void bind_work(py::module_& module) {

@@ -17,26 +17,6 @@ namespace {
 constexpr std::size_t kMostFreed = 32;  // segments unmapped in one allocation; the rest waits for the next
 constexpr std::size_t kMostLimits = 8;  // of one rank; the tightest count
 
-/// Why a rank cannot have its memory; empty: it can.
-struct Refusal {
-  char text[248] = {};
-
-  bool is_set() const { return text[0] != 0; }
-  void set(const std::string& reason) { reason.copy(text, sizeof(text) - 1); }
-  /// What the system refuses in `step` is a reason.
-  template <class Step>
-  void attempt(const Step& step) {
-    try {
-      step();
-    } catch (const Error& error) {
-      if (error.code == 0) throw;
-      set(error.what());
-    } catch (const std::bad_alloc&) {
-      set(std::strerror(ENOMEM));
-    }
-  }
-};
-
 [[noreturn]] void throw_out_of_memory(const std::string& reasons, std::size_t bytes) {
   throw Error(ErrorKind::kOutOfMemory,
               "symmetric memory of " + std::to_string(bytes) + " bytes a rank: " + reasons + ". Nothing was allocated");
@@ -80,6 +60,26 @@ std::string too_little(const std::vector<Limits>& ranks, std::size_t part_bytes)
 }
 
 }  // namespace
+
+/// Why a rank cannot have its memory; empty: it can.
+struct SymmetricSegments::Refusal {
+  char text[248] = {};
+
+  bool is_set() const { return text[0] != 0; }
+  void set(const std::string& reason) { reason.copy(text, sizeof(text) - 1); }
+  /// What the system refuses in `step` is a reason.
+  template <class Step>
+  void attempt(const Step& step) {
+    try {
+      step();
+    } catch (const Error& error) {
+      if (error.code == 0) throw;
+      set(error.what());
+    } catch (const std::bad_alloc&) {
+      set(std::strerror(ENOMEM));
+    }
+  }
+};
 
 /// What rank 0 decides and every rank does.
 struct SymmetricSegments::Plan {

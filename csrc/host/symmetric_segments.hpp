@@ -86,6 +86,7 @@ class SymmetricSegments {
 
  private:
   struct Plan;
+  struct Refusal;
 
   Plan plan(std::size_t part_bytes);
   std::shared_ptr<SymmetricSegment> create(Plan& plan, const std::string& obstacle) const;

@@ -284,10 +284,10 @@ class Deaf:
 
 
 def a_frame(rng: random.Random) -> str:
-    mail = Mail(0, False, Deaf(), Deaf(), lambda _: None, lambda *_: None, None, Deaf())
+    mail = Mail(0, False, Deaf(), Deaf(), lambda _: None, lambda *_: None, None, _C.Waits(0, "world"))
     inquiry = Inquiry(0, "world", [1, 2], lambda *_: None, lambda: {1}, Heard(0, [1, 2]))
-    mail.send(torch.ones(1), 1, 7, 1.0)
-    operation = mail.receive(torch.ones(5), 1, 7, 1.0)
+    mail.send(_C.Call("send", dtype="float32", root=1, count=1, splits=7), torch.ones(1), 1.0)
+    work = mail.receive(_C.Call("recv", dtype="float32", root=1, count=5, splits=7), torch.ones(5), 1.0)
     float32 = 0
     frames = [
         Frame(Kind.OFFER, 1, 0, 7, float32, 5, torch.full((5,), 3.0).numpy().tobytes()),
@@ -310,7 +310,7 @@ def a_frame(rng: random.Random) -> str:
     finally:
         inquiry.rest()
         mail.stop()
-        del operation
+        del work
 
 
 KINDS = (from_a_stranger, from_a_rank, from_rank_0, an_address, from_the_store, a_frame)

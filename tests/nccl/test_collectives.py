@@ -239,12 +239,16 @@ def memory_of_dropped_tensors(comm: Communicator) -> None:
         def __del__(self) -> None:
             alive.remove(id(self))
 
-    tensor = torch.ones(1000).as_subclass(Tensor)
-    alive.append(id(tensor))
-    comm.all_reduce(tensor, async_op=True)
-    del tensor
+    for waits in (False, True):  # a wait is the stream's, and returns before the device is through with the call
+        tensor = torch.ones(1000).as_subclass(Tensor)
+        alive.append(id(tensor))
+        work = comm.all_reduce(tensor, async_op=True)
+        assert work is not None
+        if waits:
+            work.wait()
+        del tensor, work
     gc.collect()
-    assert len(alive) == 1
+    assert len(alive) == 2
     comm.synchronize()
     gc.collect()
     assert alive == []

@@ -57,7 +57,7 @@ class Rank {
       symmetric_ = pick(2) == 1;
       mixed_ = pick(4) == 0;
       options_ = {kTimeoutS, pick(2) == 1};
-      switch (pick(8)) {
+      switch (pick(9)) {
         case 0:
           all_reduce(count, call);
           break;
@@ -79,8 +79,11 @@ class Rank {
         case 6:
           relay(count, call);
           break;
+        case 7:
+          scan(count, call);
+          break;
         default:
-          comm_.barrier({kTimeoutS, false});
+          comm_.submit({.kind = OpKind::kBarrier}, {}, {kTimeoutS, false});
       }
     }
   }
@@ -104,27 +107,37 @@ class Rank {
                  static_cast<double>(wanted));
     std::exit(1);
   }
-  float sum(std::size_t i, int call) const {
+  float sum(std::size_t i, int call) const { return sum(n(), i, call); }
+  /// Of the first ranks.
+  static float sum(int num_ranks, std::size_t i, int call) {
     float total = 0;
-    for (int r = 0; r < n(); ++r) total += value(r, i, call);
+    for (int r = 0; r < num_ranks; ++r) total += value(r, i, call);
     return total;
   }
-  Parts parts(std::size_t count) const {
-    return Parts(std::vector<std::uint64_t>(static_cast<std::size_t>(n()), count));
+  void submit(OpKind kind, std::size_t count, Operands operands, int root = 0) {
+    const Call call{.kind = kind, .dtype = DType::kFloat32, .root = root, .count = count};
+    finish(comm_.submit(call, std::move(operands), options_));
   }
 
   void all_reduce(std::size_t count, int call) {
     const auto data = tensor(count);
     data->fill(me(), call);
-    finish(comm_.all_reduce(data->data(), count, DType::kFloat32, ReduceOp::kSum, options_));
+    submit(OpKind::kAllReduce, count, {data->data(), data->data(), {}, {}});
     for (std::size_t i = 0; i < count; ++i) expect(data->data()[i], sum(i, call), "all_reduce", call);
     data->fill(-1, call);  // the caller may write at once
+  }
+  void scan(std::size_t count, int call) {
+    const auto data = tensor(count);
+    data->fill(me(), call);
+    submit(OpKind::kScan, count, {data->data(), data->data(), {}, {}});
+    for (std::size_t i = 0; i < count; ++i) expect(data->data()[i], sum(me() + 1, i, call), "scan", call);
+    data->fill(-1, call);
   }
   void broadcast(std::size_t count, int call) {
     const int root = call % n();
     const auto data = tensor(count);
     data->fill(me(), call);
-    finish(comm_.broadcast(data->data(), count, DType::kFloat32, root, options_));
+    submit(OpKind::kBroadcast, count, {data->data(), data->data(), {}, {}}, root);
     for (std::size_t i = 0; i < count; ++i) expect(data->data()[i], value(root, i, call), "broadcast", call);
     data->fill(-1, call);
   }
@@ -133,18 +146,18 @@ class Rank {
     const auto input = tensor(total);
     input->fill(me(), call);
     std::vector<float> output(count);
-    finish(
-        comm_.reduce_scatter({input->data(), output.data(), DType::kFloat32}, parts(count), ReduceOp::kSum, options_));
+    submit(OpKind::kReduceScatter, total, {input->data(), output.data(), Parts::even(count, n()), {}});
     for (std::size_t i = 0; i < count; ++i) {
       expect(output[i], sum(static_cast<std::size_t>(me()) * count + i, call), "reduce_scatter", call);
     }
     input->fill(-1, call);
   }
   void all_gather(std::size_t count, int call) {
-    const auto output = tensor(count * static_cast<std::size_t>(n()));
+    const std::size_t total = count * static_cast<std::size_t>(n());
+    const auto output = tensor(total);
     std::vector<float> input(count);
     for (std::size_t i = 0; i < count; ++i) input[i] = value(me(), i, call);
-    finish(comm_.all_gather({input.data(), output->data(), DType::kFloat32}, parts(count), options_));
+    submit(OpKind::kAllGather, total, {input.data(), output->data(), {}, Parts::even(count, n())});
     for (int r = 0; r < n(); ++r) {
       for (std::size_t i = 0; i < count; ++i) {
         expect(output->data()[static_cast<std::size_t>(r) * count + i], value(r, i, call), "all_gather", call);
@@ -157,7 +170,8 @@ class Rank {
     const auto input = tensor(total);
     input->fill(me(), call);
     std::vector<float> output(total);
-    finish(comm_.all_to_all({input->data(), output.data(), DType::kFloat32}, parts(count), options_));
+    const Parts parts = Parts::even(count, n());
+    submit(OpKind::kAllToAll, total, {input->data(), output.data(), parts, parts});
     for (int r = 0; r < n(); ++r) {
       for (std::size_t i = 0; i < count; ++i) {
         expect(output[static_cast<std::size_t>(r) * count + i],
@@ -233,7 +247,7 @@ int main(int argc, char** argv) {
       auto members = meet(rank, num_ranks, rank == 0 ? &listener : nullptr, listener.address(), tuning, meeting);
       Communicator comm("world", std::move(members), 600, nullptr);
       Rank(comm, seed).run(num_calls);
-      comm.barrier({kTimeoutS, false});
+      comm.submit({.kind = OpKind::kBarrier}, {}, {kTimeoutS, false});
       comm.close(kTimeoutS);
     });
   }
