@@ -173,9 +173,9 @@ class Call:
     def at(self, output: int, input: int, /) -> Call:
         """The same on other memory."""
 
-    def by_kernel(self, one_shot: bool, memory: int, offset: int, /) -> Call:
-        """The same by a kernel. Two-shot: of a tensor that lies ``offset`` bytes into symmetric memory number
-        ``memory``, from 1; one-shot: 0, 0."""
+    def by_kernel(self, kernel: str, memory: int, offset: int, /) -> Call:
+        """The same by a kernel, of a tensor that lies ``offset`` bytes into symmetric memory number ``memory``, from 1;
+        0, 0: in any memory."""
 
 class Calls:
     """The calls of a group, with the arguments of :class:`pycomm.communicator.Communicator`'s methods.

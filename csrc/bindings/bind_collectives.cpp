@@ -208,8 +208,8 @@ void bind_call(py::module_& module) {
              self.operands.input = reinterpret_cast<const void*>(input);
              return self;
            })
-      .def("by_kernel", [](CheckedCall self, bool one_shot, std::uint64_t memory, std::uint64_t offset) {
-        self.call.route = one_shot ? Route::kOneShot : Route::kTwoShot;
+      .def("by_kernel", [](CheckedCall self, std::string_view kernel, std::uint64_t memory, std::uint64_t offset) {
+        self.call.route = parse<Route>(kernel, kNumRoutes, "kernel");
         self.call.splits = Location(memory, offset).bits();
         return self;
       });

@@ -7,18 +7,12 @@ namespace pycomm {
 namespace {
 
 std::string by_route(const Call& call) {
-  switch (call.route) {
-    case Route::kBackend:
-      return "";
-    case Route::kOneShot:
-      return ", one-shot kernel";
-    case Route::kTwoShot: {
-      const Location place = Location::of_bits(call.splits);
-      return ", two-shot kernel, at byte " + std::to_string(place.offset()) + " of symmetric memory " +
-             std::to_string(place.segment());
-    }
-  }
-  return ", unknown route";
+  if (call.route == Route::kBackend) return "";
+  const Location place = Location::of_bits(call.splits);
+  return std::string(", ") + name_of(call.route) + " kernel" +
+         (place.symmetric() ? ", at byte " + std::to_string(place.offset()) + " of symmetric memory " +
+                                  std::to_string(place.segment())
+                            : "");
 }
 
 /// What a letter of OpText::arguments stands for.

@@ -8,7 +8,7 @@ import torch
 from pycomm import _C
 from pycomm.backends.nccl.library import load_driver, load_nccl
 from pycomm.backends.nccl.thresholds import Thresholds
-from pycomm.doctor.checks import Check, format_bytes
+from pycomm.doctor.checks import Check
 from pycomm.errors import BackendUnavailableError
 
 
@@ -66,11 +66,7 @@ def own_kernels(world_sizes: Sequence[int] = (2, 4, 8)) -> Check:
         tables = [(size, Thresholds.of_this_process(size)) for size in world_sizes]
     except ValueError as error:
         return Check("own kernels or NCCL", "failed", str(error), "correct PYCOMM_TUNE")
-    text = "; ".join(
-        f"{size} ranks: one step up to {format_bytes(table.one_shot_bytes)}, two up to "
-        f"{format_bytes(table.two_shot_bytes)}, then NCCL"
-        for size, table in tables
-    )
+    text = "; ".join(f"{size} ranks: {table}" for size, table in tables)
     if not _C.cuda_build():
         text = f"NCCL alone, since this build has no CUDA kernels (PYCOMM_CUDA); with them, {text}"
         return Check("own kernels or NCCL", "absent", text)

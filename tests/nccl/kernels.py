@@ -39,16 +39,10 @@ class HostKernels:
         self.launched: list[str] = []
         self.refuses = False
 
-    def one_shot(self, data: int, count: int, dtype: str, op: str, stream: int) -> None:
-        self._launch("one_shot", [data], count, dtype, op, stream)
-
-    def two_shot(self, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
-        self._launch("two_shot", data, count, dtype, op, stream)
-
-    def _launch(self, name: str, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
+    def launch(self, kernel: str, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
         if self.refuses:
-            raise ValueError(f"{name}: no such grid")
-        self.launched.append(name)
+            raise ValueError(f"{kernel}: no such grid")
+        self.launched.append(kernel)
         size = self._memory.world_size
         parts = (ctypes.c_void_p * size)(*(self._memory.part(rank) for rank in range(size)))
         tensors = (ctypes.c_void_p * len(data))(*data)
@@ -58,7 +52,7 @@ class HostKernels:
             self._rank,
             size,
             tensors,
-            int(name == "one_shot"),
+            int(kernel == "one_shot"),
             ctypes.c_size_t(count),
             TYPES[dtype],
             OPS[op],

@@ -49,7 +49,7 @@ def launched(comm: Communicator) -> list[str]:
 
 def all_reduces(comm: Communicator) -> None:
     rank, n = comm.rank, comm.world_size
-    assert "in one step up to 1024 bytes" in backend_of(comm).own_kernels
+    assert "one_shot up to 1024 bytes" in backend_of(comm).own_kernels
     for turn, dtype in enumerate(REDUCED):
         size = dtype.itemsize
         for op in ("sum", "max", "prod") if turn % 2 else ("min", "avg" if dtype.is_floating_point else "sum"):
@@ -227,8 +227,8 @@ def differing_places(comm: Communicator, connection: Any, kind: str) -> str:
 
 DIFFERENCES = {
     "ordinary": "rank 2 called all_reduce(sum, float32[3000])",
-    "offset": "two-shot kernel, at byte 12000 of symmetric memory 1)",
-    "size": "rank 2 called all_reduce(sum, float32[100], one-shot kernel)",
+    "offset": "two_shot kernel, at byte 12000 of symmetric memory 1)",
+    "size": "rank 2 called all_reduce(sum, float32[100], one_shot kernel)",
 }
 
 
@@ -236,7 +236,7 @@ DIFFERENCES = {
 def test_ranks_that_take_different_routes(standin: Path, tmp_path: Path, kind: str) -> None:
     with ranks(3, standin, tmp_path, differing_places, kind, timeout_s=TIMEOUT_S, setup=kernels) as group:
         for message in group.results():
-            assert "rank 0 called all_reduce(sum, float32[3000], two-shot kernel, at byte 0 of symmetric mem" in message
+            assert "rank 0 called all_reduce(sum, float32[3000], two_shot kernel, at byte 0 of symmetric mem" in message
             assert DIFFERENCES[kind] in message
 
 

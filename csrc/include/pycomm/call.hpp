@@ -63,9 +63,13 @@ static_assert(kNumOpKinds == static_cast<int>(OpKind::kScan) + 1);
 
 constexpr const char* name_of(OpKind kind) { return kOpTexts[static_cast<int>(kind)].name; }
 
-/// Who does a collective on GPUs, where ranks choose by what each knows and compare afterwards.
+/// Who does a collective on GPUs, where ranks choose by what each knows and compare afterwards: the back end's library,
+/// or one of pycomm's kernels, by the name that Python has for it.
 enum class Route : std::uint8_t { kBackend = 0, kOneShot = 1, kTwoShot = 2 };
-inline constexpr int kNumRoutes = 3;
+inline constexpr const char* kRouteNames[] = {"nccl", "one_shot", "two_shot"};
+inline constexpr int kNumRoutes = sizeof(kRouteNames) / sizeof(kRouteNames[0]);
+
+constexpr const char* name_of(Route route) { return kRouteNames[static_cast<int>(route)]; }
 
 struct Call {
   OpKind kind = OpKind::kNone;
@@ -75,7 +79,7 @@ struct Call {
   std::int32_t root = 0;
   std::uint64_t count = 0;   // elements
   std::uint64_t splits = 0;  // a hash of the ranks' parts where they differ, else 0; all_to_all: 1 if by splits;
-                             // kTwoShot: the tensor's Location, of a segment that is numbered from 1
+                             // by a kernel in symmetric memory: the tensor's Location
 
   bool operator==(const Call&) const = default;
   std::uint64_t bytes() const { return count * size_of(dtype); }

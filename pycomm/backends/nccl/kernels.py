@@ -47,8 +47,12 @@ class Kernels:
             for size, name in _SIZES.items()
         )
 
-    def one_shot(self, data: int, count: int, dtype: str, op: str, stream: int) -> None:
-        """In place, in any memory of this GPU."""
+    def launch(self, kernel: str, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
+        """All-reduce in place, by the kernel of that name. ``data``: this rank's tensor, or every rank's, by rank."""
+        {"one_shot": self._one_shot, "two_shot": self._two_shot}[kernel](data, count, dtype, op, stream)
+
+    def _one_shot(self, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
+        (tensor,) = data
         grid = one_shot_grid(count, self._most_blocks)
         self._group.all_reduce_one_shot(
             self._rank,
@@ -57,15 +61,14 @@ class Kernels:
             op,
             count,
             ONE_SHOT_CHUNK,
-            data,
-            data,
+            tensor,
+            tensor,
             self._staging,
             self._staging_bytes,
             grid,
             stream,
         )
 
-    def two_shot(self, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
-        """In place; ``data``: of every rank, by rank."""
+    def _two_shot(self, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None:
         grid = grid_of(count, self._most_blocks)
         self._group.all_reduce_two_shot(self._rank, dtype, op, count, data, [], grid, stream)

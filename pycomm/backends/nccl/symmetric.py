@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from pycomm import _C
-from pycomm.backends.nccl.thresholds import Thresholds
+from pycomm.backends.nccl.thresholds import IN_SYMMETRIC, Thresholds
 
 __all__ = ["AllReduceKernel", "Symmetric"]
 
@@ -26,8 +26,7 @@ class AllReduceKernel(Protocol):
     abort_word: int
     status: int
 
-    def one_shot(self, data: int, count: int, dtype: str, op: str, stream: int) -> None: ...
-    def two_shot(self, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None: ...
+    def launch(self, kernel: str, data: Sequence[int], count: int, dtype: str, op: str, stream: int) -> None: ...
 
 
 class Symmetric:
@@ -72,17 +71,20 @@ class Symmetric:
 
     def all_reduce(self, call: _C.Call, num_bytes: int) -> tuple[_C.Call, Callable[[int], None]] | None:
         """The call by a kernel, and what launches it on a stream; None: NCCL's."""
-        data, rest = call.output, (call.count, call.dtype, call.op)
-        if num_bytes == 0 or self._thresholds.route(num_bytes, symmetric=True) == "nccl":
+        kernel = self._thresholds.route(num_bytes, symmetric=True) if num_bytes else "nccl"
+        number = offset = 0
+        parts = [call.output]
+        if kernel in IN_SYMMETRIC:
+            place = self._place(call.output, num_bytes)
+            if place is None:
+                kernel = self._thresholds.route(num_bytes, symmetric=False)
+            else:
+                number, memory, offset = place
+                parts = [memory.part(rank) + offset for rank in range(memory.world_size)]
+        if kernel == "nccl":
             return None
-        if self._thresholds.route(num_bytes, symmetric=False) == "one_shot":
-            return call.by_kernel(True, 0, 0), partial(self._kernels.one_shot, data, *rest)
-        place = self._place(data, num_bytes)
-        if place is None:
-            return None
-        number, memory, offset = place
-        parts = [memory.part(rank) + offset for rank in range(memory.world_size)]
-        return call.by_kernel(False, number, offset), partial(self._kernels.two_shot, parts, *rest)
+        launch = partial(self._kernels.launch, kernel, parts, call.count, call.dtype, call.op)
+        return call.by_kernel(kernel, number, offset), launch
 
     def _place(self, data: int, num_bytes: int) -> tuple[int, _C.GpuMemory, int] | None:
         """Number and memory of an allocation that has these bytes, and how far into it they begin."""

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Literal
 
 from pycomm import env
 from pycomm.backends import Backend
 from pycomm.backends.agreement import pack_numbers, unpack_numbers
 
-__all__ = ["Route", "Thresholds"]
+__all__ = ["IN_SYMMETRIC", "Thresholds"]
 
 _PREFIX = "gpu_"  # of their names in PYCOMM_TUNE
 _MOST_BYTES = 1 << 30
@@ -29,16 +28,16 @@ _DEFAULTS = (  # up to so many ranks: one_shot_bytes, two_shot_bytes
     (math.inf, 256 << 10, 256 << 10),
 )
 
-Route = Literal["one_shot", "two_shot", "nccl"]
+IN_SYMMETRIC = frozenset({"two_shot"})  # kernels that need every rank's tensor in symmetric memory
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """In bytes of the tensor.
+    """Up to how many bytes of the tensor each kernel is taken; of several the first. Above all of them, NCCL.
 
     Attributes:
-        one_shot_bytes: up to here one step.
-        two_shot_bytes: above that, up to here, two steps; above, NCCL.
+        one_shot_bytes: one step.
+        two_shot_bytes: two steps.
     """
 
     one_shot_bytes: int
@@ -73,14 +72,19 @@ class Thresholds:
             return mine
         return cls(*unpack_numbers(desk.agree(pack_numbers(astuple(mine)), timeout_s)[0]))
 
-    def route(self, num_bytes: int, *, symmetric: bool) -> Route:
-        """Who does an all-reduce of ``num_bytes`` a rank, where ranks map each other's memory."""
-        if num_bytes <= self.one_shot_bytes:
-            return "one_shot"
-        return "two_shot" if symmetric and num_bytes <= self.two_shot_bytes else "nccl"
+    def route(self, num_bytes: int, *, symmetric: bool) -> str:
+        """Which kernel does an all-reduce of ``num_bytes`` a rank, where ranks map each other's memory; or "nccl"."""
+        for kernel, most_bytes in self._kernels():
+            if num_bytes <= most_bytes and (symmetric or kernel not in IN_SYMMETRIC):
+                return kernel
+        return "nccl"
+
+    def _kernels(self) -> list[tuple[str, int]]:
+        return [(field.name.removesuffix("_bytes"), getattr(self, field.name)) for field in fields(self)]
 
     def __str__(self) -> str:
-        return (
-            f"in one step up to {self.one_shot_bytes} bytes; in two, in symmetric memory, up to "
-            f"{self.two_shot_bytes}; above by NCCL"
-        )
+        texts = [
+            f"{kernel}{', in symmetric memory,' if kernel in IN_SYMMETRIC else ''} up to {most_bytes} bytes"
+            for kernel, most_bytes in self._kernels()
+        ]
+        return f"{'; '.join(texts)}; above, NCCL"
