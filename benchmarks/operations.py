@@ -90,11 +90,19 @@ class Operation:
         return self.input_count(num_bytes, world_size) + output
 
 
-def _sum_of_all(index: torch.Tensor, part: int, check: Check) -> torch.Tensor:
+def _sum_of(num_ranks: int, index: torch.Tensor, check: Check) -> torch.Tensor:
     total = value(index, 0, check.iteration)
-    for peer in range(1, check.world_size):
+    for peer in range(1, num_ranks):
         total = total + value(index, peer, check.iteration)
     return total
+
+
+def _sum_of_all(index: torch.Tensor, part: int, check: Check) -> torch.Tensor:
+    return _sum_of(check.world_size, index, check)
+
+
+def _sum_up_to_here(index: torch.Tensor, part: int, check: Check) -> torch.Tensor:
+    return _sum_of(check.rank + 1, index, check)
 
 
 def _my_part(index: torch.Tensor, check: Check) -> torch.Tensor:
@@ -145,6 +153,7 @@ _TABLE = (
     ),
     Operation("broadcast", _one, lambda i, part, at: value(i, ROOT, at.iteration)),
     Operation("reduce", _one, _sum_of_all, receives=_is_root),
+    Operation("scan", _one, _sum_up_to_here),
     Operation(
         "gather", _all_but_one, lambda i, part, at: value(i, part, at.iteration),
         input_count=_part, output_count=_whole, parts=lambda n: n, cut=True, receives=_is_root,

@@ -1,4 +1,4 @@
-"""All-reduce on ordinary and symmetric tensors, synchronous and asynchronous.
+"""All-reduce on ordinary and symmetric tensors, synchronous and asynchronous, and a scan.
 
 Run it with several processes, or alone (a world of one):
 
@@ -24,6 +24,12 @@ with pycomm.init("host") as comm:
     work.wait()
     expected = (comm.world_size - 1) / 2
     assert (symmetric == expected).all()
+
+    # Where do this rank's tokens begin among those of all? The sum up to this rank, without its own.
+    num_tokens = torch.tensor([100 + comm.rank])
+    ends = num_tokens.clone()
+    comm.scan(ends)
+    print(f"rank {comm.rank}: tokens {(ends - num_tokens).item()} to {ends.item() - 1}")
 
     comm.barrier()
     assert all((peer == expected).all() for peer in comm.peers(symmetric))

@@ -23,6 +23,8 @@ def wrong_arguments(comm: Communicator) -> None:
         comm.all_reduce(matrix, "mean")
     with pytest.raises(ValueError, match="avg of int32 is not defined"):
         comm.all_reduce(torch.ones(3, dtype=torch.int32), "avg")
+    with pytest.raises(ValueError, match="scan: op avg is not supported; scan the sum"):
+        comm.scan(matrix, "avg")
     for root in (-1, comm.world_size):
         with pytest.raises(ValueError, match=f"root is {root}"):
             comm.broadcast(matrix, root)

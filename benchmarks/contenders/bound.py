@@ -30,6 +30,8 @@ class Bound(Pycomm):
     def unsupported(self, operation: str, dtype: torch.dtype, num_bytes: int) -> str | None:
         if operation == "barrier":
             return "without flags there is no barrier"
+        if operation == "scan":
+            return "ranks write what others read: there is no scan without flags"
         return super().unsupported(operation, dtype, num_bytes)
 
     def all_reduce(self, input: torch.Tensor, output: torch.Tensor) -> Run:

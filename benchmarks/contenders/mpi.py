@@ -66,6 +66,10 @@ class Mpi(Contender):
         source, target = (MPI.IN_PLACE, buffer) if self.rank == ROOT else (buffer, None)
         return lambda: self._comm.Reduce(source, target, MPI.SUM, ROOT)
 
+    def scan(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        buffer = _buffer(output)
+        return lambda: self._comm.Scan(MPI.IN_PLACE, buffer, MPI.SUM)
+
     def gather(self, input: torch.Tensor, output: torch.Tensor) -> Run:
         source, target = _buffer(input), _buffer(output) if self.rank == ROOT else None
         return lambda: self._comm.Gather(source, target, ROOT)

@@ -47,6 +47,10 @@ class Pycomm(Contender):
         reduce = self._comm.reduce
         return lambda: reduce(output, ROOT)
 
+    def scan(self, input: torch.Tensor, output: torch.Tensor) -> Run:
+        scan = self._comm.scan
+        return lambda: scan(output)
+
     def gather(self, input: torch.Tensor, output: torch.Tensor) -> Run:
         gather, gathered = self._comm.gather, output if self.rank == ROOT else None
         return lambda: gather(gathered, input, ROOT)
