@@ -26,6 +26,9 @@ def _outputs(name, inputs):
         return [total] * n
     if name == "reduce":
         return [total if rank == ROOT else None for rank in range(n)]
+    if name == "scan":
+        prefixes = torch.stack([tensor.double() for tensor in inputs]).cumsum(0)
+        return list(prefixes.to(inputs[0].dtype))
     if name == "reduce_scatter":
         return list(total.chunk(n))
     if name == "all_gather":
@@ -101,8 +104,8 @@ def test_messages_that_are_not_cut_go_once_over_a_link(name):
 def test_what_buffers_take():
     sizes = {name: OPERATIONS[name].buffer_bytes(1200, 3) for name in WITH_DATA}
     assert sizes == {
-        "all_reduce": 1200, "broadcast": 1200, "reduce": 1200, "reduce_scatter": 1600, "scatter": 1600,
-        "all_gather": 1600, "gather": 1600, "all_to_all": 2400, "ping_pong": 2400, "send": 2400,
+        "all_reduce": 1200, "broadcast": 1200, "reduce": 1200, "scan": 1200, "reduce_scatter": 1600,
+        "scatter": 1600, "all_gather": 1600, "gather": 1600, "all_to_all": 2400, "ping_pong": 2400, "send": 2400,
     }  # fmt: skip
 
 
