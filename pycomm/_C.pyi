@@ -6,6 +6,7 @@ from typing import Any, overload
 import torch
 
 MAX_RANKS: int
+AT_ROOT: str  # in an error's text, before what the process at the root of the wait is in
 ADDRESS_DIGITS: int
 
 def version() -> str:
@@ -573,6 +574,7 @@ class NcclWindow:
 # BackendUnavailableError. A grid is (blocks, threads); dtypes and operators are names.
 SIGNAL_PAD_BYTES: int
 MAX_KERNEL_RANKS: int
+KERNEL_EXPIRED: int  # code of a kernel that waited in vain
 MAX_KERNEL_BLOCKS: int  # of a kernel that waits for other ranks
 MAX_KERNEL_THREADS: int  # of a block
 ONE_SHOT_BLOCKS: int

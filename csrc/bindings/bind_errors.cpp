@@ -3,6 +3,7 @@
 
 #include "bindings/bindings.hpp"
 #include "host/groups.hpp"
+#include "host/waiter.hpp"
 #include "pycomm/error.hpp"
 
 namespace py = pybind11;
@@ -102,6 +103,7 @@ void bind_errors(py::module_& module) {
     return py::make_tuple(root.processes, text_of(root.text));
   });
   module.def("expect_ranks", &host::expect_ranks);
+  module.attr("AT_ROOT") = host::kAtRoot;
   module.def("serve_callers", &host::serve_callers);
   module.def("shown_waits", [] {
     const host::Waits waits = host::shown_waits();

@@ -153,6 +153,7 @@ void bind_watch(Class& communicator) {
 void bind_nccl(py::module_& module) {
   bind_libraries(module);
   bind_operation(module);
+  module.attr("KERNEL_EXPIRED") = static_cast<std::uint32_t>(cuda::StatusCode::kExpired);
   py::class_<Options>(module, "NcclOptions")
       .def(py::init([](Address stream, bool async_op, double timeout_s, int max_ctas) {
              return Options{stream_of(stream), async_op, timeout_s, max_ctas};

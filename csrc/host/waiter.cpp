@@ -310,7 +310,7 @@ void Waiter::expire(const std::vector<int>& missing, const Roots& roots, const W
   for (const int r : missing) {
     text += "; " + activity(r, context.seq) + (is_stopped(r) ? ", and is stopped" : "");
   }
-  if (named != missing || here.empty()) text += roots.text.empty() ? "" : "; at the root: " + roots.text;
+  if (named != missing || here.empty()) text += roots.text.empty() ? "" : kAtRoot + roots.text;
   Error error(ErrorKind::kTimeout, text);
   error.op = describe(context.call);
   error.seq = context.seq;

@@ -47,6 +47,9 @@ struct WaitContext {
   const std::function<std::vector<int>(bool expires)>* misses = nullptr;
 };
 
+/// In the text of an error, before what the process at the root of the wait is in.
+inline constexpr char kAtRoot[] = "; at the root: ";
+
 /// "0.5 s".
 std::string seconds(double value);
 /// "barrier() #5 of group 'world'".

@@ -21,7 +21,6 @@ __all__ = ["LEFT", "Cause", "Heard", "heard", "listeners", "pass_on", "raised", 
 LEFT = "exited normally (it closed the communicator)"
 
 _MARK = "cause:"
-_AT_ROOT = "; at the root: "  # csrc/host/waiter.cpp
 _MOST_BYTES = 400  # what fits beside the mark into the reason of an abort on the host transport
 _MOST_ROOTS = 4  # told in one line
 _KINDS = ("lost", "expired", "mismatch", "failed")
@@ -81,7 +80,7 @@ class Cause:
         processes, text = error._root
         if isinstance(error, PeerTimeoutError):
             missing = _renumbered(error.missing_ranks, ranks)
-            _, _, at_root = str(error).partition(_AT_ROOT)
+            _, _, at_root = str(error).partition(_C.AT_ROOT)
             return cls.expired(missing, processes, tokens, f"did not come within {timeout_s:g} s", at_root)
         if isinstance(error, PeerLostError) and error.lost_ranks:
             lost = _renumbered(error.lost_ranks, ranks)
@@ -122,7 +121,7 @@ class Cause:
         if named != tuple(missing) and missing:
             text += f", for which {ranks_text(missing)} wait{'s' if len(missing) == 1 else ''}"
         if at_root and (named != tuple(missing) or not here):
-            text += f"{_AT_ROOT}{at_root}"
+            text += f"{_C.AT_ROOT}{at_root}"
         return cls("expired", named, text, roots=tuple(processes))
 
     def rooted(self, tokens: Sequence[int]) -> Cause:

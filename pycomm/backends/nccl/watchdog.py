@@ -27,7 +27,6 @@ __all__ = ["Watchdog"]
 _LOOK_S = 0.05
 _GRACE_S = 1.0  # for news of the reason, before a rank names what it saw itself
 _ROUND_S = 1e9  # a round waits as long as it takes: calls have their own deadlines
-_EXPIRED = 1  # csrc/cuda/device/signal_pad.hpp, StatusCode; 2: stopped by a rank that gave up, or has failed
 _BOARD = struct.Struct("<Q24s")  # calls, latest call: on the host's symmetric memory, of each rank
 
 
@@ -138,7 +137,7 @@ class Watchdog:
         self._show()
         failures = self._core.kernel_failures()
         for code, rank, block, expected, seen in failures:
-            if code == _EXPIRED:
+            if code == _C.KERNEL_EXPIRED:  # else another rank, or the host, has stopped it
                 where = f"(block {block}, expected {expected}, seen {seen})"
                 text = f"a kernel gave up: {ranks_text([rank])} did not come in time {where}"
                 self.settle(Cause("expired", (rank,), text))
