@@ -11,7 +11,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -174,26 +175,37 @@ def check(layout: str, shape: str, folder: Path, *, stays_busy: bool) -> list[tu
     return found
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_stopped_rank_is_named_by_all(tmp_path: Path, shape: str) -> None:
-    found = check("shm", shape, tmp_path, stays_busy=False)
-    assert any("stopped" in message for _, message, *_ in found), found
+def check_all(
+    cases: Sequence[tuple[str, str]], folder: Path, *, stays_busy: bool = False
+) -> dict[tuple[str, str], list[Any]]:
+    """``check`` of every (layout, shape), several at a time: they wait for deadlines most of the time."""
+
+    def run(case: tuple[str, str]) -> list[Any]:
+        layout, shape = case
+        own = folder / f"{layout}-{shape}"
+        own.mkdir()
+        try:
+            return check(layout, shape, own, stays_busy=stays_busy)
+        except BaseException as error:
+            error.add_note(f"{shape} on {layout}")
+            raise
+
+    with ThreadPoolExecutor(max_workers=4) as at_once:
+        return dict(zip(cases, at_once.map(run, cases), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("layout", "shape"),
-    [(layout, shape) for layout in ("aabb", "abab") for shape in SHAPES if shape not in ONE_HOST]
-    + [("abcd", "messages"), ("abcd", "births")],
-)
-def test_a_stopped_rank_is_named_between_hosts(tmp_path: Path, layout: str, shape: str) -> None:
-    check(layout, shape, tmp_path, stays_busy=False)
+def test_a_stopped_rank_is_named_by_all(tmp_path: Path) -> None:
+    for case, found in check_all([("shm", shape) for shape in SHAPES], tmp_path).items():
+        assert any("stopped" in message for _, message, *_ in found), (case, found)
 
 
-@pytest.mark.parametrize(
-    ("layout", "shape"), [("shm", "messages"), ("shm", "overlapping_groups"), ("aabb", "messages")]
-)
-def test_a_rank_in_its_own_code_is_named_by_all(tmp_path: Path, layout: str, shape: str) -> None:
-    check(layout, shape, tmp_path, stays_busy=True)
+@pytest.mark.parametrize("layout", ["aabb", "abab", "abcd"])
+def test_a_stopped_rank_is_named_between_hosts(tmp_path: Path, layout: str) -> None:
+    check_all([(layout, shape) for shape in SHAPES if shape not in ONE_HOST], tmp_path)
+
+
+def test_a_rank_in_its_own_code_is_named_by_all(tmp_path: Path) -> None:
+    check_all([("shm", "messages"), ("aabb", "messages"), ("shm", "overlapping_groups")], tmp_path, stays_busy=True)
 
 
 def wait_in_a_ring(comm: Communicator, connection: Connection) -> Any:
