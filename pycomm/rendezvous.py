@@ -49,6 +49,7 @@ _FAREWELL_S = 5.0  # for the last ranks to finish with a store that ends with th
 _TELL_S = 30.0  # for ranks that are on their way to a round that has failed
 _SIBLING_S = 2.0  # for a process of an earlier run to end
 _SILENCE_S = 3.0  # a rank that gives no sign of life for so long does not wait for others
+_SEATS_S = 1.0  # how often it looks for those that have not arrived
 _FOLLOWER_S = 10.0  # for a process to come in place of one that has ended since an earlier round
 _MET = "met"
 _TAKEN = "init: rank 0 cannot serve the job's store, since something else has opened"
@@ -147,6 +148,7 @@ class Rendezvous:
         self._arrived: dict[int, _Seat] = {}  # as far as it has been read
         self._num_arrivals = 0
         self._begin = time.monotonic()
+        self._look_at_seats_at = self._begin + _SEATS_S
         launched = env.launch() if rank is None or world_size is None or store is None else None
         self._set_rank(launched, rank, world_size)
         if self.world_size == 1:
@@ -304,21 +306,28 @@ class Rendezvous:
             self._read_arrivals()
             for rank in missing:
                 seat = self._arrived.get(rank)
-                if seat is None:
-                    self._look_for_follower(rank)
                 # What has finished has had all that it needed, and others may have what they need of it.
-                elif seat.is_running() is False and not self._store.check([f"finished/{rank}"]):
+                if seat and seat.is_running() is False and not self._store.check([f"finished/{rank}"]):
                     raise self._lost(seat, "died before all ranks had met")
+            if (now := time.monotonic()) >= self._look_at_seats_at:
+                self._look_at_seats_at = now + _SEATS_S
+                for rank in missing:
+                    if rank not in self._arrived and self._base.check([f"seat/{rank}"]):
+                        self._look_at_seat(rank)
 
-    def _look_for_follower(self, rank: int) -> None:
-        """Raise if the process that was ``rank`` in an earlier round with this one has ended, and nobody follows it.
+    def _look_at_seat(self, rank: int) -> None:
+        """Raise if the process that was ``rank`` last has ended on its way into this round, or since an earlier one that
+        this process was in, too, and nobody follows it.
 
         Where an error has told the caller of its end, somebody may start another in its place at leisure.
         """
-        if not self._returns or time.monotonic() < self._begin + _FOLLOWER_S or not self._base.check([f"seat/{rank}"]):
-            return
         last = _decoded(_Seat, self._base.get(f"seat/{rank}"), f"the seat of rank {rank} in {self._where}")
-        if last.round < self._round and last.token not in known_to_end and last.is_running() is False:
+        if last.round > self._round or last.is_running() is not False:
+            return
+        if last.round == self._round:
+            raise self._lost(last, "died before all ranks had met")
+        is_late = time.monotonic() >= self._begin + _FOLLOWER_S
+        if is_late and self._returns and last.token not in known_to_end:
             what = f"has ended since an earlier init, and no process came in its place within {_FOLLOWER_S:g} s"
             raise self._lost(last, what)
 
@@ -408,7 +417,10 @@ class Rendezvous:
             self._returns = last.process == me
             number, expected = last.round + 1, found.decode()
         self._round = number
-        self._store = dist.PrefixStore(str(number), self._base)
+        self._arrive(seat)
+
+    def _arrive(self, seat: str) -> None:
+        self._store = dist.PrefixStore(str(self._round), self._base)
         place = self._store.add("arrivals", 1)
         self._store.set(f"arrival/{place}", seat)
 

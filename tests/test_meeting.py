@@ -159,6 +159,7 @@ def init_with_a_victim(rank: int, victim: int, place: str, dies: bool, path: str
     pycomm.init(backend, store=file_store(path, 3), rank=rank, world_size=3, timeout_s=TIMEOUT_S)
 
 
+ARRIVAL = "pycomm.communicator.Rendezvous._arrive"
 GREETING = "pycomm.communicator.Rendezvous.greet"
 CONNECTION = "pycomm.communicator.ShmBackend.connect"
 GLOO = "pycomm.backends.gloo.backend.open_device"
@@ -167,6 +168,7 @@ GLOO = "pycomm.backends.gloo.backend.open_device"
 @pytest.mark.parametrize(
     ("victim", "place", "dies", "backend"),
     [
+        (1, ARRIVAL, True, "host"),
         (1, GREETING, True, "host"),
         (0, CONNECTION, True, "host"),
         (2, CONNECTION, True, "host"),

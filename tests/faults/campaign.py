@@ -137,6 +137,7 @@ def run_program(comm: Communicator, connection: Connection, case: Case, folder: 
                     connection.send("running")
                 if comm.rank == case.victim and turn == FIRST_STEPS + case.after and case.fault in INSIDE:
                     connection.recv()  # once all are running
+                    connection.send("failing")
                     fail(comm, case.fault)
     except (PlantedError, KeyboardInterrupt):
         return "left"
@@ -201,6 +202,9 @@ def problems_of(case: Case, folder: Path) -> list[str]:
         names = set().union(*map(names_held_by, job.pids))
         if case.fault in INSIDE:
             job.connections[case.victim].send("go")
+            if not job.connections[case.victim].poll(PATIENT_S):
+                return ["the job hangs before the fault"]
+            assert job.connections[case.victim].recv() == "failing"
         else:
             time.sleep(case.delay_s)
             os.kill(job.pids[case.victim], signal.SIGKILL if case.fault == "kill" else signal.SIGSTOP)
