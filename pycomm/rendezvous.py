@@ -316,8 +316,8 @@ class Rendezvous:
                         self._look_at_seat(rank)
 
     def _look_at_seat(self, rank: int) -> None:
-        """Raise if the process that was ``rank`` last has ended on its way into this round, or since an earlier one that
-        this process was in, too, and nobody follows it.
+        """Raise if the process that was ``rank`` last has ended on its way into this round; or since an earlier one
+        that this process was in, too, and nobody follows it.
 
         Where an error has told the caller of its end, somebody may start another in its place at leisure.
         """
