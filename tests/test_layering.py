@@ -223,6 +223,17 @@ def plant(path: Path, text: str) -> None:
     path.write_text(text)
 
 
+def test_a_collective_is_known_in_nine_files_that_contributing_names():
+    word = re.compile(r"\b(scan|kScan)\b")
+    sources = [path for path in (*ROOT.glob("pycomm/**/*.py*"), *ROOT.glob("csrc/**/*.?pp")) if path.suffix != ".pyc"]
+    found = {str(path.relative_to(ROOT)) for path in sources if word.search(path.read_text())}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = text[text.index("## Adding a collective") : text.index("## Adding a kernel")]
+    listed = set(re.findall(r"`((?:csrc|pycomm)/[^`]+)`", listed.replace("<name>", "scan")))
+    assert found == listed
+    assert len(found) == 9
+
+
 def test_import_is_silent_starts_no_thread_and_opens_no_gpu():
     code = """
 import os, torch, numpy
