@@ -308,32 +308,34 @@ class Rendezvous:
                 seat = self._arrived.get(rank)
                 # What has finished has had all that it needed, and others may have what they need of it.
                 if seat and seat.is_running() is False and not self._store.check([f"finished/{rank}"]):
-                    raise self._lost(seat, "died before all ranks had met")
+                    raise self._lost([seat], "died before all ranks had met")
             if (now := time.monotonic()) >= self._look_at_seats_at:
                 self._look_at_seats_at = now + _SEATS_S
-                for rank in missing:
-                    if rank not in self._arrived and self._base.check([f"seat/{rank}"]):
-                        self._look_at_seat(rank)
+                self._look_at_seats([rank for rank in missing if rank not in self._arrived])
 
-    def _look_at_seat(self, rank: int) -> None:
-        """Raise if the process that was ``rank`` last has ended on its way into this round; or since an earlier one
-        that this process was in, too, and nobody follows it.
+    def _look_at_seats(self, ranks: Sequence[int]) -> None:
+        """Raise if a process that was one of ``ranks`` last has ended on its way into this round; or if some have ended
+        since an earlier one that this process was in, too, and nobody follows them.
 
         Where an error has told the caller of its end, somebody may start another in its place at leisure.
         """
-        last = _decoded(_Seat, self._base.get(f"seat/{rank}"), f"the seat of rank {rank} in {self._where}")
-        if last.round > self._round or last.is_running() is not False:
-            return
-        if last.round == self._round:
-            raise self._lost(last, "died before all ranks had met")
+        seats = [
+            _decoded(_Seat, self._base.get(f"seat/{rank}"), f"the seat of rank {rank} in {self._where}")
+            for rank in ranks
+            if self._base.check([f"seat/{rank}"])
+        ]
+        ended = [seat for seat in seats if seat.round <= self._round and seat.is_running() is False]
+        if on_the_way := [seat for seat in ended if seat.round == self._round]:
+            raise self._lost(on_the_way, "died before all ranks had met")
         is_late = time.monotonic() >= self._begin + _FOLLOWER_S
-        if is_late and self._returns and last.token not in known_to_end:
-            what = f"has ended since an earlier init, and no process came in its place within {_FOLLOWER_S:g} s"
-            raise self._lost(last, what)
+        if is_late and self._returns and any(seat.token not in known_to_end for seat in ended):
+            what = f"ended since an earlier init, and no process came instead within {_FOLLOWER_S:g} s"
+            raise self._lost(ended, what)
 
     @staticmethod
-    def _lost(seat: _Seat, what: str) -> PycommError:
-        return _Failure("lost", [seat.rank], f"init: rank {seat.rank} ({seat}) {what}", [seat.token]).error()
+    def _lost(seats: Sequence[_Seat], what: str) -> PycommError:
+        text = f"init: {', '.join(f'rank {seat.rank} ({seat})' for seat in seats)} {what}"
+        return _Failure("lost", [seat.rank for seat in seats], text, [seat.token for seat in seats]).error()
 
     def _failure(self, error: BaseException) -> _Failure:
         """Why this rank fails."""
