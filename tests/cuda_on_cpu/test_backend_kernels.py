@@ -103,9 +103,9 @@ def test_calls_follow_each_other(on_cpu: Callable[[int], Ranks], world: int, dty
         addresses = [tensor.address for tensor in tensors]
         for rank, kernels in enumerate(of_ranks):
             if one_shot:
-                kernels.one_shot(addresses[rank], count, dtype, "sum", 0)
+                kernels.launch("one_shot", [addresses[rank]], count, dtype, "sum", 0)
             else:
-                kernels.two_shot(addresses, count, dtype, "sum", 0)
+                kernels.launch("two_shot", addresses, count, dtype, "sum", 0)
         ranks.run(seed)
         wanted = host_reduced(dtype, "sum", sources)
         for tensor in tensors:
