@@ -28,19 +28,19 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict
 from types import TracebackType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 import torch.distributed as dist
 
 from pycomm import _C, env
 from pycomm.errors import MismatchError, PeerLostError, PeerTimeoutError, PycommError
 from pycomm.process import Process, siblings
+from pycomm.records import Failure, Greeting, Seat, decoded, encoded
 from pycomm.stores import open_store
 
-__all__ = ["Greeting", "Rendezvous", "UnconnectedError", "known_to_end"]
+__all__ = ["Rendezvous", "UnconnectedError", "known_to_end"]
 
 _log = logging.getLogger("pycomm")
 _POLL_S = 0.01
@@ -53,76 +53,12 @@ _SEATS_S = 1.0  # how often it looks for those that have not arrived
 _FOLLOWER_S = 10.0  # for a process to come in place of one that has ended since an earlier round
 _MET = "met"
 _TAKEN = "init: rank 0 cannot serve the job's store, since something else has opened"
-_Record = TypeVar("_Record")
 
 known_to_end: set[int] = set()  # processes of whose end callers have been told by an error
 
 
 class UnconnectedError(PycommError):
     """A connection to other ranks could not be made, and why is not known here."""
-
-
-@dataclass(frozen=True)
-class Greeting:
-    """What every rank shows to all before anything is built. All fields but the host's and the GPU's must be equal.
-
-    ``nccl``, ``obstacle`` and ``gpu`` are what :class:`pycomm.backends.nccl.Offer` has.
-    """
-
-    world_size: int
-    backend: str
-    strict: bool = False
-    nccl: str = ""
-    obstacle: str = ""
-    gpu: str = ""
-    version: str = field(default_factory=_C.version)
-    build: str = field(default_factory=lambda: f"{_C.build_id():x}")
-    protocol: int = field(default_factory=_C.protocol_version)
-    host: str = field(default_factory=lambda: host_identity())
-
-
-@dataclass(frozen=True)
-class _Seat(Process):
-    """Whose turn a rank is in ``round``, or was in an earlier one."""
-
-    round: int
-    rank: int
-    token: int  # of the process, in errors
-    claim: str  # random, so that a rank recognises what it has written
-
-    @property
-    def process(self) -> Process:
-        return Process(self.host, self.boot, self.namespace, self.pid, self.start)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why a round cannot end, as the first rank to find out tells it.
-
-    Attributes:
-        kind: "lost", "missing" (``ranks`` did not come in time) or "conflict" (two jobs).
-        roots: the processes of ``ranks``, as far as they are known.
-    """
-
-    kind: str
-    ranks: list[int]
-    text: str
-    roots: list[int] = field(default_factory=list)
-
-    def error(self) -> PycommError:
-        if self.kind == "conflict":
-            return PycommError(self.text)
-        error: PycommError = PeerLostError(self.text, lost_ranks=self.ranks)
-        if self.kind == "missing":
-            error = PeerTimeoutError(self.text, op="init", missing_ranks=self.ranks)
-        error._root = (self.roots, self.text)
-        return error
-
-
-def host_identity() -> str:
-    """Equal for processes that can share memory over abstract sockets: same boot, same network namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{Path('/proc/self/ns/net').stat().st_ino}"
 
 
 class Rendezvous:
@@ -145,7 +81,7 @@ class Rendezvous:
         self._is_one_host = True
         self._owner = store
         self._serves = False  # the store is in this process
-        self._arrived: dict[int, _Seat] = {}  # as far as it has been read
+        self._arrived: dict[int, Seat] = {}  # as far as it has been read
         self._num_arrivals = 0
         self._begin = time.monotonic()
         self._look_at_seats_at = self._begin + _SEATS_S
@@ -179,8 +115,8 @@ class Rendezvous:
             self._take_seat()
             if not is_own:  # the launcher has named the job, so its other ranks are told without disturbing that one
                 text = f"{_TAKEN} {self._where}; set MASTER_PORT to a free port"
-                failure = _Failure("lost", [self.rank], text, [_C.process_token()])
-                self._base.set(f"{self._round}/failed", _encoded(failure))
+                failure = Failure("lost", [self.rank], text, [_C.process_token()])
+                self._base.set(f"{self._round}/failed", encoded(failure))
                 raise PycommError(failure.text)
 
     def _set_rank(self, launched: env.Launch | None, rank: int | None, world_size: int | None) -> None:
@@ -260,7 +196,7 @@ class Rendezvous:
         if self._store is None:
             return [mine]
         texts = self._gather("greeting", json.dumps(asdict(mine)))
-        greetings = [_decoded(Greeting, text, f"rank {r}'s greeting in {self._where}") for r, text in enumerate(texts)]
+        greetings = [decoded(Greeting, text, f"rank {r}'s greeting in {self._where}") for r, text in enumerate(texts)]
         self._is_one_host = len({greeting.host for greeting in greetings}) == 1
         names = ["version", "protocol", "build", "world_size", "backend", "strict"]
         if not any(greeting.obstacle for greeting in greetings):  # else that says more
@@ -302,7 +238,7 @@ class Rendezvous:
         with self._reaching():
             self._store.add(f"alive/{self.rank}", 1)
             if self._store.check(["failed"]):
-                raise _decoded(_Failure, self._store.get("failed"), f"a failure in {self._where}").error()
+                raise decoded(Failure, self._store.get("failed"), f"a failure in {self._where}").error()
             self._read_arrivals()
             for rank in missing:
                 seat = self._arrived.get(rank)
@@ -320,7 +256,7 @@ class Rendezvous:
         Where an error has told the caller of its end, somebody may start another in its place at leisure.
         """
         seats = [
-            _decoded(_Seat, self._base.get(f"seat/{rank}"), f"the seat of rank {rank} in {self._where}")
+            decoded(Seat, self._base.get(f"seat/{rank}"), f"the seat of rank {rank} in {self._where}")
             for rank in ranks
             if self._base.check([f"seat/{rank}"])
         ]
@@ -329,15 +265,15 @@ class Rendezvous:
             raise self._lost(on_the_way, "died before all ranks had met")
         is_late = time.monotonic() >= self._begin + _FOLLOWER_S
         if is_late and self._returns and any(seat.token not in known_to_end for seat in ended):
-            what = f"ended since an earlier init, and no process came instead within {_FOLLOWER_S:g} s"
+            what = f"ended since an earlier init, and no process came instead within {_FOLLOWER_S:g} s; start it again"
             raise self._lost(ended, what)
 
     @staticmethod
-    def _lost(seats: Sequence[_Seat], what: str) -> PycommError:
+    def _lost(seats: Sequence[Seat], what: str) -> PycommError:
         text = f"init: {', '.join(f'rank {seat.rank} ({seat})' for seat in seats)} {what}"
-        return _Failure("lost", [seat.rank for seat in seats], text, [seat.token for seat in seats]).error()
+        return Failure("lost", [seat.rank for seat in seats], text, [seat.token for seat in seats]).error()
 
-    def _failure(self, error: BaseException) -> _Failure:
+    def _failure(self, error: BaseException) -> Failure:
         """Why this rank fails."""
         kind, ranks, text = "lost", [self.rank], str(error)
         if isinstance(error, PeerTimeoutError):
@@ -347,7 +283,7 @@ class Rendezvous:
         else:
             text = f"init: rank {self.rank} gave up: {type(error).__name__}: {error}"
         roots = list(error._root[0]) if isinstance(error, PycommError) else []
-        return _Failure(kind, ranks, text, roots or [self._arrived[r].token for r in ranks if r in self._arrived])
+        return Failure(kind, ranks, text, roots or [self._arrived[r].token for r in ranks if r in self._arrived])
 
     def _explained(self, error: PycommError) -> PycommError:
         """A wait of this rank has run out, or a connection could not be made: the error that names those at the root.
@@ -372,7 +308,7 @@ class Rendezvous:
             return error
         text = f"{error}; rank(s) {', '.join(map(str, silent))} are at the root of it: all others wait themselves"
         roots = [self._arrived[rank].token for rank in silent if rank in self._arrived]
-        return _Failure("lost" if late is None else "missing", silent, text, roots).error()
+        return Failure("lost" if late is None else "missing", silent, text, roots).error()
 
     def __enter__(self) -> Rendezvous:
         return self
@@ -388,12 +324,12 @@ class Rendezvous:
                 cause = self._explained(error)
             if cause is not None:
                 failure = self._failure(cause)
-                first = self._store.compare_set("failed", "", _encoded(failure))
+                first = self._store.compare_set("failed", "", encoded(failure))
                 if isinstance(cause, PeerLostError | PeerTimeoutError):
-                    if first == _encoded(failure).encode():
+                    if first == encoded(failure).encode():
                         cause._root = (failure.roots, failure.text)
                     else:
-                        cause = _decoded(_Failure, first, f"a failure in {self._where}").error()
+                        cause = decoded(Failure, first, f"a failure in {self._where}").error()
             self._store.set(f"finished/{self.rank}", "")
             self._base.set(f"told/{os.getpid()}", "")
             if self._serves:
@@ -409,11 +345,11 @@ class Rendezvous:
         self._returns = False  # this process was in the round before
         while True:
             claim = secrets.token_hex(8)
-            seat = json.dumps(asdict(_Seat(**asdict(me), round=number, rank=self.rank, token=token, claim=claim)))
+            seat = json.dumps(asdict(Seat(**asdict(me), round=number, rank=self.rank, token=token, claim=claim)))
             found = self._base.compare_set(f"seat/{self.rank}", expected, seat)
             if found == seat.encode():
                 break
-            last = _decoded(_Seat, found, f"the seat of rank {self.rank} in {self._where}")
+            last = decoded(Seat, found, f"the seat of rank {self.rank} in {self._where}")
             if self._plain is not None and last.process != me:
                 self._refuse_seat_of(last, me)
             self._returns = last.process == me
@@ -426,19 +362,19 @@ class Rendezvous:
         place = self._store.add("arrivals", 1)
         self._store.set(f"arrival/{place}", seat)
 
-    def _refuse_seat_of(self, last: _Seat, me: Process) -> None:
+    def _refuse_seat_of(self, last: Seat, me: Process) -> None:
         """Another process was this rank before: refuse to follow if it lives, or if it met ranks of two jobs."""
         if last.process.is_running() and not last.process.is_relative():
             self._conflict(last.round, last.process, me, self.rank)
         outcome = dist.PrefixStore(str(last.round), self._base)
         if outcome.check(["outcome"]) and (text := outcome.get("outcome")) != _MET.encode():
             self._base.set(f"told/{os.getpid()}", "")
-            raise _decoded(_Failure, text, f"the outcome in {self._where}").error()
+            raise decoded(Failure, text, f"the outcome in {self._where}").error()
 
     def _refuse_taken_port(self) -> None:
         """This rank should have served the store, and somebody else does."""
         if self._base.check(["seat/0"]):
-            last = _decoded(_Seat, self._base.get("seat/0"), f"the seat of rank 0 in {self._where}")
+            last = decoded(Seat, self._base.get("seat/0"), f"the seat of rank 0 in {self._where}")
             self._conflict(last.round, last.process, Process.current(), 0)
         raise PycommError(f"{_TAKEN} {self._where}; choose a free port")
 
@@ -448,7 +384,7 @@ class Rendezvous:
         while self._num_arrivals < total and self._store.check([f"arrival/{self._num_arrivals + 1}"]):
             self._num_arrivals += 1
             text = self._store.get(f"arrival/{self._num_arrivals}")
-            seat = _decoded(_Seat, text, f"an arrival in {self._where}")
+            seat = decoded(Seat, text, f"an arrival in {self._where}")
             self._arrived[seat.rank] = seat
 
     def _look_for_siblings(self) -> None:
@@ -497,7 +433,7 @@ class Rendezvous:
             f"init: two processes are rank {rank} of the job at {self._plain.where}: {first} and {second}. "
             f"If they belong to two jobs, give each job a MASTER_PORT of its own; if not, end one of them"
         )
-        failure = _encoded(_Failure("conflict", [rank], text))
+        failure = encoded(Failure("conflict", [rank], text))
         store = dist.PrefixStore(str(number), self._base)
         if store.compare_set("outcome", "", failure) == failure.encode():
             store.compare_set("failed", "", failure)
@@ -509,7 +445,7 @@ class Rendezvous:
         assert self._store is not None
         found = self._store.compare_set("outcome", "", outcome)
         if found != outcome.encode():
-            raise _decoded(_Failure, found, f"the outcome in {self._where}").error()
+            raise decoded(Failure, found, f"the outcome in {self._where}").error()
 
     def _wait_until_finished(self) -> None:
         """Until every rank that has arrived and still runs is through with the store, for some seconds at most."""
@@ -562,33 +498,3 @@ class Rendezvous:
             if self._plain is not None and self.rank != 0:
                 raise PeerLostError(f"{text}; rank 0, which served it, has ended", lost_ranks=[0]) from error
             raise PycommError(text) from error
-
-
-def _encoded(record: _Failure) -> str:
-    return json.dumps(asdict(record))
-
-
-def _decoded(cls: type[_Record], data: bytes, what: str) -> _Record:
-    """A record of these fields and types.
-
-    Raises:
-        PycommError: it is something else.
-    """
-    hints = get_type_hints(cls)
-    names = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
-    try:
-        values: Any = json.loads(data.decode("utf-8"))
-        if not isinstance(values, dict) or set(values) != names:
-            raise ValueError("other fields")
-        for name, value in values.items():
-            if hints[name] == list[int]:
-                if type(value) is not list or any(type(item) is not int for item in value):
-                    raise ValueError(f"{name} is no list of numbers")
-            elif type(value) is not hints[name]:
-                raise ValueError(f"{name} is a {type(value).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise PycommError(
-            f"init: {what} makes no sense ({error}): all ranks need one installation of pycomm, and a store that "
-            f"nothing else writes into"
-        ) from error
-    return cls(**values)

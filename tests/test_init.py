@@ -18,7 +18,7 @@ import torch.distributed as dist
 import pycomm
 from pycomm import Communicator
 from pycomm.errors import BackendUnavailableError, MismatchError, PeerTimeoutError, PycommError
-from pycomm.rendezvous import Greeting
+from pycomm.records import Greeting
 from tests.pool import Pool, file_store
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -20,6 +20,7 @@ PYTHON_LAYERS = (
     {"errors", "process"},
     {"env", "spawn"},
     {"_C", "stores"},
+    {"records"},
     {"rendezvous", "annotations", "arguments", "checkpoints"},
     {"gpu"},
     {"backends"},

@@ -23,7 +23,7 @@ from pycomm.doctor import gpu, host
 from pycomm.doctor.checks import Check, Report, Section
 from pycomm.doctor.self_test import self_test
 from pycomm.errors import BackendUnavailableError
-from pycomm.rendezvous import host_identity
+from pycomm.records import host_identity
 
 __all__ = ["Check", "Options", "Report", "Section", "main", "report"]
 

@@ -157,7 +157,7 @@ def torch_job(comm: Communicator, case: Case, port: int) -> Iterator[None]:
     """torch.distributed on pycomm, over the job's hosts."""
     store = dist.PrefixStore("torch", store_at(port))
     timeout = timedelta(seconds=case.timeout_s)
-    with patch("pycomm.rendezvous.host_identity", lambda: case.layout[comm.rank]):
+    with patch("pycomm.records.host_identity", lambda: case.layout[comm.rank]):
         dist.init_process_group("pycomm", store=store, rank=comm.rank, world_size=comm.world_size, timeout=timeout)
     try:
         yield
@@ -172,7 +172,7 @@ def store_at(port: int) -> dist.Store:
 def meet(comm: Communicator, case: Case, store: dist.Store) -> Communicator:
     """One more communicator of all ranks of ``comm``, over the job's hosts."""
     rounds = dist.PrefixStore("rounds", store)
-    with patch("pycomm.rendezvous.host_identity", lambda: case.layout[comm.rank]):
+    with patch("pycomm.records.host_identity", lambda: case.layout[comm.rank]):
         return pycomm.init(
             store=rounds, rank=comm.rank, world_size=comm.world_size, timeout_s=case.timeout_s, name="meeting"
         )

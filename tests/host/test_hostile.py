@@ -34,7 +34,8 @@ from pycomm.backends.gloo.inquiry import Inquiry
 from pycomm.backends.gloo.mail import Mail
 from pycomm.errors import PycommError
 from pycomm.process import Process
-from pycomm.rendezvous import Greeting, Rendezvous
+from pycomm.records import Greeting
+from pycomm.rendezvous import Rendezvous
 from tests.test_meeting import Rank
 
 NUM_MESSAGES = int(os.environ.get("PYCOMM_TEST_MESSAGES", "1000"))

@@ -25,7 +25,7 @@ def hosts_of(layout: str) -> tuple[tuple[int, ...], ...]:
 
 def connect_rank(port: int, layout: str, rank: int, backend: str, timeout_s: float, strict: bool) -> Communicator:
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
-    with patch("pycomm.rendezvous.host_identity", lambda: layout[rank]):
+    with patch("pycomm.records.host_identity", lambda: layout[rank]):
         return pycomm.init(backend, store=store, rank=rank, world_size=len(layout), timeout_s=timeout_s, strict=strict)
 
 

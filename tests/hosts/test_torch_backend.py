@@ -51,7 +51,7 @@ def steps_of_ddp() -> list[torch.Tensor]:
 
 
 def in_torch(comm: Communicator, _: Any, layout: str, store: str) -> None:
-    with patch("pycomm.rendezvous.host_identity", lambda: layout[comm.rank]):
+    with patch("pycomm.records.host_identity", lambda: layout[comm.rank]):
         dist.init_process_group(
             "pycomm",
             store=dist.FileStore(store, comm.world_size),

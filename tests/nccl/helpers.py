@@ -19,7 +19,7 @@ import torch
 
 import pycomm
 from pycomm import _C, Communicator
-from pycomm.backends.nccl import NcclBackend, Offer
+from pycomm.backends.nccl import NcclBackend, Offer, backend
 from tests.hosts.helpers import connect_rank
 from tests.nccl.kernels import KernelMemory
 from tests.pool import TIMEOUT_S, Pool, file_store
@@ -116,12 +116,17 @@ def gpu_of(comm: Communicator) -> StandInGpu:
 def standing_in(path: str, folder: str) -> Iterator[StandInGpu]:
     """``init("nccl")`` of this process takes the stand-in at ``path``, whose ranks meet in ``folder``."""
     gpu = StandInGpu(path)
-    submit, exchange = NcclBackend.submit, NcclBackend.exchange
+    submit, exchange, prefixes = NcclBackend.submit, NcclBackend.exchange, backend._prefixes
 
     def submit_and_hold(self: NcclBackend, call: _C.Call, *args: Any) -> _C.Work | None:
         for tensor in args[:2]:
             gpu.hold(tensor)
         return submit(self, call, *args)
+
+    def prefixes_held(*args: Any) -> torch.Tensor:
+        made = prefixes(*args)
+        gpu.hold(made)
+        return made
 
     def exchange_and_hold(self: NcclBackend, messages: Any, *args: Any) -> _C.Work | list[int]:
         for _, tensor in messages:
@@ -134,6 +139,7 @@ def standing_in(path: str, folder: str) -> Iterator[StandInGpu]:
         patch("pycomm.communicator.offer", lambda asked_for: Offer("2.32.3", "", gpu.driver.device_uuid(0))),
         patch.object(NcclBackend, "submit", submit_and_hold),
         patch.object(NcclBackend, "exchange", exchange_and_hold),
+        patch.object(backend, "_prefixes", prefixes_held),
     ):
         yield gpu
 

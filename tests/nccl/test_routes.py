@@ -49,7 +49,7 @@ def launched(comm: Communicator) -> list[str]:
 
 def all_reduces(comm: Communicator) -> None:
     rank, n = comm.rank, comm.world_size
-    assert "one_shot up to 1024 bytes" in backend_of(comm).own_kernels
+    assert "one_shot up to 1 KiB" in backend_of(comm).own_kernels
     for turn, dtype in enumerate(REDUCED):
         size = dtype.itemsize
         for op in ("sum", "max", "prod") if turn % 2 else ("min", "avg" if dtype.is_floating_point else "sum"):

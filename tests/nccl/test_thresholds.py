@@ -29,7 +29,7 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     table = Thresholds.of_this_process(4)
     assert table == Thresholds(16 << 10, default.two_shot_bytes)
     assert tuning_here(4)["slice_bytes"] == 128 << 10
-    assert "4 ranks: one_shot up to 16384 bytes; two_shot, in symmetric memory, up to" in gpu.own_kernels().detail
+    assert "4 ranks: one_shot up to 16 KiB; two_shot, in symmetric memory, up to" in gpu.own_kernels().detail
     monkeypatch.setenv("PYCOMM_TUNE", "gpu_three_shot_bytes=16K")
     with pytest.raises(ValueError, match="gpu_three_shot_bytes is no threshold; those of GPUs are gpu_one_shot_bytes"):
         Thresholds.of_this_process(4)

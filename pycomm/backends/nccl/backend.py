@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import struct
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -80,7 +79,6 @@ class NcclBackend(Backend):
         self._desk = desk
         self._timeout_s = timeout_s
         self._num_splits = 0
-        self._memory: deque[tuple[_C.NcclOperation, torch.Tensor]] = deque()  # of calls that need some, until their end
         self._max_ctas = 0
         self._closed = False
         self._waits = _C.Waits(rank, group)
@@ -154,9 +152,7 @@ class NcclBackend(Backend):
         operation = self._enqueue(enqueue, async_op, timeout_s, True)
         if is_barrier and not async_op:
             self._host_wait(operation)
-        if prefixes is not None:
-            self._memory.append((operation, prefixes))
-        return self._work(operation, blocks=is_barrier) if async_op else None
+        return self._work(operation, blocks=is_barrier, memory=prefixes) if async_op else None
 
     def exchange(
         self, messages: Sequence[tuple[_C.Call, torch.Tensor]], async_op: bool, timeout_s: float
@@ -260,8 +256,6 @@ class NcclBackend(Backend):
     def _enqueue(self, enqueue: Enqueue, async_op: bool, timeout_s: float, of_all: bool) -> _C.NcclOperation:
         self._begin()
         self._watchdog.check("this call", self._core.num_calls() + 1)
-        while self._memory and self._memory[0][0].done():
-            self._memory.popleft()
         if of_all:
             self._watchdog.check_all_here("this call")
         options = _C.NcclOptions(self._gpu.current_stream(), async_op, timeout_s, self._max_ctas)
@@ -273,10 +267,16 @@ class NcclBackend(Backend):
             self.abort("interrupted while it enqueued a call")
             raise
 
-    def _work(self, operation: _C.NcclOperation, *, blocks: bool = False) -> _C.Work:
-        return _C.Work.relayed(self._waits, operation.call, [operation], partial(self._wait, operation, blocks))
+    def _work(
+        self, operation: _C.NcclOperation, *, blocks: bool = False, memory: torch.Tensor | None = None
+    ) -> _C.Work:
+        """``memory``: what the call needs beside its tensors, and keeps as long."""
+        wait = partial(self._wait, operation, blocks, memory)
+        return _C.Work.relayed(self._waits, operation.call, [operation], wait)
 
-    def _wait(self, operation: _C.NcclOperation, blocks: bool, timeout_s: float | None) -> None:
+    def _wait(
+        self, operation: _C.NcclOperation, blocks: bool, memory: torch.Tensor | None, timeout_s: float | None
+    ) -> None:
         """Make the current stream wait for the operation; the host, too, with ``timeout_s`` and if it ``blocks``."""
         self._watchdog.check(operation.call, operation.seq)
         operation.make_wait(self._gpu.current_stream())
@@ -322,7 +322,10 @@ class NcclBackend(Backend):
 
 
 def _prefixes(values: torch.Tensor, op: str, rank: int, world_size: int) -> torch.Tensor:
-    """[world_size, N], what this rank gives to each rank's prefix: the values, or what changes nothing."""
+    """[world_size, N], what this rank gives to each rank's prefix: the values, or what changes nothing.
+
+    Of the current stream: a call there may be left alone with it, one on another stream may not.
+    """
     neutral: complex = 1 if op == "prod" else 0
     if op == "sum" and (values.is_complex() or values.is_floating_point()):
         neutral = complex(-0.0, -0.0) if values.is_complex() else -0.0  # 0.0 would change the sign of -0.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cached_property
 
 from pycomm import env
 from pycomm.backends import Backend
@@ -74,17 +75,18 @@ class Thresholds:
 
     def route(self, num_bytes: int, *, symmetric: bool) -> str:
         """Which kernel does an all-reduce of ``num_bytes`` a rank, where ranks map each other's memory; or "nccl"."""
-        for kernel, most_bytes in self._kernels():
+        for kernel, most_bytes in self._kernels:
             if num_bytes <= most_bytes and (symmetric or kernel not in IN_SYMMETRIC):
                 return kernel
         return "nccl"
 
+    @cached_property
     def _kernels(self) -> list[tuple[str, int]]:
         return [(field.name.removesuffix("_bytes"), getattr(self, field.name)) for field in fields(self)]
 
     def __str__(self) -> str:
         texts = [
-            f"{kernel}{', in symmetric memory,' if kernel in IN_SYMMETRIC else ''} up to {most_bytes} bytes"
-            for kernel, most_bytes in self._kernels()
+            f"{kernel}{', in symmetric memory,' if kernel in IN_SYMMETRIC else ''} up to {most_bytes / 1024:g} KiB"
+            for kernel, most_bytes in self._kernels
         ]
         return f"{'; '.join(texts)}; above, NCCL"
